@@ -1,0 +1,34 @@
+// The penalty rho of a residual d = pred - target, and its derivative. The codes are those of
+// fmkernels/ops/regression_loss/kinds.py, which has the formulas' sources.
+#pragma once
+
+#include <cmath>
+
+#include "macros.h"
+
+namespace fm {
+
+enum class Penalty : int { squared = 0, huber = 1, pseudo_huber = 2, l1 = 3 };
+
+// Writes rho(d) and rho'(d). T is the accumulation type, float or double.
+template <Penalty kind, typename T>
+FM_HOST_DEVICE void penalty(T d, T delta, T& value, T& derivative) {
+  if constexpr (kind == Penalty::squared) {
+    value = d * d;
+    derivative = d + d;
+  } else if constexpr (kind == Penalty::huber) {
+    const T magnitude = d < T(0) ? -d : d;
+    const bool inside = magnitude <= delta;
+    value = inside ? T(0.5) * d * d : delta * (magnitude - T(0.5) * delta);
+    derivative = inside ? d : (d < T(0) ? -delta : (d > T(0) ? delta : d));  // a NaN stays one
+  } else if constexpr (kind == Penalty::pseudo_huber) {
+    const T root = sqrt(d * d + delta * delta);
+    value = d * d / (root + delta);  // root - delta without the cancellation next to 0
+    derivative = d / root;
+  } else {
+    value = d < T(0) ? -d : d;
+    derivative = d < T(0) ? T(-1) : (d > T(0) ? T(1) : d);  // 0 at 0, a NaN stays one
+  }
+}
+
+}  // namespace fm

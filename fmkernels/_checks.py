@@ -1,0 +1,98 @@
+"""Argument checks: one place for what is checked and for the wording of errors.
+
+Every message reads ``name: expected <what>, got <what>``. A wrong type is a TypeError, a wrong value a ValueError.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def describe(value: Any) -> str:
+    """A short description of a value for an error message."""
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)} on {value.device}"
+    return f"{value!r} of type {type(value).__name__}"
+
+
+def type_error(name: str, expected: str, value: Any) -> TypeError:
+    return TypeError(f"{name}: expected {expected}, got {describe(value)}")
+
+
+def value_error(name: str, expected: str, value: Any) -> ValueError:
+    return ValueError(f"{name}: expected {expected}, got {describe(value)}")
+
+
+def check_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise type_error(name, "a torch.Tensor", value)
+
+
+def check_float_tensor(name: str, value: Any) -> None:
+    """A tensor of one of the supported floating dtypes."""
+    check_tensor(name, value)
+    if value.dtype not in FLOATING:
+        raise type_error(name, "a float32, bfloat16, float16 or float64 tensor", value)
+
+
+def check_same_device(name: str, value: Tensor, data_name: str, data: Tensor) -> None:
+    if value.device != data.device:
+        raise value_error(name, f"a tensor on {data.device} like {data_name}", value)
+
+
+def check_like(name: str, value: Any, data_name: str, data: Tensor, *, dtype: bool = True) -> None:
+    """A floating tensor of data's shape and device (and dtype)."""
+    check_float_tensor(name, value)
+    if value.shape != data.shape:
+        raise value_error(name, f"the shape of {data_name}, {tuple(data.shape)}", value)
+    if value.device != data.device:
+        check_same_device(name, value, data_name, data)
+    if dtype and value.dtype != data.dtype:
+        raise type_error(name, f"the dtype of {data_name}, {data.dtype}", value)
+
+
+def leading_shape(name: str, value: Tensor, data_name: str, data: Tensor) -> int:
+    """Checks that value's shape is a leading part of data's; returns how many elements of data one entry covers."""
+    lead, shape = value.shape, data.shape
+    n = len(lead)
+    if n > len(shape) or lead != shape[:n]:
+        raise value_error(
+            name, f"a leading part of the shape of {data_name}, {tuple(shape)}: (), {_leading_parts(shape)}", value
+        )
+    check_same_device(name, value, data_name, data)
+    return math.prod(shape[n:])
+
+
+def _leading_parts(shape: Sequence[int]) -> str:
+    return " or ".join(str(tuple(shape[: n + 1])) for n in range(len(shape)))
+
+
+def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
+    if value not in choices:
+        raise value_error(name, f"one of {', '.join(map(repr, choices))}", value)
+
+
+def check_number(
+    name: str, value: Any, *, low: float = -math.inf, high: float = math.inf, above: float = -math.inf
+) -> None:
+    """A finite real number with low <= value <= high and value > above."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise type_error(name, "a number", value)
+    if not (math.isfinite(value) and low <= value <= high and value > above):
+        bounds = [f">= {low}" if low > -math.inf else "", f"<= {high}" if high < math.inf else ""]
+        bounds.append(f"> {above}" if above > -math.inf else "")
+        raise value_error(name, " and ".join(["a finite number", *filter(None, bounds)]), value)
+
+
+def check_int(name: str, value: Any, *, low: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise type_error(name, "an int", value)
+    if low is not None and value < low:
+        raise value_error(name, f"an int >= {low}", value)

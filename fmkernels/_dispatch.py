@@ -1,0 +1,90 @@
+"""Which implementation of an operation runs.
+
+``impl="auto"`` reads a static table per device; the order comes from the measurements under benchmarks/results. The
+environment variable FMKERNELS_IMPL replaces "auto" for a whole process. Any other choice is explicit: it runs, or it
+raises and says why. Under a functorch transform (vmap, grad, jvp, ...) or forward-mode AD a compiled kernel would
+silently give zero derivatives, so there "auto" takes the reference and an explicit kernel raises.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import warnings
+from types import ModuleType
+
+import torch
+from torch.autograd import forward_ad
+
+from . import _native
+from ._checks import check_choice
+
+IMPLS = ("auto", "reference", "native", "triton")
+OPS = ("combine", "regression_loss", "random")
+
+# Preference of "auto", first available wins. One row an operation and device type.
+_PREFERENCE: dict[tuple[str, str], tuple[str, ...]] = {
+    **{(op, "cpu"): ("native", "reference") for op in OPS},
+    **{(op, "cuda"): ("native", "triton", "reference") for op in OPS},
+}
+_ENVIRONMENT = os.environ.get("FMKERNELS_IMPL", "auto")
+if _ENVIRONMENT not in IMPLS:
+    raise ValueError(f"FMKERNELS_IMPL: expected one of {', '.join(IMPLS)}, got {_ENVIRONMENT!r}")
+
+
+def transform_active() -> bool:
+    """True inside torch.func transforms and forward-mode AD, where only differentiable PyTorch code is right."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def wanted(impl: str) -> str:
+    """The implementation a call asks for, after the environment variable; "reference" where a transform is active."""
+    if impl == "auto":
+        impl = _ENVIRONMENT
+    elif impl not in IMPLS:
+        check_choice("impl", impl, IMPLS)
+    if impl != "reference" and not torch.compiler.is_compiling() and transform_active():
+        if impl != "auto":
+            raise RuntimeError(
+                f"impl: expected 'auto' or 'reference' under a torch.func transform or forward-mode AD, got {impl!r}: "
+                "compiled kernels have no derivative there"
+            )
+        return "reference"
+    return impl
+
+
+def unavailable(impl: str, device_type: str) -> str | None:
+    """Why an implementation cannot run on a device type, or None if it can."""
+    if impl == "reference":
+        return None
+    if impl == "native":
+        return _native.missing(device_type)
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device_type != "cuda" and os.environ.get("TRITON_INTERPRET", "0") != "1":
+        return "Triton kernels need a CUDA device (or its interpreter: set TRITON_INTERPRET=1 before the first use)"
+    return None
+
+
+@functools.cache
+def chosen(op: str, device_type: str, impl: str) -> str:
+    """The implementation that runs for a wanted one; raises if an explicit one cannot."""
+    if impl == "auto":
+        preference = _PREFERENCE.get((op, device_type), ("reference",))
+        for candidate in preference:
+            reason = unavailable(candidate, device_type)
+            if reason is None:
+                return candidate
+            warnings.warn(f"fmkernels: {candidate} {op} is not available on {device_type}: {reason}", stacklevel=2)
+    reason = unavailable(impl, device_type)
+    if reason is not None:
+        raise RuntimeError(f"impl: expected an available implementation of {op} on {device_type}, got {impl!r}: {reason}")
+    return impl
+
+
+@functools.cache
+def implementation(op: str, device_type: str, impl: str) -> ModuleType:
+    """The module that runs; each has a function ``run`` of the operation's own signature."""
+    return importlib.import_module(f"fmkernels.ops.{op}.{chosen(op, device_type, impl)}")

@@ -1,0 +1,47 @@
+"""Loads the compiled library on first use and says why when it is missing."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from types import ModuleType
+
+import torch
+
+# The dtype codes of csrc/common/dtype.h.
+DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+DEVICE_CODE = {"cpu": 0, "cuda": 1}
+
+
+@functools.cache
+def _load() -> tuple[ModuleType | None, str | None]:
+    try:
+        return importlib.import_module("fmkernels._C"), None
+    except ImportError as error:
+        return None, f"the compiled library fmkernels._C did not load ({error})"
+
+
+def missing(device_type: str) -> str | None:
+    """Why native kernels cannot run on a device type, or None if they can."""
+    module, reason = _load()
+    if module is None:
+        return reason
+    if device_type == "cuda" and not module.cuda_architectures():
+        return "the compiled library was built without CUDA"
+    if device_type not in DEVICE_CODE:
+        return f"there are no native kernels for device type {device_type!r}"
+    return None
+
+
+@functools.cache
+def library() -> ModuleType:
+    """The compiled library; RuntimeError with the reason if it is missing."""
+    module, reason = _load()
+    if module is None:
+        raise RuntimeError(reason)
+    return module
+
+
+def stream_of(tensor: torch.Tensor) -> int:
+    """The current CUDA stream's handle of a tensor's device; 0 on the CPU."""
+    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0

@@ -1,0 +1,77 @@
+"""x_t = alpha x_1 + sigma x_0 (+ gamma z): a probability path, with noise drawn in the kernel where it is not given."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..._checks import check_float_tensor
+from ...random import Noise, draw_seed
+from .._operands import Coefficient, Operand, compute_dtype, pack_coefficients, pack_operands
+from ..combine.op import combine_packed
+
+X_0_STREAM = 0
+Z_STREAM = 1
+
+
+class Interpolation(NamedTuple):
+    """What :func:`interpolate` returns; ``x_0`` and ``z`` are what was used: tensors, or noise that was not stored."""
+
+    x_t: Tensor
+    x_0: Operand
+    z: Operand | None
+
+
+def interpolate(
+    x_1: Tensor,
+    x_0: Operand | None = None,
+    *,
+    alpha: Coefficient,
+    sigma: Coefficient,
+    gamma: Coefficient | None = None,
+    z: Operand | None = None,
+    generator: torch.Generator | None = None,
+    row_offset: int = 0,
+    store_noise: bool = False,
+    impl: str = "auto",
+) -> Interpolation:
+    r"""The point :math:`x_t = \alpha x_1 + \sigma x_0 (+ \gamma z)` of a probability path.
+
+    Lipman et al. 2022, eq. 10 (affine Gaussian paths); Albergo et al. 2023, eq. 1.1 (the bridge term gamma z).
+
+    Args:
+        x_1: data, any shape (B, ...), floating.
+        x_0: source samples like ``x_1``; or :class:`fmkernels.Noise`; None draws standard normal noise in the kernel.
+        alpha: coefficient of x_1: a number, or a tensor whose shape is a leading part of x_1's, e.g. (B,) or (B, T).
+        sigma: coefficient of x_0, likewise.
+        gamma: coefficient of z, likewise; None for no such term.
+        z: the noise of the gamma term, like ``x_0``; None draws it.
+        generator: torch.Generator from which the seed of drawn noise comes.
+        row_offset: index of the first sample within the whole batch, for drawn noise: shards of a batch draw what the
+            whole batch would under the same seed.
+        store_noise: write drawn noise out, so that it is returned as tensors.
+        impl: "auto", "reference", "native" or "triton".
+
+    Returns:
+        Interpolation(x_t, x_0, z): x_t has x_1's shape and dtype; x_0 and z are the given ones, or the drawn noise, as
+        tensors with ``store_noise``, else as :class:`fmkernels.Noise` that any later kernel draws again.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, dtype or device.
+    """
+    check_float_tensor("x_1", x_1)
+    if x_0 is None or (gamma is not None and z is None):
+        seed = draw_seed(x_1.device, generator)
+        x_0 = Noise(seed, X_0_STREAM, row_offset) if x_0 is None else x_0
+        z = Noise(seed, Z_STREAM, row_offset) if gamma is not None and z is None else z
+    names, operands, coefficients = ["x_1", "x_0"], [x_1, x_0], [alpha, sigma]
+    if gamma is not None and z is not None:
+        names, operands, coefficients = [*names, "z"], [*operands, z], [*coefficients, gamma]
+    packed = pack_operands(names, operands, "x_1", x_1)
+    coefs, values = pack_coefficients("alpha, sigma, gamma", coefficients, len(names), x_1, compute_dtype(x_1))
+    x_t, *stored = combine_packed(packed, coefs, values, [], [], 0.0, 0.0, False, store_noise, impl)
+    if stored and not isinstance(x_0, Tensor):
+        x_0 = stored.pop(0)
+    return Interpolation(x_t, x_0, stored[0] if stored else z)

@@ -1,0 +1,28 @@
+"""The random operation on the compiled library; serves CPU and CUDA."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ... import _native
+from . import kinds
+
+
+def run(size: Sequence[int], seed: Tensor, kind: int, stream: int, offset: int, dtype: torch.dtype) -> Tensor:
+    out = torch.empty(size, dtype=dtype, device=seed.device)
+    if out.numel():
+        _native.library().random(
+            _native.DEVICE_CODE[out.device.type],
+            _native.DTYPE_CODE[dtype] if kind != kinds.WORDS else 0,
+            kind,
+            out.data_ptr(),
+            out.numel(),
+            seed.data_ptr(),
+            stream,
+            offset,
+            _native.stream_of(out),
+        )
+    return out

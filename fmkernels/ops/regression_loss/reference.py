@@ -1,0 +1,77 @@
+"""`regression_loss` in plain PyTorch: the oracle, differentiable in every argument."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...random import normals
+from .._operands import TENSOR, compute_dtype, expand_leading
+from ..combine.reference import weighted_sum
+from ..library import sum_trailing
+from .kinds import KINDS
+
+
+def penalty(d: Tensor, kind: int, delta: float) -> Tensor:
+    """rho(d), elementwise."""
+    if kind == KINDS["squared"]:
+        return d.square()
+    if kind == KINDS["huber"]:
+        return torch.where(d.abs() <= delta, 0.5 * d.square(), delta * (d.abs() - 0.5 * delta))
+    if kind == KINDS["pseudo_huber"]:
+        # sqrt(d^2 + c^2) - c without the cancellation next to 0
+        return d.square() / (torch.sqrt(d.square() + delta * delta) + delta)
+    return d.abs()
+
+
+def loss(
+    pred: Tensor,
+    tensors: Sequence[Tensor],
+    streams: Sequence[int],
+    offsets: Sequence[int],
+    coefs: Sequence[Tensor | None],
+    values: Sequence[float],
+    noise_dtype: torch.dtype,
+    weight: Tensor | None,
+    scale: Tensor | None,
+    scale_value: float,
+    mask: Tensor | None,
+    kind: int,
+    delta: float,
+    per_sample: bool,
+) -> Tensor:
+    """scale * sum over elements (of a sample, or all) of mask weight rho(pred - target), in the compute dtype."""
+    operands = [
+        tensor
+        if stream == TENSOR
+        else normals(tensor, stream, offset, pred.numel(), noise_dtype).reshape(pred.shape)
+        for tensor, stream, offset in zip(tensors, streams, offsets, strict=True)
+    ]
+    dtype = compute_dtype(pred, *operands)
+    d = pred.to(dtype) - weighted_sum(operands, coefs, values, dtype)
+    kept = None if mask is None else expand_leading(mask, pred)
+    if kept is not None:
+        d = torch.where(kept, d, 0.0)  # before rho, so that neither value nor derivative sees what is masked out
+    rho = penalty(d, kind, delta)
+    if weight is not None:
+        w = expand_leading(weight, pred)
+        rho = rho * (w if kept is None else torch.where(kept, w, 0.0))
+    total = sum_trailing(rho, 1) if per_sample else rho.sum()
+    return total * (scale_value if scale is None else scale)
+
+
+def run(pred: Tensor, *args: object) -> tuple[Tensor, Tensor]:
+    """(loss, gradient w.r.t. pred), the gradient by autograd; the signature of every implementation."""
+    *rest, need_grad, scale_grad = args
+    with torch.enable_grad():
+        leaf = pred.detach().requires_grad_(bool(need_grad))
+        value = loss(leaf, *rest)  # type: ignore[arg-type]
+        if not need_grad:
+            return value.detach(), pred.new_empty(0)
+        if not scale_grad:
+            rest[8], rest[9] = None, 1.0  # the gradient of the sum, before the scale
+            value_sum = loss(leaf, *rest)  # type: ignore[arg-type]
+            return value.detach(), torch.autograd.grad(value_sum.sum(), leaf)[0]
+        return value.detach(), torch.autograd.grad(value.sum(), leaf)[0]
