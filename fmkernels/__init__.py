@@ -5,8 +5,9 @@ from .ops.interpolate.op import Interpolation, interpolate
 from .ops.random.op import rand, randn, random_words
 from .ops.regression_loss.op import regression_loss
 from .random import Noise, draw_seed
+from .version import __version__
 
-__version__ = "0.1.0"
+
 
 __all__ = [
     "Interpolation",

@@ -58,20 +58,19 @@ def check_like(name: str, value: Any, data_name: str, data: Tensor, *, dtype: bo
         raise type_error(name, f"the dtype of {data_name}, {data.dtype}", value)
 
 
-def leading_shape(name: str, value: Tensor, data_name: str, data: Tensor) -> int:
-    """Checks that value's shape is a leading part of data's; returns how many elements of data one entry covers."""
+def leading_shape(name: str, value: Tensor, data_name: str, data: Tensor) -> None:
+    """Checks that value's shape is a leading part of data's, and its device data's."""
     lead, shape = value.shape, data.shape
-    n = len(lead)
-    if n > len(shape) or lead != shape[:n]:
+    if lead != shape[: len(lead)]:
         raise value_error(
-            name, f"a leading part of the shape of {data_name}, {tuple(shape)}: (), {_leading_parts(shape)}", value
+            name, f"a leading part of the shape of {data_name}, {tuple(shape)}: {_leading_parts(shape)}", value
         )
-    check_same_device(name, value, data_name, data)
-    return math.prod(shape[n:])
+    if value.device != data.device:
+        check_same_device(name, value, data_name, data)
 
 
 def _leading_parts(shape: Sequence[int]) -> str:
-    return " or ".join(str(tuple(shape[: n + 1])) for n in range(len(shape)))
+    return " or ".join(str(tuple(shape[: n + 1])) for n in range(-1, len(shape)))
 
 
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:

@@ -16,7 +16,9 @@ import warnings
 from types import ModuleType
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from . import _native
 from ._checks import check_choice
@@ -53,6 +55,17 @@ def wanted(impl: str) -> str:
             )
         return "reference"
     return impl
+
+
+def plain(*tensors: Tensor | None) -> bool:
+    """True where an operation may run without PyTorch's dispatcher, which costs more than a small kernel: ordinary
+    tensors, and nobody tracing or intercepting operators."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    for tensor in tensors:
+        if type(tensor) is not Tensor and type(tensor) is not Parameter and tensor is not None:
+            return False
+    return True
 
 
 def unavailable(impl: str, device_type: str) -> str | None:

@@ -35,7 +35,10 @@ Operand = Tensor | Noise
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """The dtype of coefficients and accumulation: float64 if any data is, else float32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    for tensor in tensors:
+        if tensor.dtype is torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 class Operands(NamedTuple):
@@ -49,7 +52,8 @@ def pack_operands(names: Sequence[str], operands: Sequence[Operand], data_name: 
     tensors: list[Tensor] = []
     streams: list[int] = []
     offsets: list[int] = []
-    for name, operand in zip(names, operands, strict=True):
+    for i, operand in enumerate(operands):
+        name = names[i]
         if isinstance(operand, Tensor):
             if operand is not data:
                 check_like(name, operand, data_name, data)
@@ -67,10 +71,11 @@ def pack_operands(names: Sequence[str], operands: Sequence[Operand], data_name: 
 def pack_coefficient(name: str, value: Coefficient, data: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, float]:
     """A coefficient as (tensor in the compute dtype, 0.0) or (None, number)."""
     if isinstance(value, Tensor):
-        check_float_tensor(name, value)
+        if value.dtype is not dtype:
+            check_float_tensor(name, value)
         leading_shape(name, value, "the data", data)
-        return (value if value.dtype == dtype else value.to(dtype)), 0.0
-    if type(value) is not float:
+        return (value if value.dtype is dtype else value.to(dtype)), 0.0
+    if type(value) is not float or not -math.inf < value < math.inf:
         check_number(name, value)
     return None, float(value)
 
@@ -84,27 +89,26 @@ def pack_coefficients(
         if values.dim() == 0 or values.shape[-1] != count:
             raise value_error(name, f"a last dimension of {count}, one coefficient for each operand", values)
         values = values.unbind(-1)
-    elif not isinstance(values, Sequence):
-        raise type_error(name, "a sequence of coefficients or a tensor", values)
+    elif not isinstance(values, list | tuple):
+        raise type_error(name, "a list or tuple of coefficients, or a tensor", values)
     if len(values) != count:
         raise value_error(name, f"{count} coefficients, one for each operand", values)
-    packed = [pack_coefficient(f"{name}[{i}]", value, data, dtype) for i, value in enumerate(values)]
-    return [tensor for tensor, _ in packed], [number for _, number in packed]
+    tensors: list[Tensor | None] = []
+    numbers: list[float] = []
+    for value in values:
+        tensor, number = pack_coefficient(name, value, data, dtype)
+        tensors.append(tensor)
+        numbers.append(number)
+    return tensors, numbers
 
 
-class Lookup(NamedTuple):
-    """Where a kernel finds a coefficient: entry ``row // rows_per_entry``, ``stride`` elements apart; or ``value``."""
-
-    tensor: Tensor | None
-    rows_per_entry: int
-    stride: int
-    value: float
+# Where a kernel finds a coefficient: (address, rows_per_entry, stride, 0.0), entry row // rows_per_entry lying
+# ``stride`` elements apart; or (0, 1, 0, number).
+Lookup = tuple[int, int, int, float]
 
 
 def _flat_stride(tensor: Tensor) -> int | None:
     """The distance between consecutive entries in memory if it is one number, else None."""
-    if tensor.dim() == 0:
-        return 0
     stride = tensor.stride(-1)
     expected = stride
     for size, actual in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
@@ -114,36 +118,56 @@ def _flat_stride(tensor: Tensor) -> int | None:
     return stride
 
 
-def row_elements(data: Tensor, leading: Sequence[Tensor | None], groups: int = 1) -> int:
+def evenly_spaced(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The same coefficients, copied where their entries are not evenly spaced in memory."""
+    return [
+        t if t is None or t.dim() <= 1 or _flat_stride(t) is not None else t.contiguous() for t in tensors
+    ]
+
+
+def row_elements(elements: int, leading: Sequence[Tensor | None], groups: int = 1) -> int:
     """Elements of a row: the finest part of the data over which every coefficient is one number."""
-    inner = data.numel() // groups
+    inner = elements // groups
     for tensor in leading:
-        if tensor is not None and tensor.dim() > 0:
-            inner = min(inner, math.prod(data.shape[tensor.dim() :]))
+        if tensor is not None:
+            covered = elements // tensor.numel()
+            if covered < inner:
+                inner = covered
     return inner
 
 
-def lookup(tensor: Tensor | None, value: float, data: Tensor, inner: int) -> Lookup:
-    if tensor is None:
-        return Lookup(None, 1, 0, value)
-    stride = _flat_stride(tensor)
-    if stride is None:
-        tensor, stride = tensor.contiguous(), 1
-    return Lookup(tensor, math.prod(data.shape[tensor.dim() :]) // inner, stride, 0.0)
+def lookups(
+    tensors: Sequence[Tensor | None], values: Sequence[float], elements: int, inner: int
+) -> list[Lookup]:
+    """The addresses of evenly spaced coefficients, which the caller keeps alive."""
+    return [
+        (0, 1, 0, value)
+        if tensor is None
+        else (
+            tensor.data_ptr(),
+            elements // tensor.numel() // inner,
+            0 if tensor.dim() == 0 else tensor.stride(0) if tensor.dim() == 1 else tensor.stride(-1),
+            0.0,
+        )
+        for tensor, value in zip(tensors, values)  # noqa: B905 - equally long by construction, on the hot path
+    ]
 
 
-def in_one_order(tensors: Sequence[Tensor], leading: Sequence[Tensor | None], has_noise: bool) -> list[Tensor]:
+def in_one_order(tensors: list[Tensor], leading: Sequence[Tensor | None], has_noise: bool) -> list[Tensor]:
     """The same tensors in one dense order of elements.
 
     Channels-last data stays as it is where nothing depends on the order within a sample: noise is numbered in
     contiguous order, and per-token coefficients follow it.
     """
-    if all(t.is_contiguous() for t in tensors):
-        return list(tensors)
+    for tensor in tensors:
+        if not tensor.is_contiguous():
+            break
+    else:
+        return tensors
     if not has_noise and all(c is None or c.dim() <= 1 for c in leading):
         for ndim, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
             if tensors[0].dim() == ndim and all(t.is_contiguous(memory_format=memory_format) for t in tensors):
-                return list(tensors)
+                return tensors
     return [t.contiguous() for t in tensors]
 
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ... import _native
-from .._operands import TENSOR, compute_dtype, in_one_order, lookup, row_elements
+from ... import _memory, _native
+from .._operands import TENSOR, compute_dtype, evenly_spaced, in_one_order, lookups, row_elements
 
 
 def run(
@@ -27,52 +27,65 @@ def run(
 ) -> list[Tensor]:
     """Returns [y, *noise drawn (if stored), norm (if wanted)]; y is ``out`` where that is given."""
     data = tensors[0]
-    dtype = compute_dtype(data)
-    y = torch.empty_like(data) if out is None else out
-    norm = torch.empty(data.shape[0], dtype=dtype, device=data.device) if want_norm else None
-    noises = [
-        torch.empty(data.shape, dtype=data.dtype, device=data.device) if store_noise and s != TENSOR else None
-        for s in streams
-    ]
-    results = [y, *(z for z in noises if z is not None), *([] if norm is None else [norm])]
-    if data.numel() == 0:
-        return results if norm is None else [*results[:-1], norm.zero_()]
-
-    leading = [*coefs, *error_coefs]
-    plain = [t for t, s in zip(tensors, streams, strict=True) if s == TENSOR]
-    ordered = in_one_order([*plain, y], leading, len(plain) < len(tensors))
-    *plain, target = ordered  # target is y itself, or a scratch in contiguous order where y is laid out otherwise
-    rest = iter(plain)
-    operands = [next(rest) if s == TENSOR else t for t, s in zip(tensors, streams, strict=True)]
-
-    samples = data.shape[0] if want_norm else 1
-    inner = row_elements(data, leading, samples)
-    lookups = [lookup(c, v, data, inner) for c, v in zip(coefs, values, strict=True)]
-    errors = [lookup(c, v, data, inner) for c, v in zip(error_coefs, error_values, strict=True)]
+    y = _memory.empty_like(data) if out is None else out
+    results = [y]
+    noises = [0] * len(tensors)
+    has_noise = max(streams) > TENSOR
+    if store_noise:
+        for i, stream in enumerate(streams):
+            if stream != TENSOR:
+                results.append(_memory.empty(data.shape, data.dtype, data.device))
+                noises[i] = results[-1].data_ptr()
+    elements = data.numel()
+    samples = 1
+    norm = workspace = None
     library = _native.library()
     device = _native.DEVICE_CODE[data.device.type]
-    workspace = None
+    if want_norm:
+        samples = data.shape[0]
+        norm = torch.empty(samples, dtype=compute_dtype(data), device=data.device)
+        results.append(norm)
+    if elements == 0:
+        if norm is not None:
+            norm.zero_()
+        return results
     if norm is not None:
-        count = library.workspace_elements(device, data.numel(), samples)
+        count = library.workspace_elements(device, elements, samples)
         workspace = torch.empty(count, dtype=torch.float64, device=data.device)
+
+    coefs = evenly_spaced(coefs)
+    error_coefs = evenly_spaced(error_coefs)
+    leading = [*coefs, *error_coefs]
+    if has_noise:
+        plain = [i for i, s in enumerate(streams) if s == TENSOR]
+        ordered = in_one_order([*(tensors[i] for i in plain), y], leading, True)
+        operands = list(tensors)
+        for i, tensor in zip(plain, ordered[:-1], strict=True):
+            operands[i] = tensor
+    else:
+        ordered = in_one_order([*tensors, y], leading, False)
+        operands = ordered[:-1]
+    target = ordered[-1]  # y itself, or a scratch in contiguous order where y is laid out otherwise
+
+    inner = row_elements(elements, leading, samples)
     library.combine(
         device,
         _native.DTYPE_CODE[data.dtype],
         target.data_ptr(),
-        data.numel() // inner,
+        elements // inner,
         inner,
         [t.data_ptr() for t in operands],
         streams,
         offsets,
-        [0 if z is None else z.data_ptr() for z in noises],
-        [(0 if c.tensor is None else c.tensor.data_ptr(), c.rows_per_entry, c.stride, c.value) for c in lookups],
-        [(0 if c.tensor is None else c.tensor.data_ptr(), c.rows_per_entry, c.stride, c.value) for c in errors],
+        noises,
+        lookups(coefs, values, elements, inner),
+        lookups(error_coefs, error_values, elements, inner) if error_values else [],
         atol,
         rtol,
         0 if norm is None else norm.data_ptr(),
         samples,
         0 if workspace is None else workspace.data_ptr(),
-        _native.stream_of(data),
+        _native.stream_of(data) if device else 0,
     )
     if target is not y:
         y.copy_(target)

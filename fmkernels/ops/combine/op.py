@@ -129,11 +129,22 @@ def combine_packed(
     options = (error_values, atol, rtol, want_norm, store_noise)
     if impl == "reference":
         return reference.run(tensors, streams, offsets, coefs, values, error_coefs, *options)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, *coefs)):
+    if torch.is_grad_enabled() and needs_grad(tensors, coefs):
         return CombineFunction.apply(
             len(tensors), streams, offsets, values, (*options, impl), *tensors, *coefs, *error_coefs
         )
-    return torch.ops.fmkernels.combine(tensors, streams, offsets, coefs, values, error_coefs, *options, impl)
+    call = _combine if _dispatch.plain(*tensors, *coefs) else torch.ops.fmkernels.combine
+    return call(tensors, streams, offsets, coefs, values, error_coefs, *options, impl)
+
+
+def needs_grad(tensors: Sequence[Tensor], coefs: Sequence[Tensor | None]) -> bool:
+    for tensor in tensors:
+        if tensor.requires_grad:
+            return True
+    for coef in coefs:
+        if coef is not None and coef.requires_grad:
+            return True
+    return False
 
 
 def combine(
@@ -211,7 +222,7 @@ def combine(
         return (results[0], results[1]) if want_norm else results[0]
 
     check_like("out", out, "operands[0]", data)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (out, *packed.tensors, *coefs)):
+    if torch.is_grad_enabled() and needs_grad((out, *packed.tensors), coefs):
         raise value_error("out", "no operand that requires grad when it is given", out)
     impl = _dispatch.wanted(impl)
     tensors, streams, offsets = packed

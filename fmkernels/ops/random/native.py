@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ... import _native
+from ... import _memory, _native
 from . import kinds
 
 
 def run(size: Sequence[int], seed: Tensor, kind: int, stream: int, offset: int, dtype: torch.dtype) -> Tensor:
-    out = torch.empty(size, dtype=dtype, device=seed.device)
+    out = _memory.empty(torch.Size(size), dtype, seed.device)
     if out.numel():
         _native.library().random(
             _native.DEVICE_CODE[out.device.type],

@@ -71,7 +71,9 @@ def _draw(
     offset = row_offset * math.prod(shape[1:])
     args = (shape, seed, kind, stream, offset, torch.int64 if dtype is None else dtype)
     impl = _dispatch.wanted(impl)
-    return reference.run(*args) if impl == "reference" else torch.ops.fmkernels.random(*args, impl)
+    if impl == "reference":
+        return reference.run(*args)
+    return (_random if _dispatch.plain(seed) else torch.ops.fmkernels.random)(*args, impl)
 
 
 def randn(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from ..._checks import (
     FLOATING,
     check_choice,
     check_float_tensor,
+    check_like,
     check_number,
     check_tensor,
     leading_shape,
@@ -27,10 +29,10 @@ from .._operands import (
     Coefficient,
     Operand,
     Operands,
-    compute_dtype,
     pack_coefficient,
     pack_coefficients,
 )
+from ..combine.op import needs_grad
 from ..library import LIBRARY, sum_trailing
 from . import reference
 from .kinds import KINDS
@@ -54,7 +56,7 @@ def _regression_loss_fake(
     pred: Tensor, tensors: list[Tensor], streams: list[int], offsets: list[int], *args: Any
 ) -> tuple[Tensor, Tensor]:
     noise_dtype, (per_sample, need_grad) = args[2], args[-4:-2]
-    dtype = loss_dtype(pred, tensors, streams, noise_dtype)
+    dtype = loss_dtype(pred, noise_dtype)
     loss = pred.new_empty(pred.shape[:1] if per_sample else (), dtype=dtype)
     return loss, torch.empty_like(pred) if need_grad else pred.new_empty(0)
 
@@ -64,11 +66,17 @@ for _key in ("CPU", "CUDA"):
 torch.library.register_fake("fmkernels::regression_loss", _regression_loss_fake, lib=LIBRARY)
 
 
-def loss_dtype(pred: Tensor, tensors: Sequence[Tensor], streams: Sequence[int], noise_dtype: torch.dtype) -> torch.dtype:
-    """float64 where pred, an operand or drawn noise is, else float32."""
-    if any(s != TENSOR for s in streams) and noise_dtype == torch.float64:
-        return torch.float64
-    return compute_dtype(pred, *(t for t, s in zip(tensors, streams, strict=True) if s == TENSOR))
+def loss_dtype(pred: Tensor, noise_dtype: torch.dtype) -> torch.dtype:
+    """float64 where pred or the operands are, else float32."""
+    # operands, drawn or not, are of noise_dtype
+    return torch.float64 if noise_dtype is torch.float64 or pred.dtype is torch.float64 else torch.float32
+
+
+def _call(pred: Tensor, args: tuple) -> tuple[Tensor, Tensor]:
+    tensors, coefs, weight, mask = args[0], args[3], args[6], args[9]
+    if _dispatch.plain(pred, *tensors, *coefs, weight, mask):
+        return _regression_loss(pred, *args)
+    return torch.ops.fmkernels.regression_loss(pred, *args)
 
 
 class RegressionLossFunction(Function):
@@ -76,7 +84,7 @@ class RegressionLossFunction(Function):
 
     @staticmethod
     def forward(ctx: Any, pred: Tensor, scale: Tensor | None, args: tuple) -> Tensor:  # type: ignore[override]
-        loss, grad = torch.ops.fmkernels.regression_loss(pred, *args)
+        loss, grad = _call(pred, args)
         ctx.impl, scale_grad = args[-1], args[-2]
         ctx.scale_value = args[8]
         ctx.save_for_backward(grad, None if scale_grad else scale)
@@ -96,6 +104,8 @@ class RegressionLossFunction(Function):
                 "regression_loss: the fused loss has no second derivative; "
                 "pass impl='reference' to differentiate twice (create_graph=True)"
             )
+        if grad_output.dim() == 0 and grad_output.is_cpu and grad_output.item() == 1.0:
+            return grad, None, None
         packed = ([0], [grad_output], [0.0], [], [], 0.0, 0.0, False)
         if torch._C._autograd._get_current_graph_task_keep_graph():  # the gradient is needed again, unscaled
             return torch.ops.fmkernels.combine([grad], [TENSOR], *packed, False, ctx.impl)[0], None, None
@@ -111,26 +121,28 @@ def _check_operands(
         raise type_error("operands", "a sequence of tensors and fm.Noise", operands)
     if not 1 <= len(operands) <= MAX_OPERANDS:
         raise value_error("operands", f"1 to {MAX_OPERANDS} operands", len(operands))
-    packed = Operands([], [], [])
+    tensors: list[Tensor] = []
+    streams: list[int] = []
+    offsets: list[int] = []
     for i, operand in enumerate(operands):
         name = f"operands[{i}]" if names is None else names[i]
         if isinstance(operand, Tensor):
-            check_float_tensor(name, operand)
-            if operand.shape != pred.shape:
-                raise value_error(name, f"the shape of pred, {tuple(pred.shape)}", operand)
-            if operand.device != pred.device:
-                raise value_error(name, f"a tensor on {pred.device} like pred", operand)
+            if operand.shape != pred.shape or operand.device != pred.device:
+                check_like(name, operand, "pred", pred, dtype=False)
             if noise_dtype is None:
+                check_float_tensor(name, operand)
                 noise_dtype = operand.dtype
-            elif operand.dtype != noise_dtype:
+            elif operand.dtype is not noise_dtype:
                 raise type_error(name, f"the dtype of the other data, {noise_dtype}", operand)
-            entry = (operand, TENSOR, 0)
+            tensors.append(operand)
+            streams.append(TENSOR)
+            offsets.append(0)
         else:
             check_noise(name, operand, "pred", pred)
-            entry = (operand.seed, operand.stream, operand.offset(pred))
-        for column, value in zip(packed, entry, strict=True):
-            column.append(value)
-    return packed, pred.dtype if noise_dtype is None else noise_dtype
+            tensors.append(operand.seed)
+            streams.append(operand.stream)
+            offsets.append(operand.offset(pred))
+    return Operands(tensors, streams, offsets), pred.dtype if noise_dtype is None else noise_dtype
 
 
 def _scale(pred: Tensor, mask: Tensor | None, reduction: str, dtype: torch.dtype) -> tuple[Tensor | None, float]:
@@ -195,7 +207,7 @@ def regression_loss(
     tensors, streams, offsets = packed
     if noise_dtype not in FLOATING:
         raise type_error("noise_dtype", f"one of {', '.join(map(str, FLOATING))}", noise_dtype)
-    dtype = loss_dtype(pred, tensors, streams, noise_dtype)
+    dtype = loss_dtype(pred, noise_dtype)
     coefs, values = pack_coefficients("coefficients", coefficients, len(operands), pred, dtype)
     if kind not in KINDS:
         check_choice("kind", kind, KINDS)
@@ -203,7 +215,8 @@ def regression_loss(
         check_choice("reduction", reduction, REDUCTIONS)
     if reduction == "none" and pred.dim() == 0:
         raise value_error("pred", "at least one dimension, of samples, for reduction='none'", pred)
-    check_number("delta", delta, above=0.0)
+    if type(delta) is not float or not 0.0 < delta < math.inf:
+        check_number("delta", delta, above=0.0)
     if mask is not None:
         check_tensor("mask", mask)
         if mask.dtype != torch.bool:
@@ -221,8 +234,7 @@ def regression_loss(
     options = (mask, KINDS[kind], float(delta), reduction == "none")
     grad_mode = torch.is_grad_enabled()
     if grad_mode and impl != "reference":
-        others = (*tensors, *coefs, weight_tensor)
-        if any(t is not None and t.requires_grad for t in others):
+        if needs_grad(tensors, [*coefs, weight_tensor]):
             if impl != "auto":
                 raise ValueError(
                     f"impl: expected 'auto' or 'reference' where an operand, a coefficient or the weight requires grad, "
@@ -235,4 +247,4 @@ def regression_loss(
         # float16 cannot hold a gradient divided by a large count: there the scale waits for backward's factor.
         scale_grad = pred.dtype != torch.float16
         return RegressionLossFunction.apply(pred, scale, (*args, *options, True, scale_grad, impl))
-    return torch.ops.fmkernels.regression_loss(pred, *args, *options, False, True, impl)[0]
+    return _call(pred, (*args, *options, False, True, impl))[0]

@@ -1,0 +1,59 @@
+# make demo, make test: everything from a fresh clone. PYTHON picks the interpreter that makes .venv.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+TORCH  ?= 2.13.0
+
+# Sources whose change calls for a new build of the compiled library.
+SOURCES := $(shell find csrc python -type f) CMakeLists.txt setup.py pyproject.toml fmkernels/version.py
+
+.PHONY: demo test bench gpu lint format wheel docs clean setup
+.DEFAULT_GOAL := test
+
+setup: $(VENV)/installed
+
+$(VENV)/torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	PIP="$(BIN)/python -m pip" TORCH=$(TORCH) sh tools/install_torch.sh
+	touch $@
+
+$(VENV)/installed: $(VENV)/torch $(SOURCES)
+	$(BIN)/python -m pip install --quiet "setuptools>=77" wheel "pybind11>=2.13" "cmake>=3.24" "ninja>=1.11"
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --no-build-isolation --editable ".[test,lint]"
+	$(BIN)/python -m fmkernels env
+	touch $@
+
+demo: setup
+	$(BIN)/python examples/digits.py --out demo $(ARGS)
+
+test: setup lint
+	$(BIN)/python -m pytest $(ARGS)
+	PATH="$(abspath $(BIN)):$$PATH" sh tools/ctest.sh
+
+bench: setup
+	$(BIN)/python -m benchmarks $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc python tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(find csrc python tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+docs: setup
+	$(BIN)/python tools/api_reference.py docs/api.md
+
+wheel: setup
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+# On a machine with a GPU: its own python3, torch and Triton as they are, no isolation, no network.
+gpu:
+	$(PYTHON) tools/gpu.py $(ARGS)
+
+clean:
+	rm -rf build dist *.egg-info demo fmkernels/_C*.so
