@@ -45,3 +45,11 @@ def library() -> ModuleType:
 def stream_of(tensor: torch.Tensor) -> int:
     """The current CUDA stream's handle of a tensor's device; 0 on the CPU."""
     return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
+
+
+def workspace(data: torch.Tensor, groups: int) -> torch.Tensor | None:
+    """Scratch for the partial sums of a reduction of data in equal groups; the CPU kernels need none."""
+    if data.is_cpu:
+        return None
+    count = library().cuda_workspace_elements(data.numel(), groups)
+    return torch.empty(count, dtype=torch.float64, device=data.device)

@@ -32,9 +32,11 @@ fm::Coefficient coefficient(const Lookup& c) {
 void check(fm::Status status) {
   const int code = static_cast<int>(status);
   if (status == fm::Status::ok) return;
-  if (status == fm::Status::bad_argument) throw std::invalid_argument("fmkernels._C: a dtype, kind or size out of range");
+  if (status == fm::Status::bad_argument)
+    throw std::invalid_argument("fmkernels._C: a dtype, kind or size out of range");
   if (status == fm::Status::no_cuda) throw std::runtime_error("fmkernels._C: built without CUDA");
-  throw std::runtime_error("fmkernels._C: " + fm::cuda_error_text(code - static_cast<int>(fm::Status::cuda_error)));
+  throw std::runtime_error("fmkernels._C: " +
+                           fm::cuda_error_text(code - static_cast<int>(fm::Status::cuda_error)));
 }
 
 // operands[i] is a tensor's address where streams[i] < 0, else a seed's.
@@ -52,11 +54,11 @@ void fill_operands(fm::Operand* operands, int limit, const std::vector<Address>&
   }
 }
 
-void combine(int device, int dtype, Address out, int64_t rows, int64_t inner, const std::vector<Address>& data,
-             const std::vector<int64_t>& streams, const std::vector<int64_t>& offsets,
-             const std::vector<Address>& stores, const std::vector<Lookup>& coefficients,
-             const std::vector<Lookup>& errors, double atol, double rtol, Address norm, int64_t samples,
-             Address workspace, Address stream) {
+void combine(int device, int dtype, Address out, int64_t rows, int64_t inner,
+             const std::vector<Address>& data, const std::vector<int64_t>& streams,
+             const std::vector<int64_t>& offsets, const std::vector<Address>& stores,
+             const std::vector<Lookup>& coefficients, const std::vector<Lookup>& errors, double atol,
+             double rtol, Address norm, int64_t samples, Address workspace, Address stream) {
   fm::CombineArguments a{};
   fill_operands(a.operands, fm::max_operands, data, streams, offsets);
   if (stores.size() != data.size() || coefficients.size() != data.size() ||
@@ -86,11 +88,11 @@ void combine(int device, int dtype, Address out, int64_t rows, int64_t inner, co
   }
 }
 
-void regression_loss(int device, int pred_dtype, Address pred, Address grad, int64_t rows, int64_t inner, int dtype,
-                     const std::vector<Address>& data, const std::vector<int64_t>& streams,
+void regression_loss(int device, int pred_dtype, Address pred, Address grad, int64_t rows, int64_t inner,
+                     int dtype, const std::vector<Address>& data, const std::vector<int64_t>& streams,
                      const std::vector<int64_t>& offsets, const std::vector<Lookup>& lookups, Address mask,
-                     int64_t mask_elements, int kind, double delta, bool scale_grad, Address loss, int64_t groups,
-                     Address workspace, Address stream) {
+                     int64_t mask_elements, int kind, double delta, bool scale_grad, Address loss,
+                     int64_t groups, Address workspace, Address stream) {
   fm::RegressionLossArguments a{};
   fill_operands(a.operands, fm::max_loss_operands, data, streams, offsets);
   if (lookups.size() != data.size() + 2) check(fm::Status::bad_argument);
@@ -113,15 +115,16 @@ void regression_loss(int device, int pred_dtype, Address pred, Address grad, int
   a.groups = groups;
   a.workspace = pointer(workspace);
   py::gil_scoped_release release;
-  const fm::Status status = device == cpu ? fm::regression_loss_cpu(a) : fm::regression_loss_cuda(a, pointer(stream));
+  const fm::Status status =
+      device == cpu ? fm::regression_loss_cpu(a) : fm::regression_loss_cuda(a, pointer(stream));
   if (status != fm::Status::ok) {
     py::gil_scoped_acquire acquire;
     check(status);
   }
 }
 
-void random_numbers(int device, int dtype, int kind, Address out, int64_t count, Address seed, int64_t stream_number,
-            int64_t offset, Address stream) {
+void random_numbers(int device, int dtype, int kind, Address out, int64_t count, Address seed,
+                    int64_t stream_number, int64_t offset, Address stream) {
   const fm::RandomArguments a{static_cast<fm::RandomKind>(kind),
                               static_cast<fm::Dtype>(dtype),
                               pointer(out),
@@ -137,7 +140,8 @@ void random_numbers(int device, int dtype, int kind, Address out, int64_t count,
   }
 }
 
-// A block of the pool behind Python's buffer protocol: torch.frombuffer keeps it alive as long as the tensor's storage.
+// A block of the pool behind Python's buffer protocol: torch.frombuffer keeps it alive as long as the
+// tensor's storage.
 class Block {
  public:
   explicit Block(int64_t bytes) : block_(fm::pool_allocate(bytes)), bytes_(bytes) {}
@@ -156,16 +160,18 @@ class Block {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Kernels of fmkernels. Use the Python functions of the package; these take addresses and check nothing.";
+  m.doc() =
+      "Kernels of fmkernels. Use the Python functions of the package; these take addresses and check "
+      "nothing.";
   m.def("combine", &combine);
   m.def("regression_loss", &regression_loss);
   m.def("random", &random_numbers);
-  m.def("workspace_elements", [](int device, int64_t elements, int64_t groups) {
-    return device == cpu ? fm::workspace_elements_cpu(elements, groups) : fm::workspace_elements_cuda(elements, groups);
-  });
-  m.def("cuda_architectures", &fm::cuda_architectures, "CUDA architectures that were built, e.g. ['80', '90'].");
+  m.def("cuda_workspace_elements", &fm::workspace_elements_cuda);
+  m.def("cuda_architectures", &fm::cuda_architectures,
+        "CUDA architectures that were built, e.g. ['80', '90'].");
   py::class_<Block>(m, "Block", py::buffer_protocol()).def(py::init<int64_t>()).def_buffer(&Block::buffer);
-  m.def("pool_cached_bytes", &fm::pool_cached_bytes, "Bytes of freed large outputs that are kept for the next call.");
+  m.def("pool_cached_bytes", &fm::pool_cached_bytes,
+        "Bytes of freed large outputs that are kept for the next call.");
   m.def("pool_limit", &fm::pool_limit, "Keep at most this many bytes of freed large outputs.");
   m.def("isa", &fm::isa_name, "The CPU instruction set chosen at run time.");
   m.def("max_threads", &fm::max_threads, "Threads that the CPU kernels may use (torch.set_num_threads).");

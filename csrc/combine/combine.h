@@ -1,7 +1,8 @@
 // y = sum_i c_i[row] k_i in one pass, accumulated in float (double for f64 data) and rounded once.
 //
-// Optionally, per sample, norm = sqrt(mean((e / (atol + rtol max(|k_0|, |y|)))^2)), where e = sum_i error_i[row] k_i, or
-// y where has_error is false, and y is taken before rounding. Sums run in a fixed order: two calls are bitwise equal.
+// Optionally, per sample, norm = sqrt(mean((e / (atol + rtol max(|k_0|, |y|)))^2)), where e = sum_i
+// error_i[row] k_i, or y where has_error is false, and y is taken before rounding. Sums run in a fixed order:
+// two calls are bitwise equal.
 #pragma once
 
 #include <cstdint>
@@ -12,20 +13,20 @@
 namespace fm {
 
 struct CombineArguments {
-  Dtype dtype;        // of out, of every tensor operand, and to which noise is rounded
-  void* out;          // may be operands[0].data (in place); a row whose one coefficient is 1 is then left as it is
+  Dtype dtype;  // of out, of every tensor operand, and to which noise is rounded
+  void* out;    // may be operands[0].data (in place); a row whose one coefficient is 1 is then left as it is
   int64_t rows, inner;
-  int count;          // 1 .. max_operands; operands[0] is a tensor
+  int count;  // 1 .. max_operands; operands[0] is a tensor
   Operand operands[max_operands];
   bool has_error;
   double atol, rtol;
-  void* norm;         // [samples] float, or double for f64 data; null for no norm
-  int64_t samples;    // rows is a multiple of it where norm is given
-  void* workspace;    // workspace_elements(rows * inner, samples) doubles where norm is given
+  void* norm;       // [samples] float, or double for f64 data; null for no norm
+  int64_t samples;  // rows is a multiple of it where norm is given
+  void* workspace;  // workspace_elements(rows * inner, samples) doubles where norm is given
 };
 
-// How many doubles of workspace a reduction over `elements` elements in `groups` equal groups needs.
-int64_t workspace_elements_cpu(int64_t elements, int64_t groups);
+// How many doubles of workspace a reduction over `elements` elements in `groups` equal groups needs on a GPU. The CPU
+// kernels need none.
 int64_t workspace_elements_cuda(int64_t elements, int64_t groups);
 
 Status combine_cpu(const CombineArguments& arguments);

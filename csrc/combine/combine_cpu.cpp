@@ -1,9 +1,8 @@
-#include "combine.h"
-
 #include <cmath>
 
 #include "../common/cpu_tile.h"
 #include "../common/isa.h"
+#include "combine.h"
 
 namespace fm {
 namespace FM_ISA {
@@ -50,7 +49,8 @@ Status combine_as(const CombineArguments& a) {
   const int64_t groups = a.norm != nullptr ? a.samples : 1;
   const int64_t group_elements = elements / groups;
   const int64_t group_tiles = (group_elements + tile_elements - 1) / tile_elements;
-  double* partial = static_cast<double*>(a.workspace);
+  const Partials partials(a.norm != nullptr ? groups * group_tiles : 0);
+  double* partial = partials.data;
   const bool fused = a.norm == nullptr && a.count <= Linear<T>::limit && a.inner >= segment_elements;
 #pragma omp parallel for schedule(static) if (elements > parallel_elements)
   for (int64_t t = 0; t < groups * group_tiles; ++t) {

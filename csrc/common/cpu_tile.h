@@ -1,10 +1,13 @@
-// What the CPU kernels share: data passes through tiles that fit into the L1 cache, converted to the accumulation type.
+// What the CPU kernels share: data passes through tiles that fit into the L1 cache, converted to the
+// accumulation type.
 //
-// Every *_cpu.cpp is compiled once for each instruction set, FM_ISA naming the namespace; nothing here may be an
-// ordinary inline function outside that namespace, or the linker could pick the AVX-512 copy for an older processor.
+// Every *_cpu.cpp is compiled once for each instruction set, FM_ISA naming the namespace; nothing here may be
+// an ordinary inline function outside that namespace, or the linker could pick the AVX-512 copy for an older
+// processor.
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 
 #if defined(__SSE2__)
@@ -20,13 +23,15 @@ namespace fm {
 namespace FM_ISA {
 
 constexpr int64_t tile_elements = 1024;
-constexpr int64_t parallel_elements = 32768;  // below this, waking the other threads costs more than they save
-constexpr int64_t segment_elements = 32;      // rows at least this long get a loop of their own, shorter ones share one
+constexpr int64_t parallel_elements =
+    32768;  // below this, waking the other threads costs more than they save
+constexpr int64_t segment_elements =
+    32;  // rows at least this long get a loop of their own, shorter ones share one
 
 constexpr int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Outputs at least this large are streamed past the caches: they would be evicted before anyone reads them, and an
-// ordinary store reads each line before it writes it.
+// Outputs at least this large are streamed past the caches: they would be evicted before anyone reads them,
+// and an ordinary store reads each line before it writes it.
 constexpr int64_t streaming_bytes = int64_t{24} << 20;
 
 // Copies bytes, a multiple of 64, to an address that is a multiple of 64 and is not read again soon.
@@ -113,18 +118,21 @@ static inline void convert(void* out, Dtype dtype, int64_t n, const T* values) {
   } else if (dtype == Dtype::f32) {
     for (int64_t j = 0; j < n; ++j) static_cast<float*>(out)[j] = static_cast<float>(values[j]);
   } else if (dtype == Dtype::bf16) {
-    for (int64_t j = 0; j < n; ++j) static_cast<uint16_t*>(out)[j] = float_to_bf16(static_cast<float>(values[j]));
+    for (int64_t j = 0; j < n; ++j)
+      static_cast<uint16_t*>(out)[j] = float_to_bf16(static_cast<float>(values[j]));
   } else if constexpr (sizeof(T) == sizeof(float)) {
     narrow_f16(values, static_cast<uint16_t*>(out), n);
   } else {
-    for (int64_t j = 0; j < n; ++j) static_cast<uint16_t*>(out)[j] = float_to_f16(static_cast<float>(values[j]));
+    for (int64_t j = 0; j < n; ++j)
+      static_cast<uint16_t*>(out)[j] = float_to_f16(static_cast<float>(values[j]));
   }
 }
 
 // An output tensor of the kernels.
 struct Output {
-  // Streamed stores must alternate with the loads they depend on: a burst of them leaves the memory bus idle before
-  // and after. Measured at 16.8 M floats: chunks of 64 as fast as single vectors, of 1024 a third slower.
+  // Streamed stores must alternate with the loads they depend on: a burst of them leaves the memory bus idle
+  // before and after. Measured at 16.8 M floats: chunks of 64 as fast as single vectors, of 1024 a third
+  // slower.
   static constexpr int64_t chunk = 64;
 
   char* data;
@@ -144,7 +152,8 @@ struct Output {
     return dtype == DtypeOf<T>::value && !streaming;
   }
 
-  // Rounds and writes n <= tile_elements values from index i on; fill(j, m, out) makes values j .. j + m - 1 of them.
+  // Rounds and writes n <= tile_elements values from index i on; fill(j, m, out) makes values j .. j + m - 1
+  // of them.
   template <typename T, typename Fill>
   void produce(int64_t i, int64_t n, Fill fill) const {
     char* out = data + i * size;
@@ -182,7 +191,9 @@ struct Output {
 
   template <typename T>
   void write(int64_t i, int64_t n, const T* values) const {
-    produce<T>(i, n, [=](int64_t j, int64_t m, T* out) { std::memcpy(out, values + j, static_cast<size_t>(m) * sizeof(T)); });
+    produce<T>(i, n, [=](int64_t j, int64_t m, T* out) {
+      std::memcpy(out, values + j, static_cast<size_t>(m) * sizeof(T));
+    });
   }
 
   // After a thread's last write: streamed data is then visible to whoever synchronises with the thread.
@@ -212,8 +223,8 @@ static inline void draw_words(uint64_t seed, uint64_t block, uint64_t stream, Wo
   }
 }
 
-// Numbers first .. first + n - 1 of a stream, n <= tile_elements. Returns where they begin in the buffer, which holds
-// noise_buffer elements.
+// Numbers first .. first + n - 1 of a stream, n <= tile_elements. Returns where they begin in the buffer,
+// which holds noise_buffer elements.
 template <typename T>
 static inline T* draw_normals(uint64_t seed, uint64_t stream, int64_t first, int64_t n, T* buffer) {
   const int64_t lead = first % 4;
@@ -237,11 +248,11 @@ static inline T* draw_normals(uint64_t seed, uint64_t stream, int64_t first, int
   return buffer + lead;
 }
 
-// n elements of an operand from index i on, as T. Noise is rounded to dtype first, so that drawing it again and having
-// stored it are the same. `elements` is the size of the whole tensor.
+// n elements of an operand from index i on, as T. Noise is rounded to dtype first, so that drawing it again
+// and having stored it are the same. `elements` is the size of the whole tensor.
 template <typename T>
-static inline const T* load_operand(const Operand& operand, Dtype dtype, int64_t elements, int64_t i, int64_t n,
-                                    T* buffer) {
+static inline const T* load_operand(const Operand& operand, Dtype dtype, int64_t elements, int64_t i,
+                                    int64_t n, T* buffer) {
   if (operand.data != nullptr) return load(operand.data, dtype, i, n, buffer);
   const uint64_t seed = static_cast<uint64_t>(*operand.seed), stream = static_cast<uint64_t>(operand.stream);
   T* values;
@@ -290,6 +301,20 @@ static inline void linear_row(T* y, const T* const* p, const T* c, int64_t first
   }
 }
 
+// Partial sums of a reduction, a few of them on the stack.
+struct Partials {
+  double few[64];
+  double* data;
+
+  explicit Partials(int64_t count)
+      : data(count <= 64 ? few : static_cast<double*>(std::malloc(static_cast<size_t>(count) * sizeof(double)))) {}
+  ~Partials() {
+    if (data != few) std::free(data);
+  }
+  Partials(const Partials&) = delete;
+  Partials& operator=(const Partials&) = delete;
+};
+
 // The same with a coefficient an element.
 template <bool accumulate, typename T>
 static inline void linear_element(T* y, const T* p, const T* c, int64_t n) {
@@ -323,10 +348,11 @@ class Linear {
   void load(const Operand* operands, int count, Dtype dtype, int64_t elements, int64_t i, int64_t n) {
     operands_ = operands;
     count_ = count;
-    for (int k = 0; k < count; ++k) values_[k] = load_operand(operands[k], dtype, elements, i, n, buffers_[k]);
+    for (int k = 0; k < count; ++k)
+      values_[k] = load_operand(operands[k], dtype, elements, i, n, buffers_[k]);
   }
 
-  void select_row(Coefficient Operand::*which, int64_t row) {
+  void select_row(Coefficient Operand::* which, int64_t row) {
     for (int k = 0; k < count_; ++k) coefficients_[k] = coefficient_at<T>(operands_[k].*which, row);
   }
 
@@ -361,7 +387,7 @@ static inline void for_each_row(int64_t inner, int64_t i, int64_t n, Each each) 
 
 // y = sum_k c_k k_k over elements i .. i + n - 1, n <= tile_elements. `which` picks an operand's coefficient.
 template <typename T>
-static inline void linear_tile(const Operand* operands, int count, Coefficient Operand::*which, Dtype dtype,
+static inline void linear_tile(const Operand* operands, int count, Coefficient Operand::* which, Dtype dtype,
                                int64_t elements, int64_t inner, int64_t i, int64_t n, T* y) {
   if (inner < segment_elements) {
     alignas(64) T buffer[noise_buffer], c[tile_elements];
@@ -377,8 +403,8 @@ static inline void linear_tile(const Operand* operands, int count, Coefficient O
   }
   Linear<T> linear;
   for (int first = 0; first < count; first += Linear<T>::limit) {
-    linear.load(operands + first, count - first < Linear<T>::limit ? count - first : Linear<T>::limit, dtype, elements,
-                i, n);
+    linear.load(operands + first, count - first < Linear<T>::limit ? count - first : Linear<T>::limit, dtype,
+                elements, i, n);
     for_each_row(inner, i, n, [&](int64_t row, int64_t j, int64_t m) {
       linear.select_row(which, row);
       if (first == 0)

@@ -7,8 +7,6 @@ namespace fm {
 
 enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2, f64 = 3 };
 
-inline size_t size_of(Dtype dtype) {
-  return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
-}
+inline size_t size_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
 
 }  // namespace fm

@@ -1,5 +1,5 @@
-// bfloat16 and float16 to and from float, round to nearest even, NaN kept. Branch-free, for host compilers without
-// instructions of their own.
+// bfloat16 and float16 to and from float, round to nearest even, NaN kept. Branch-free, for host compilers
+// without instructions of their own.
 #pragma once
 
 #include <cstdint>
@@ -31,7 +31,8 @@ FM_HOST_DEVICE uint16_t float_to_f16(float value) {
   const uint32_t bits = float_to_bits(value);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7FFFFFFFu;
-  // Below 2^-14 halves are subnormal: adding 1/2 as a float leaves their 10 bits, rounded, at the significand's end.
+  // Below 2^-14 halves are subnormal: adding 1/2 as a float leaves their 10 bits, rounded, at the
+  // significand's end.
   const uint32_t subnormal = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3F000000u;
   const uint32_t normal = (magnitude + 0xC8000FFFu + ((magnitude >> 13) & 1u)) >> 13;
   uint32_t half = magnitude < 0x38800000u ? subnormal : normal;

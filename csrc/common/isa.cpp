@@ -44,26 +44,21 @@ const char* isa_name() {
 }
 
 #if defined(FM_HAS_X86_VARIANTS)
-#define FM_RUN(op, arguments)                                  \
-  switch (chosen()) {                                          \
-    case Isa::avx512:                                          \
-      return avx512::op(arguments);                            \
-    case Isa::avx2:                                            \
-      return avx2::op(arguments);                              \
-    default:                                                   \
-      return baseline::op(arguments);                          \
+#define FM_RUN(op, arguments)         \
+  switch (chosen()) {                 \
+    case Isa::avx512:                 \
+      return avx512::op(arguments);   \
+    case Isa::avx2:                   \
+      return avx2::op(arguments);     \
+    default:                          \
+      return baseline::op(arguments); \
   }
 #else
 #define FM_RUN(op, arguments) return baseline::op(arguments);
 #endif
 
-Status combine_cpu(const CombineArguments& arguments) { FM_RUN(combine, arguments) }
-Status regression_loss_cpu(const RegressionLossArguments& arguments) { FM_RUN(regression_loss, arguments) }
-Status random_cpu(const RandomArguments& arguments) { FM_RUN(random, arguments) }
-
-int64_t workspace_elements_cpu(int64_t elements, int64_t groups) {
-  // A partial sum a tile; tiles hold at least 256 elements, or a whole group.
-  return groups * (elements / groups / 256 + 1);
-}
+Status combine_cpu(const CombineArguments& arguments){FM_RUN(combine, arguments)} Status
+    regression_loss_cpu(const RegressionLossArguments& arguments){FM_RUN(regression_loss, arguments)} Status
+    random_cpu(const RandomArguments& arguments){FM_RUN(random, arguments)}
 
 }  // namespace fm

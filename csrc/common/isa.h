@@ -7,11 +7,11 @@
 
 namespace fm {
 
-#define FM_DECLARE_ISA(isa)                                    \
-  namespace isa {                                              \
-  Status combine(const CombineArguments&);                     \
-  Status regression_loss(const RegressionLossArguments&);      \
-  Status random(const RandomArguments&);                       \
+#define FM_DECLARE_ISA(isa)                               \
+  namespace isa {                                         \
+  Status combine(const CombineArguments&);                \
+  Status regression_loss(const RegressionLossArguments&); \
+  Status random(const RandomArguments&);                  \
   }
 FM_DECLARE_ISA(baseline)
 #if defined(FM_HAS_X86_VARIANTS)

@@ -1,4 +1,5 @@
-// Marks shared by the host compilers and nvcc: every formula in csrc/common is written once and compiled for both.
+// Marks shared by the host compilers and nvcc: every formula in csrc/common is written once and compiled for
+// both.
 #pragma once
 
 #if defined(__CUDACC__)

@@ -1,4 +1,5 @@
-// Uniforms and normals from Philox words. Branch-free, so that host compilers vectorise them and warps do not diverge.
+// Uniforms and normals from Philox words. Branch-free, so that host compilers vectorise them and warps do not
+// diverge.
 #pragma once
 
 #include <cmath>
@@ -29,6 +30,24 @@ FM_HOST_DEVICE uint32_t float_to_bits(float value) {
 #endif
 }
 
+// a b + c, fused explicitly on the device: left to itself the compiler may fuse differently in every kernel,
+// and noise that is drawn again must be bitwise what was drawn before.
+FM_HOST_DEVICE float multiply_add(float a, float b, float c) {
+#if defined(__CUDA_ARCH__)
+  return __fmaf_rn(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+FM_HOST_DEVICE double multiply_add(double a, double b, double c) {
+#if defined(__CUDA_ARCH__)
+  return __fma_rn(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 FM_HOST_DEVICE float square_root(float x) {
 #if defined(__CUDA_ARCH__)
   float y;  // one instruction, 1 ulp; sqrtf's correctly rounded form costs eight
@@ -39,51 +58,52 @@ FM_HOST_DEVICE float square_root(float x) {
 #endif
 }
 
-// (0, 1]: the float32 nearest to (word + 1/2) / 2^32 where that is taken of the word rounded to float32. Every
-// implementation and every dtype starts from this float32, which is why their normals agree.
+// (0, 1]: the float32 nearest to (word + 1/2) / 2^32 where that is taken of the word rounded to float32.
+// Every implementation and every dtype starts from this float32, which is why their normals agree.
 FM_HOST_DEVICE float open_uniform(uint32_t word) { return static_cast<float>(word) * 0x1p-32f + 0x1p-33f; }
 
-// [0, 1): the word's top bits over 2^bits, with no more bits than the significand holds, so that 1 is never reached.
-// bits: 24 for f32, 11 for f16, 8 for bf16; 32 for f64.
+// [0, 1): the word's top bits over 2^bits, with no more bits than the significand holds, so that 1 is never
+// reached. bits: 24 for f32, 11 for f16, 8 for bf16; 32 for f64.
 FM_HOST_DEVICE float half_open_uniform(uint32_t word, int bits) {
   return static_cast<float>(word >> (32 - bits)) * bits_to_float(static_cast<uint32_t>(127 - bits) << 23);
 }
 
 FM_HOST_DEVICE double half_open_uniform_double(uint32_t word) { return static_cast<double>(word) * 0x1p-32; }
 
-// log(x) for normal positive x: x = m 2^e with m in [sqrt(1/2), sqrt(2)), then the polynomial of Cephes' logf in m - 1.
-// Relative error below 2 ulp, also next to 1, where radii near 0 come from.
+// log(x) for normal positive x: x = m 2^e with m in [sqrt(1/2), sqrt(2)), then the polynomial of Cephes' logf
+// in m - 1. Relative error below 2 ulp, also next to 1, where radii near 0 come from.
 FM_HOST_DEVICE float log_positive(float x) {
   const uint32_t shifted = float_to_bits(x) - 0x3F3504F3u;  // exponent field counts from sqrt(1/2)
   const float e = static_cast<float>(static_cast<int32_t>(shifted) >> 23);
   const float f = bits_to_float((shifted & 0x007FFFFFu) + 0x3F3504F3u) - 1.0f;
   float p = 7.0376836292e-2f;
-  p = p * f - 1.1514610310e-1f;
-  p = p * f + 1.1676998740e-1f;
-  p = p * f - 1.2420140846e-1f;
-  p = p * f + 1.4249322787e-1f;
-  p = p * f - 1.6668057665e-1f;
-  p = p * f + 2.0000714765e-1f;
-  p = p * f - 2.4999993993e-1f;
-  p = p * f + 3.3333331174e-1f;
+  p = multiply_add(p, f, -1.1514610310e-1f);
+  p = multiply_add(p, f, 1.1676998740e-1f);
+  p = multiply_add(p, f, -1.2420140846e-1f);
+  p = multiply_add(p, f, 1.4249322787e-1f);
+  p = multiply_add(p, f, -1.6668057665e-1f);
+  p = multiply_add(p, f, 2.0000714765e-1f);
+  p = multiply_add(p, f, -2.4999993993e-1f);
+  p = multiply_add(p, f, 3.3333331174e-1f);
   const float f2 = f * f;
-  const float tail = p * f * f2 + e * -2.12194440e-4f - 0.5f * f2;
-  return f + tail + e * 0.693359375f;
+  const float tail = multiply_add(-0.5f, f2, multiply_add(p * f, f2, e * -2.12194440e-4f));
+  return multiply_add(e, 0.693359375f, f + tail);
 }
 
-// cos(2 pi u) and sin(2 pi u) for u in [0, 1]. The quarter turn is taken off exactly; polynomials on [-1/8, 1/8] turns.
+// cos(2 pi u) and sin(2 pi u) for u in [0, 1]. The quarter turn is taken off exactly; polynomials on [-1/8,
+// 1/8] turns.
 FM_HOST_DEVICE void cos_sin_turns(float u, float& cosine, float& sine) {
   const float quarter = static_cast<float>(static_cast<int32_t>(u * 4.0f + 0.5f));
   const float r = (u - quarter * 0.25f) * 6.2831853072f;
   const float r2 = r * r;
   float s = -1.9515295891e-4f;
-  s = s * r2 + 8.3321608736e-3f;
-  s = s * r2 - 1.6666654611e-1f;
-  s = s * r2 * r + r;
+  s = multiply_add(s, r2, 8.3321608736e-3f);
+  s = multiply_add(s, r2, -1.6666654611e-1f);
+  s = multiply_add(s * r2, r, r);
   float c = 2.443315711809948e-5f;
-  c = c * r2 - 1.388731625493765e-3f;
-  c = c * r2 + 4.166664568298827e-2f;
-  c = c * r2 * r2 - 0.5f * r2 + 1.0f;
+  c = multiply_add(c, r2, -1.388731625493765e-3f);
+  c = multiply_add(c, r2, 4.166664568298827e-2f);
+  c = multiply_add(c * r2, r2, -0.5f * r2) + 1.0f;
   const uint32_t q = static_cast<uint32_t>(static_cast<int32_t>(quarter));
   const bool swap = (q & 1u) != 0;
   const uint32_t cos_sign = ((q + 1u) & 2u) << 30, sin_sign = (q & 2u) << 30;
@@ -91,7 +111,8 @@ FM_HOST_DEVICE void cos_sin_turns(float u, float& cosine, float& sine) {
   sine = bits_to_float(float_to_bits(swap ? c : s) ^ sin_sign);
 }
 
-// Box-Muller: two words, two independent standard normals, z0 = r cos(2 pi u2), z1 = r sin(2 pi u2), |z| <= 6.67.
+// Box-Muller: two words, two independent standard normals, z0 = r cos(2 pi u2), z1 = r sin(2 pi u2), |z|
+// <= 6.67.
 FM_HOST_DEVICE void box_muller(uint32_t a, uint32_t b, float& z0, float& z1) {
   const float radius = square_root(-2.0f * log_positive(open_uniform(a)));
   float cosine, sine;
@@ -102,9 +123,16 @@ FM_HOST_DEVICE void box_muller(uint32_t a, uint32_t b, float& z0, float& z1) {
 
 FM_HOST_DEVICE void box_muller(uint32_t a, uint32_t b, double& z0, double& z1) {
   const double radius = sqrt(-2.0 * log(static_cast<double>(open_uniform(a))));
+#if defined(__CUDA_ARCH__)
+  double cosine, sine;  // in half turns: needs no reduction of the angle, and so no local memory
+  sincospi(2.0 * static_cast<double>(open_uniform(b)), &sine, &cosine);
+  z0 = radius * cosine;
+  z1 = radius * sine;
+#else
   const double angle = 6.283185307179586 * static_cast<double>(open_uniform(b));
   z0 = radius * cos(angle);
   z1 = radius * sin(angle);
+#endif
 }
 
 }  // namespace fm

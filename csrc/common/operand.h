@@ -1,7 +1,7 @@
 // What the linear kernels read: operands (tensors, or noise drawn where it is used) with a coefficient each.
 //
-// All tensors of a call are dense, in one order of elements: `rows` rows of `inner` elements. A row is the finest part
-// of the data over which every coefficient is one number.
+// All tensors of a call are dense, in one order of elements: `rows` rows of `inner` elements. A row is the
+// finest part of the data over which every coefficient is one number.
 #pragma once
 
 #include <cstdint>
@@ -11,8 +11,8 @@
 
 namespace fm {
 
-// Entry row / rows_per_entry, `stride` elements apart; `value` where data is null. Entries are float, or double where
-// the call accumulates in double.
+// Entry row / rows_per_entry, `stride` elements apart; `value` where data is null. Entries are float, or
+// double where the call accumulates in double.
 struct Coefficient {
   const void* data;
   int64_t rows_per_entry;
@@ -27,13 +27,14 @@ FM_HOST_DEVICE T coefficient_at(const Coefficient& c, int64_t row) {
 }
 
 struct Operand {
-  const void* data;    // a tensor of the call's data dtype; or null: standard normal noise, element i of which is
-  const int64_t* seed; // number offset + i of `stream` under *seed, rounded to the data dtype
+  const void*
+      data;  // a tensor of the call's data dtype; or null: standard normal noise, element i of which is
+  const int64_t* seed;  // number offset + i of `stream` under *seed, rounded to the data dtype
   int64_t stream;
   int64_t offset;
-  void* store;         // where drawn noise is also written (data dtype), or null
+  void* store;  // where drawn noise is also written (data dtype), or null
   Coefficient coefficient;
-  Coefficient error;   // coefficient of the error combination (combine only)
+  Coefficient error;  // coefficient of the error combination (combine only)
 };
 
 constexpr int max_operands = 17;  // 16 tensors and one noise term

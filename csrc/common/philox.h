@@ -1,7 +1,9 @@
-// Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), the one source of randomness.
+// Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), the one source of
+// randomness.
 //
-// The key is the 64-bit seed; the counter is (block, stream): a block is four consecutive elements, so element i of a
-// stream is word i % 4 of block i / 4. 2^64 blocks and 2^64 streams never meet: equal words need equal counters.
+// The key is the 64-bit seed; the counter is (block, stream): a block is four consecutive elements, so
+// element i of a stream is word i % 4 of block i / 4. 2^64 blocks and 2^64 streams never meet: equal words
+// need equal counters.
 #pragma once
 
 #include <cstdint>

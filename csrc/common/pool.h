@@ -1,8 +1,8 @@
 // Memory for large CPU outputs, kept for the next call instead of being returned to the system.
 //
-// A fresh block costs a page fault for every page, more than the kernels' arithmetic on it; a training loop needs the
-// same sizes again at every step. Blocks are on huge pages where the system has them. Freed blocks are kept up to a
-// limit, the least recently freed go first.
+// A fresh block costs a page fault for every page, more than the kernels' arithmetic on it; a training loop
+// needs the same sizes again at every step. Blocks are on huge pages where the system has them. Freed blocks
+// are kept up to a limit, the least recently freed go first.
 #pragma once
 
 #include <cstdint>

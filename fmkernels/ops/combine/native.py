@@ -50,8 +50,7 @@ def run(
             norm.zero_()
         return results
     if norm is not None:
-        count = library.workspace_elements(device, elements, samples)
-        workspace = torch.empty(count, dtype=torch.float64, device=data.device)
+        workspace = _native.workspace(data, samples)
 
     coefs = evenly_spaced(coefs)
     error_coefs = evenly_spaced(error_coefs)

@@ -61,9 +61,7 @@ def run(
             inner = min(inner, mask_elements)
     library = _native.library()
     device = _native.DEVICE_CODE[pred.device.type]
-    workspace = torch.empty(
-        library.workspace_elements(device, elements, groups), dtype=torch.float64, device=pred.device
-    )
+    workspace = _native.workspace(pred, groups)
     library.regression_loss(
         device,
         _native.DTYPE_CODE[pred.dtype],
@@ -83,7 +81,7 @@ def run(
         scale_grad,
         loss.data_ptr(),
         groups,
-        workspace.data_ptr(),
+        0 if workspace is None else workspace.data_ptr(),
         _native.stream_of(pred) if device else 0,
     )
     if need_grad and target is not grad:

@@ -29,6 +29,8 @@ from .._operands import (
     Coefficient,
     Operand,
     Operands,
+    compute_dtype,
+    expand_leading,
     pack_coefficient,
     pack_coefficients,
 )
@@ -85,28 +87,27 @@ class RegressionLossFunction(Function):
     @staticmethod
     def forward(ctx: Any, pred: Tensor, scale: Tensor | None, args: tuple) -> Tensor:  # type: ignore[override]
         loss, grad = _call(pred, args)
-        ctx.impl, scale_grad = args[-1], args[-2]
-        ctx.scale_value = args[8]
-        ctx.save_for_backward(grad, None if scale_grad else scale)
-        ctx.scaled = scale_grad
+        scale_grad = args[-2]
+        ctx.impl = args[-1]
+        ctx.waiting = None if scale_grad else args[8] if scale is None else scale
+        ctx.save_for_backward(grad)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:  # type: ignore[override]
-        grad, scale = ctx.saved_tensors
-        if not ctx.scaled:
-            grad_output = grad_output * (ctx.scale_value if scale is None else scale)
+        (grad,) = ctx.saved_tensors
+        if ctx.waiting is not None:
+            grad_output = grad_output * ctx.waiting
         if torch.compiler.is_compiling():
-            factor = grad_output.reshape(grad_output.shape + (1,) * (grad.dim() - grad_output.dim()))
-            return (grad.to(grad_output.dtype) * factor).to(grad.dtype), None, None
+            return (grad.to(grad_output.dtype) * expand_leading(grad_output, grad)).to(grad.dtype), None, None
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "regression_loss: the fused loss has no second derivative; "
                 "pass impl='reference' to differentiate twice (create_graph=True)"
             )
-        if grad_output.dim() == 0 and grad_output.is_cpu and grad_output.item() == 1.0:
+        if grad_output.is_cpu and grad_output.dim() == 0 and grad_output.item() == 1.0:
             return grad, None, None
-        packed = ([0], [grad_output], [0.0], [], [], 0.0, 0.0, False)
+        packed = ([0], [grad_output.to(compute_dtype(grad))], [0.0], [], [], 0.0, 0.0, False)
         if torch._C._autograd._get_current_graph_task_keep_graph():  # the gradient is needed again, unscaled
             return torch.ops.fmkernels.combine([grad], [TENSOR], *packed, False, ctx.impl)[0], None, None
         torch.ops.fmkernels.combine_into(grad, [], [IN_PLACE], *packed, ctx.impl)
