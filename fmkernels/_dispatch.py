@@ -57,15 +57,32 @@ def wanted(impl: str) -> str:
     return impl
 
 
+def untraced() -> bool:
+    """True where nobody traces or intercepts operators, so that calling PyTorch's dispatcher may be spared."""
+    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
+
+
 def plain(*tensors: Tensor | None) -> bool:
-    """True where an operation may run without PyTorch's dispatcher, which costs more than a small kernel: ordinary
-    tensors, and nobody tracing or intercepting operators."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+    """True where an operation may run without PyTorch's dispatcher, which costs more than a small kernel."""
+    if not untraced():
         return False
     for tensor in tensors:
         if type(tensor) is not Tensor and type(tensor) is not Parameter and tensor is not None:
             return False
     return True
+
+
+@functools.cache
+def _plain_library() -> ModuleType | None:
+    chosen_natively = all(chosen(op, "cpu", _ENVIRONMENT) == "native" for op in OPS)
+    return _native.library() if chosen_natively else None
+
+
+def plain_library(impl: str) -> ModuleType | None:
+    """The compiled library where its calls on plain CPU tensors may be tried first: see python/plain_call.h."""
+    if impl != "auto" or not untraced() or transform_active():
+        return None
+    return _plain_library()
 
 
 def unavailable(impl: str, device_type: str) -> str | None:

@@ -12,6 +12,7 @@
 #include "common/isa.h"
 #include "common/pool.h"
 #include "random/random.h"
+#include "plain_call.h"
 #include "regression_loss/regression_loss.h"
 
 namespace py = pybind11;
@@ -166,6 +167,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("combine", &combine);
   m.def("regression_loss", &regression_loss);
   m.def("random", &random_numbers);
+  m.def("combine_plain", &fm_python::combine_plain);
+  m.def("regression_loss_plain", &fm_python::regression_loss_plain);
   m.def("cuda_workspace_elements", &fm::workspace_elements_cuda);
   m.def("cuda_architectures", &fm::cuda_architectures,
         "CUDA architectures that were built, e.g. ['80', '90'].");

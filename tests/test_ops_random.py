@@ -20,7 +20,7 @@ DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 IMPLS = [
     pytest.param(device, impl, id=f"{device}-{impl}")
     for device in DEVICES
-    for impl in ("reference", "native", "triton")
+    for impl in ("auto", "reference", "native", "triton")
     if _dispatch.unavailable(impl, device) is None
 ]
 

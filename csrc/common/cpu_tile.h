@@ -334,7 +334,7 @@ static inline void expand(const Coefficient& c, int64_t inner, int64_t i, int64_
   int64_t entry = i / entry_elements;
   int64_t left = entry_elements - i % entry_elements;
   for (int64_t j = 0; j < n; ++entry, left = entry_elements) {
-    const T value = static_cast<const T*>(c.data)[entry * c.stride];
+    const T value = coefficient_at<T>(c, entry * c.rows_per_entry);
     for (const int64_t end = minimum(n, j + left); j < end; ++j) out[j] = value;
   }
 }

@@ -11,19 +11,22 @@
 
 namespace fm {
 
-// Entry row / rows_per_entry, `stride` elements apart; `value` where data is null. Entries are float, or
-// double where the call accumulates in double.
+// value + slope * entry, entry row / rows_per_entry lying `stride` elements apart; `value` alone where data is null.
+// Entries are float, or double where the call accumulates in double.
 struct Coefficient {
   const void* data;
   int64_t rows_per_entry;
   int64_t stride;
   double value;
+  double slope = 1.0;
 };
 
 template <typename T>
 FM_HOST_DEVICE T coefficient_at(const Coefficient& c, int64_t row) {
-  return c.data == nullptr ? static_cast<T>(c.value)
-                           : static_cast<const T*>(c.data)[row / c.rows_per_entry * c.stride];
+  const T value = static_cast<T>(c.value);
+  return c.data == nullptr
+             ? value
+             : value + static_cast<T>(c.slope) * static_cast<const T*>(c.data)[row / c.rows_per_entry * c.stride];
 }
 
 struct Operand {

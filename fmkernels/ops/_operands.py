@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -29,7 +29,21 @@ TENSOR = -1
 IN_PLACE = -2
 MAX_TENSORS = 16
 
-Coefficient = float | Tensor
+
+@final
+class Affine:
+    """The coefficient shift + slope * tensor, which the CPU kernels form where they read it: 1 - t costs no operation."""
+
+    __slots__ = ("shift", "slope", "tensor")
+
+    def __init__(self, shift: float, slope: float, tensor: Tensor) -> None:
+        self.shift, self.slope, self.tensor = shift, slope, tensor
+
+    def value(self) -> Tensor:
+        return self.shift + self.slope * self.tensor
+
+
+Coefficient = float | Tensor | Affine
 Operand = Tensor | Noise
 
 
@@ -70,6 +84,8 @@ def pack_operands(names: Sequence[str], operands: Sequence[Operand], data_name: 
 
 def pack_coefficient(name: str, value: Coefficient, data: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, float]:
     """A coefficient as (tensor in the compute dtype, 0.0) or (None, number)."""
+    if isinstance(value, Affine):
+        value = value.value()
     if isinstance(value, Tensor):
         if value.dtype is not dtype:
             check_float_tensor(name, value)

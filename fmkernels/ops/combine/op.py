@@ -188,6 +188,10 @@ def combine(
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device.
     """
+    if out is None and atol is None and rtol is None and (library := _dispatch.plain_library(impl)) is not None:
+        y = library.combine_plain(operands, coefficients)
+        if y is not None:
+            return y
     if not isinstance(operands, Sequence):
         raise type_error("operands", "a sequence of tensors and fm.Noise", operands)
     if not operands or not isinstance(operands[0], Tensor):

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ... import _dispatch
 from ..._checks import check_float_tensor
 from ...random import Noise, draw_seed
 from .._operands import Coefficient, Operand, compute_dtype, pack_coefficients, pack_operands
@@ -61,6 +62,10 @@ def interpolate(
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device.
     """
+    if gamma is None and x_0 is not None and (library := _dispatch.plain_library(impl)) is not None:
+        x_t = library.combine_plain([x_1, x_0], [alpha, sigma])
+        if x_t is not None:
+            return Interpolation(x_t, x_0, None)
     check_float_tensor("x_1", x_1)
     if x_0 is None or (gamma is not None and z is None):
         seed = draw_seed(x_1.device, generator)

@@ -95,23 +95,57 @@ class RegressionLossFunction(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:  # type: ignore[override]
-        (grad,) = ctx.saved_tensors
-        if ctx.waiting is not None:
-            grad_output = grad_output * ctx.waiting
-        if torch.compiler.is_compiling():
-            return (grad.to(grad_output.dtype) * expand_leading(grad_output, grad)).to(grad.dtype), None, None
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "regression_loss: the fused loss has no second derivative; "
-                "pass impl='reference' to differentiate twice (create_graph=True)"
-            )
-        if grad_output.is_cpu and grad_output.dim() == 0 and grad_output.item() == 1.0:
-            return grad, None, None
-        packed = ([0], [grad_output.to(compute_dtype(grad))], [0.0], [], [], 0.0, 0.0, False)
-        if torch._C._autograd._get_current_graph_task_keep_graph():  # the gradient is needed again, unscaled
-            return torch.ops.fmkernels.combine([grad], [TENSOR], *packed, False, ctx.impl)[0], None, None
-        torch.ops.fmkernels.combine_into(grad, [], [IN_PLACE], *packed, ctx.impl)
-        return grad, None, None
+        return scaled_gradient(ctx, grad_output), None, None
+
+
+def scaled_gradient(ctx: Any, grad_output: Tensor) -> Tensor:
+    """The saved gradient times grad_output, in place; untouched where that is 1."""
+    (grad,) = ctx.saved_tensors
+    if ctx.waiting is not None:
+        grad_output = grad_output * ctx.waiting
+    if torch.compiler.is_compiling():
+        return (grad.to(grad_output.dtype) * expand_leading(grad_output, grad)).to(grad.dtype)
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "regression_loss: the fused loss has no second derivative; "
+            "pass impl='reference' to differentiate twice (create_graph=True)"
+        )
+    if grad_output.is_cpu and grad_output.dim() == 0 and grad_output.item() == 1.0:
+        return grad
+    packed = ([0], [grad_output.to(compute_dtype(grad))], [0.0], [], [], 0.0, 0.0, False)
+    if torch._C._autograd._get_current_graph_task_keep_graph():  # the gradient is needed again, unscaled
+        return torch.ops.fmkernels.combine([grad], [TENSOR], *packed, False, ctx.impl)[0]
+    torch.ops.fmkernels.combine_into(grad, [], [IN_PLACE], *packed, ctx.impl)
+    return grad
+
+
+class PlainLossFunction(Function):
+    """The same derivative for a loss that is computed already."""
+
+    @staticmethod
+    def forward(ctx: Any, pred: Tensor, results: tuple[Tensor, Tensor]) -> Tensor:  # type: ignore[override]
+        ctx.impl, ctx.waiting = "auto", None
+        ctx.save_for_backward(results[1])
+        return results[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:  # type: ignore[override]
+        return scaled_gradient(ctx, grad_output), None
+
+
+def _plain_loss(
+    library: Any, pred: Tensor, operands: Any, coefficients: Any, reduction: str, kind: str, delta: float
+) -> Tensor | None:
+    """The loss by python/plain_call.h, or None where the call is not plain enough (or wrong)."""
+    if kind not in KINDS or reduction not in ("mean", "sum") or type(delta) is not float or not 0.0 < delta < math.inf:
+        return None
+    need_grad = torch.is_grad_enabled() and isinstance(pred, Tensor) and pred.requires_grad
+    results = library.regression_loss_plain(
+        pred, operands, coefficients, KINDS[kind], delta, reduction == "mean", need_grad
+    )
+    if results is None:
+        return None
+    return PlainLossFunction.apply(pred, results) if need_grad else results[0]
 
 
 def _check_operands(
@@ -203,6 +237,10 @@ def regression_loss(
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device.
     """
+    if weight is None and mask is None and (library := _dispatch.plain_library(impl)) is not None:
+        loss = _plain_loss(library, pred, operands, coefficients, reduction, kind, delta)
+        if loss is not None:
+            return loss
     check_float_tensor("pred", pred)
     packed, noise_dtype = _check_operands(operands, _names, pred, noise_dtype)
     tensors, streams, offsets = packed

@@ -1,0 +1,218 @@
+#include "plain_call.h"
+
+#include <cmath>
+
+#include "combine/combine.h"
+#include "regression_loss/regression_loss.h"
+
+namespace py = pybind11;
+
+namespace fm_python {
+namespace {
+
+// Beyond this, outputs come from the pool and the time is the kernel's: Python does it.
+constexpr int64_t most_elements = int64_t{1} << 20;
+
+// What is looked up in Python once. Never released: it must outlive the interpreter's last tensor.
+struct Torch {
+  PyObject *tensor, *parameter, *dtypes[4], *empty_like, *empty, *affine;
+  PyObject *dtype, *shape, *is_cpu, *requires_grad, *is_contiguous, *data_ptr, *coefficient, *shift, *slope;
+  PyObject *scalar_shape, *dtype_name;
+
+  static PyObject* name(const char* text) { return PyUnicode_InternFromString(text); }
+
+  Torch() {
+    const py::module_ torch = py::module_::import("torch");
+    const auto keep = [](py::object value) { return value.release().ptr(); };
+    tensor = keep(torch.attr("Tensor"));
+    parameter = keep(torch.attr("nn").attr("Parameter"));
+    const char* names[] = {"float32", "bfloat16", "float16", "float64"};  // in the order of fm::Dtype
+    for (int i = 0; i < 4; ++i) dtypes[i] = keep(torch.attr(names[i]));
+    empty_like = keep(torch.attr("empty_like"));
+    empty = keep(torch.attr("empty"));
+    affine = keep(py::module_::import("fmkernels.ops._operands").attr("Affine"));
+    dtype = name("dtype");
+    shape = name("shape");
+    is_cpu = name("is_cpu");
+    requires_grad = name("requires_grad");
+    is_contiguous = name("is_contiguous");
+    data_ptr = name("data_ptr");
+    coefficient = name("tensor");
+    shift = name("shift");
+    slope = name("slope");
+    scalar_shape = PyTuple_New(0);
+    dtype_name = PyTuple_Pack(1, dtype);
+  }
+};
+
+const Torch& torch() {
+  static const Torch* instance = new Torch;
+  return *instance;
+}
+
+// Any failure to read an attribute means that the tensor is not plain; Python's own path then says what is wrong.
+bool is_true(PyObject* value) {
+  const bool result = value == Py_True;
+  if (value == nullptr) PyErr_Clear();
+  Py_XDECREF(value);
+  return result;
+}
+
+struct View {
+  void* data;
+  fm::Dtype dtype;
+  py::object shape;  // a tuple
+  int64_t elements;
+
+  int64_t dim() const { return PyTuple_GET_SIZE(shape.ptr()); }
+  int64_t size(int64_t i) const { return PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), i)); }
+};
+
+bool is_tensor(PyObject* x) {
+  return reinterpret_cast<PyObject*>(Py_TYPE(x)) == torch().tensor ||
+         reinterpret_cast<PyObject*>(Py_TYPE(x)) == torch().parameter;
+}
+
+// A contiguous tensor on the CPU of exactly torch's own type. The caller has the tensor's reference.
+bool view(PyObject* x, bool may_require_grad, View& out) {
+  const Torch& t = torch();
+  if (!is_tensor(x) || !is_true(PyObject_GetAttr(x, t.is_cpu))) return false;
+  if (!may_require_grad && is_true(PyObject_GetAttr(x, t.requires_grad))) return false;
+  if (!is_true(PyObject_CallMethodNoArgs(x, t.is_contiguous))) return false;
+  const py::object dtype = py::reinterpret_steal<py::object>(PyObject_GetAttr(x, t.dtype));
+  int code = 0;
+  while (code < 4 && dtype.ptr() != t.dtypes[code]) ++code;
+  if (code == 4) return false;
+  out.dtype = static_cast<fm::Dtype>(code);
+  out.shape = py::reinterpret_steal<py::object>(PyObject_GetAttr(x, t.shape));
+  if (!out.shape || !PyTuple_Check(out.shape.ptr())) return false;
+  out.elements = 1;
+  for (int64_t i = 0; i < out.dim(); ++i) out.elements *= out.size(i);
+  const py::object address = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(x, t.data_ptr));
+  out.data = PyLong_AsVoidPtr(address.ptr());
+  return out.elements > 0 && out.elements <= most_elements;
+}
+
+bool same_shape(const View& a, const View& b) {
+  if (a.dim() != b.dim()) return false;
+  for (int64_t i = 0; i < a.dim(); ++i)
+    if (a.size(i) != b.size(i)) return false;
+  return true;
+}
+
+bool number(PyObject* x, double& out) {
+  if (!PyFloat_CheckExact(x)) return false;
+  out = PyFloat_AS_DOUBLE(x);
+  return std::isfinite(out);
+}
+
+// A number, a tensor of leading shape in the accumulation dtype, or an affine function of one. covered: elements that
+// an entry covers.
+bool coefficient(PyObject* x, const View& data, fm::Dtype accumulate, fm::Coefficient& out, int64_t& covered) {
+  const Torch& t = torch();
+  out = {nullptr, 1, 0, 0.0};
+  covered = data.elements;
+  if (number(x, out.value)) return true;
+  py::object holder;
+  if (reinterpret_cast<PyObject*>(Py_TYPE(x)) == t.affine) {
+    const py::object shift = py::reinterpret_steal<py::object>(PyObject_GetAttr(x, t.shift));
+    const py::object slope = py::reinterpret_steal<py::object>(PyObject_GetAttr(x, t.slope));
+    holder = py::reinterpret_steal<py::object>(PyObject_GetAttr(x, t.coefficient));
+    if (!number(shift.ptr(), out.value) || !number(slope.ptr(), out.slope)) return false;
+    x = holder.ptr();
+  }
+  View entries;
+  if (!view(x, false, entries) || entries.dtype != accumulate || entries.dim() > data.dim()) return false;
+  for (int64_t i = 0; i < entries.dim(); ++i)
+    if (entries.size(i) != data.size(i)) return false;
+  out.data = entries.data;
+  out.stride = entries.dim() == 0 ? 0 : 1;
+  covered = data.elements / entries.elements;
+  return true;
+}
+
+// Operands like `data` (where it has a dtype of its own, they may have another) and their coefficients.
+bool fill(py::handle operands, py::handle coefficients, const View& data, fm::Dtype dtype, fm::Dtype accumulate, int limit,
+          fm::Operand* out, int& count, int64_t& inner) {
+  if (!PyList_CheckExact(operands.ptr()) || !PyList_CheckExact(coefficients.ptr())) return false;
+  const Py_ssize_t n = PyList_GET_SIZE(operands.ptr());
+  if (n < 1 || n > limit || PyList_GET_SIZE(coefficients.ptr()) != n) return false;
+  int64_t covered[fm::max_operands];
+  inner = data.elements;
+  for (Py_ssize_t i = 0; i < n; ++i) {
+    View operand;
+    if (!view(PyList_GET_ITEM(operands.ptr(), i), false, operand) || operand.dtype != dtype ||
+        !same_shape(operand, data))
+      return false;
+    out[i].data = operand.data;
+    if (!coefficient(PyList_GET_ITEM(coefficients.ptr(), i), data, accumulate, out[i].coefficient, covered[i])) return false;
+    inner = covered[i] < inner ? covered[i] : inner;
+  }
+  for (Py_ssize_t i = 0; i < n; ++i) out[i].coefficient.rows_per_entry = covered[i] / inner;
+  count = static_cast<int>(n);
+  return true;
+}
+
+py::object call(PyObject* function, PyObject* argument) {
+  return py::reinterpret_steal<py::object>(PyObject_CallOneArg(function, argument));
+}
+
+void* address_of(const py::object& tensor) {
+  return PyLong_AsVoidPtr(
+      py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), torch().data_ptr)).ptr());
+}
+
+}  // namespace
+
+py::object combine_plain(py::handle operands, py::handle coefficients) {
+  if (!PyList_CheckExact(operands.ptr()) || PyList_GET_SIZE(operands.ptr()) == 0) return py::none();
+  PyObject* first = PyList_GET_ITEM(operands.ptr(), 0);
+  View data;
+  fm::CombineArguments a{};
+  if (!view(first, false, data)) return py::none();
+  const fm::Dtype accumulate = data.dtype == fm::Dtype::f64 ? fm::Dtype::f64 : fm::Dtype::f32;
+  if (!fill(operands, coefficients, data, data.dtype, accumulate, fm::max_operands - 1, a.operands, a.count, a.inner))
+    return py::none();
+  py::object out = call(torch().empty_like, first);
+  if (!out) throw py::error_already_set();
+  a.dtype = data.dtype;
+  a.out = address_of(out);
+  a.rows = data.elements / a.inner;
+  a.samples = 1;
+  return fm::combine_cpu(a) == fm::Status::ok ? out : py::none();
+}
+
+py::object regression_loss_plain(py::handle pred, py::handle operands, py::handle coefficients, int kind, double delta,
+                                 bool mean, bool need_grad) {
+  View data, target;
+  fm::RegressionLossArguments a{};
+  if (!PyList_CheckExact(operands.ptr()) || PyList_GET_SIZE(operands.ptr()) == 0) return py::none();
+  if (!view(pred.ptr(), true, data) || !view(PyList_GET_ITEM(operands.ptr(), 0), false, target)) return py::none();
+  // float16's gradient waits for its scale, which is Python's business.
+  if (data.dtype == fm::Dtype::f16 || (data.dtype == fm::Dtype::f64) != (target.dtype == fm::Dtype::f64))
+    return py::none();
+  const fm::Dtype accumulate = data.dtype == fm::Dtype::f64 ? fm::Dtype::f64 : fm::Dtype::f32;
+  if (!fill(operands, coefficients, data, target.dtype, accumulate, fm::max_loss_operands, a.operands, a.count, a.inner))
+    return py::none();
+  const Torch& t = torch();
+  py::object grad = need_grad ? call(t.empty_like, pred.ptr()) : py::none();
+  PyObject* arguments[] = {t.scalar_shape, t.dtypes[static_cast<int>(accumulate)]};
+  py::object loss = py::reinterpret_steal<py::object>(PyObject_Vectorcall(t.empty, arguments, 1, t.dtype_name));
+  if (!grad || !loss) throw py::error_already_set();
+  a.pred_dtype = data.dtype;
+  a.pred = data.data;
+  a.grad = need_grad ? address_of(grad) : nullptr;
+  a.dtype = target.dtype;
+  a.rows = data.elements / a.inner;
+  a.weight = {nullptr, 1, 0, 1.0};
+  a.scale = {nullptr, 1, 0, mean ? 1.0 / static_cast<double>(data.elements) : 1.0};
+  a.scale_grad = true;
+  a.kind = static_cast<fm::Penalty>(kind);
+  a.delta = delta;
+  a.loss = address_of(loss);
+  a.groups = 1;
+  if (fm::regression_loss_cpu(a) != fm::Status::ok) return py::none();
+  return py::make_tuple(loss, grad);
+}
+
+}  // namespace fm_python

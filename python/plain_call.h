@@ -1,0 +1,20 @@
+// The operations on small, ordinary CPU tensors, with checks and marshalling in C++.
+//
+// At a few hundred elements a call costs what Python does around it. These functions take the tensors themselves, read
+// their attributes through Python, and run the kernel if everything is as plain as in most training loops; otherwise
+// they return None, and the Python functions check, explain and run. They accept nothing that those would reject.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace fm_python {
+
+// combine(operands, coefficients): the new tensor, or None.
+pybind11::object combine_plain(pybind11::handle operands, pybind11::handle coefficients);
+
+// regression_loss(pred, operands, coefficients, kind, delta, scale_value, need_grad) with one scale: (loss, gradient or
+// None), or None.
+pybind11::object regression_loss_plain(pybind11::handle pred, pybind11::handle operands, pybind11::handle coefficients,
+                                       int kind, double delta, bool mean, bool need_grad);
+
+}  // namespace fm_python
