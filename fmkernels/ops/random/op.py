@@ -62,12 +62,7 @@ def _draw(
             raise value_error("dtype", f"one of {', '.join(map(str, FLOATING))}", dtype)
     check_int("stream", stream, low=0)
     check_int("row_offset", row_offset, low=0)
-    if device is None:
-        device = seed.device if isinstance(seed, Tensor) else torch.get_default_device()
-    device = torch.device(device)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-    seed = as_seed(seed, device, generator)
+    seed = as_seed(seed, None if device is None else torch.device(device), generator)
     offset = row_offset * math.prod(shape[1:])
     args = (shape, seed, kind, stream, offset, torch.int64 if dtype is None else dtype)
     impl = _dispatch.wanted(impl)

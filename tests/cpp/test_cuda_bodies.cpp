@@ -1,0 +1,493 @@
+// Runs the bodies of the CUDA kernels on the host, thread after thread for a whole grid, on random shapes,
+// and compares with plain loops in double. Proves lookups, noise phases, tails, masks and conversions without
+// a GPU.
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "common/combine_body.cuh"
+#include "common/loss_body.cuh"
+#include "common/random_body.cuh"
+
+namespace {
+
+using namespace fm;
+
+std::mt19937_64 generator(20240607);
+int failures = 0;
+
+#define CHECK(condition, ...)                               \
+  do {                                                      \
+    if (!(condition)) {                                     \
+      if (++failures <= 15) {                               \
+        std::printf("line %d: %s: ", __LINE__, #condition); \
+        std::printf(__VA_ARGS__);                           \
+        std::printf("\n");                                  \
+      }                                                     \
+    }                                                       \
+  } while (0)
+
+int64_t pick(int64_t low, int64_t high) {
+  return std::uniform_int_distribution<int64_t>(low, high)(generator);
+}
+bool coin() { return pick(0, 1) == 1; }
+double normal() { return std::normal_distribution<double>()(generator); }
+
+constexpr Dtype dtypes[] = {Dtype::f32, Dtype::bf16, Dtype::f16, Dtype::f64};
+double epsilon(Dtype dtype) {
+  return dtype == Dtype::f64 ? 1e-15 : dtype == Dtype::f32 ? 1.2e-7 : dtype == Dtype::bf16 ? 8e-3 : 1e-3;
+}
+
+// A device array: misaligned on demand, with guards on both sides that nobody may touch.
+class Array {
+ public:
+  Array() = default;
+  Array(int64_t elements, int element_bytes, bool misaligned)
+      : bytes_(elements * element_bytes), start_(64 + (misaligned ? element_bytes : 0)) {
+    const size_t size = static_cast<size_t>((start_ + bytes_ + 64 + 63) / 64 * 64);
+    memory_.reset(static_cast<unsigned char*>(std::aligned_alloc(64, size)));
+    size_ = static_cast<int64_t>(size);
+    std::memset(memory_.get(), 0xFF, size);  // a NaN in every dtype
+  }
+  void* data() const { return memory_ ? memory_.get() + start_ : nullptr; }
+  bool guarded() const {
+    for (int64_t i = 0; i < size_; ++i)
+      if ((i < start_ || i >= start_ + bytes_) && memory_.get()[i] != 0xFF) return false;
+    return true;
+  }
+
+ private:
+  struct Free {
+    void operator()(unsigned char* p) const { std::free(p); }
+  };
+  std::unique_ptr<unsigned char, Free> memory_;
+  int64_t bytes_ = 0, start_ = 0, size_ = 0;
+};
+
+Array random_tensor(int64_t elements, Dtype dtype, bool misaligned) {
+  Array array(elements, bytes_of(dtype), misaligned);
+  for (int64_t i = 0; i < elements; ++i) store_scalar(array.data(), dtype, i, normal());
+  return array;
+}
+
+double at(const void* data, Dtype dtype, int64_t i) { return load_scalar<double>(data, dtype, i); }
+
+uint32_t naive_word(uint64_t seed, uint64_t stream, int64_t index) {
+  const Words w = philox4x32(seed, static_cast<uint64_t>(index / 4), stream);
+  const uint32_t words[4] = {w.w0, w.w1, w.w2, w.w3};
+  return words[index % 4];
+}
+
+double naive_normal(Dtype dtype, uint64_t seed, uint64_t stream, int64_t index) {
+  const uint32_t a = naive_word(seed, stream, index / 2 * 2), b = naive_word(seed, stream, index / 2 * 2 + 1);
+  if (dtype == Dtype::f64) {
+    double z[2];
+    box_muller(a, b, z[0], z[1]);
+    return z[index % 2];
+  }
+  float z[2];
+  box_muller(a, b, z[0], z[1]);
+  return round_scalar(dtype, z[index % 2]);
+}
+
+bool same(double a, double b) { return a == b || (a != a && b != b); }
+
+bool near(double value, double expected, double tolerance) {
+  return same(value, expected) || std::fabs(value - expected) <= tolerance;
+}
+
+// Coefficient tables, kept alive for a case.
+struct Tables {
+  bool wide;
+  int64_t rows, sample_rows;
+  std::vector<std::vector<double>> doubles;
+  std::vector<std::vector<float>> floats;
+
+  Coefficient make(bool positive = false) {
+    const int64_t style = pick(0, 3);
+    Coefficient c{};
+    c.rows_per_entry = 1;
+    if (style == 0 || coin()) c.value = static_cast<float>(positive ? 0.5 + std::fabs(normal()) : normal());
+    if (coin()) c.slope = positive ? 0.5 : -1.5;
+    if (style == 0) return c;
+    c.rows_per_entry = style == 1 ? rows : style == 2 ? sample_rows : 1;
+    c.stride = style == 1 ? 0 : pick(1, 3);
+    const size_t size = static_cast<size_t>((rows / c.rows_per_entry - 1) * c.stride + 1);
+    doubles.emplace_back(size);
+    for (double& value : doubles.back())
+      value = static_cast<float>(positive ? std::fabs(normal()) : normal());
+    floats.emplace_back(doubles.back().begin(), doubles.back().end());
+    c.data = wide ? static_cast<const void*>(doubles.back().data()) : floats.back().data();
+    return c;
+  }
+  double value(const Coefficient& c, int64_t row) const {
+    return wide ? coefficient_at<double>(c, row) : static_cast<double>(coefficient_at<float>(c, row));
+  }
+};
+
+struct Sizes {
+  int64_t samples, sample_rows, inner, rows, elements;
+
+  static Sizes random() {
+    static const int64_t inners[] = {1,  2,  3,  4,   5,    7,    8,    12,   16,
+                                     31, 64, 77, 257, 1000, 1024, 2883, 4099, 9001};
+    Sizes s{};
+    s.inner = inners[pick(0, 17)];
+    s.sample_rows = pick(0, 2) == 0 ? pick(1, 40) : 1;
+    s.samples = pick(1, std::max<int64_t>(1, std::min<int64_t>(3000, 40000 / (s.inner * s.sample_rows))));
+    s.rows = s.samples * s.sample_rows;
+    s.elements = s.rows * s.inner;
+    return s;
+  }
+};
+
+// Calls thread(t) for all threads of a block, from either end: they may not depend on each other.
+template <typename Thread>
+void each_thread(Thread thread) {
+  const bool backwards = coin();
+  for (int t = 0; t < block_threads; ++t) thread(backwards ? block_threads - 1 - t : t);
+}
+
+// What finish_block and finish_kernel do, with `block(b, t, values)` for the threads' share.
+template <typename A, typename Block>
+void run_reduction(const Partition& p, const Finish<A>& finish, Block block) {
+  CHECK(p.parts == 1 || p.block_groups == 0, "parts %lld", static_cast<long long>(p.parts));
+  std::vector<double> partial(static_cast<size_t>(p.blocks));
+  for (int64_t b = 0; b < p.blocks; ++b) {
+    std::vector<A> values(static_cast<size_t>(p.block_groups * p.group_elements), A(NAN));
+    double sum = 0;
+    each_thread([&](int t) {
+      sum += static_cast<double>(block(b, t, values.empty() ? nullptr : values.data()).sum);
+    });
+    partial[static_cast<size_t>(b)] = sum;
+    const int lanes = small_group_lanes(p.group_elements);
+    for (int64_t g = 0; g < p.block_groups && b * p.block_groups + g < p.groups; ++g) {
+      A total = 0;
+      for (int lane = 0; lane < lanes; ++lane)
+        total += lane_sum(values.data() + g * p.group_elements, p.group_elements, lane, lanes);
+      finish(b * p.block_groups + g, static_cast<double>(total));
+    }
+  }
+  for (int64_t g = 0; g < p.groups && p.block_groups == 0; ++g) {
+    double sum = 0;
+    for (int64_t part = 0; part < p.parts; ++part) sum += partial[static_cast<size_t>(g * p.parts + part)];
+    finish(g, sum);
+  }
+}
+
+// Operands of a call with their data, and what a plain loop makes of them.
+struct Operands {
+  Dtype dtype;
+  int count;
+  Tables tables;
+  std::vector<Operand> operands;
+  std::vector<Array> arrays, stores;
+  int64_t seed = static_cast<int64_t>(generator());
+
+  Operands(const Sizes& s, Dtype dtype_, int count_, int first_noise, bool wide, bool misaligned)
+      : dtype(dtype_), count(count_), tables{wide, s.rows, s.sample_rows, {}, {}} {
+    const bool any_noise = coin();
+    for (int k = 0; k < count; ++k) {
+      Operand operand{};
+      arrays.push_back(random_tensor(s.elements, dtype, misaligned && coin()));
+      stores.emplace_back();
+      operand.data = arrays.back().data();
+      if (k >= first_noise && any_noise && pick(0, 2) == 0) {
+        operand.data = nullptr;
+        operand.seed = &seed;
+        operand.stream = pick(0, 5);
+        operand.offset = coin() ? pick(0, 9) * 4 : (coin() ? pick(0, 9) : (int64_t{1} << 40) + pick(0, 9));
+        if (coin()) stores.back() = Array(s.elements, bytes_of(dtype), misaligned && coin());
+        operand.store = stores.back().data();
+      }
+      operand.coefficient = tables.make();
+      operand.error = tables.make();
+      operands.push_back(operand);
+    }
+  }
+
+  double value(int k, int64_t i) const {
+    const Operand& o = operands[static_cast<size_t>(k)];
+    if (o.data != nullptr) return at(o.data, dtype, i);
+    return naive_normal(dtype, static_cast<uint64_t>(seed), static_cast<uint64_t>(o.stream), o.offset + i);
+  }
+  // sum_k c_k k_k, and the sum of magnitudes, to which rounding is proportional.
+  double sum(int64_t row, int64_t i, Coefficient Operand::* which, double& magnitude) const {
+    double total = 0;
+    magnitude = 0;
+    for (int k = 0; k < count; ++k) {
+      const double term = tables.value(operands[static_cast<size_t>(k)].*which, row) * value(k, i);
+      total += term;
+      magnitude += std::fabs(term);
+    }
+    return total;
+  }
+  void check_stores(int64_t elements) const {
+    for (int k = 0; k < count; ++k) {
+      const Operand& o = operands[static_cast<size_t>(k)];
+      for (int64_t i = 0; i < elements && o.store != nullptr; ++i)
+        CHECK(same(at(o.store, dtype, i), value(k, i)), "stored noise %d at %lld", k,
+              static_cast<long long>(i));
+      CHECK(stores[static_cast<size_t>(k)].guarded(), "store %d", k);
+    }
+  }
+};
+
+void test_combine() {
+  const Sizes s = Sizes::random();
+  static const int counts[] = {1, 1, 2, 3, 4, 5, 8, 17};
+  const Dtype dtype = dtypes[pick(0, 3)];
+  const bool wide = dtype == Dtype::f64, with_norm = pick(0, 3) == 0, in_place = coin();
+  Operands data(s, dtype, counts[pick(0, 7)], 1, wide, pick(0, 3) == 0);
+  Array out(s.elements, bytes_of(dtype), pick(0, 5) == 0);
+  CombineArguments a{};
+  a.dtype = dtype;
+  a.rows = s.rows;
+  a.inner = s.inner;
+  a.count = data.count;
+  for (int k = 0; k < data.count; ++k) a.operands[k] = data.operands[static_cast<size_t>(k)];
+  if (in_place && data.count == 1 && coin()) {  // rows that stay as they are
+    Coefficient& c = data.operands[0].coefficient;
+    for (auto& table : data.tables.floats)
+      for (float& value : table) value = coin() ? 1.0f : value;
+    for (size_t t = 0; t < data.tables.doubles.size(); ++t)
+      data.tables.doubles[t].assign(data.tables.floats[t].begin(), data.tables.floats[t].end());
+    c.slope = 1;
+    c.value = c.data == nullptr ? 1 : 0;
+    a.operands[0].coefficient = c;
+  }
+  std::vector<double> expected(static_cast<size_t>(s.elements)), tolerance(expected);
+  std::vector<double> norms(static_cast<size_t>(s.samples)), slack(norms);
+  a.has_error = coin();
+  a.atol = 0.1;
+  a.rtol = 0.05;
+  for (int64_t i = 0; i < s.elements; ++i) {
+    const int64_t row = i / s.inner;
+    double magnitude;
+    const double y = data.sum(row, i, &Operand::coefficient, magnitude);
+    const double unit = wide ? 2e-15 : 1e-6;
+    expected[static_cast<size_t>(i)] = y;
+    tolerance[static_cast<size_t>(i)] =
+        unit * magnitude + epsilon(dtype) * std::fabs(y) + (dtype == Dtype::f16 ? 6e-8 : 0);
+    const double e = a.has_error ? data.sum(row, i, &Operand::error, magnitude) : y;
+    const double bound = a.atol + a.rtol * std::fmax(std::fabs(data.value(0, i)), std::fabs(y));
+    const double ratio = e / bound, off = unit * magnitude / bound;
+    slack[static_cast<size_t>(i / (s.elements / s.samples))] += off * (2 * std::fabs(ratio) + off);
+    norms[static_cast<size_t>(i / (s.elements / s.samples))] += ratio * ratio;
+  }
+  a.out = in_place ? const_cast<void*>(a.operands[0].data) : out.data();
+  a.samples = s.samples;
+  Array norm(s.samples, wide ? 8 : 4, false);
+  a.norm = with_norm ? norm.data() : nullptr;
+
+  choose_combine_shape(a, [&](auto shape) {
+    using Shape = decltype(shape);
+    const auto p = make_combine_params<typename Shape::A>(a);
+    if constexpr (Shape::norm) {
+      run_reduction(p.partition, make_norm_finish<typename Shape::A>(a),
+                    [&](int64_t b, int t, auto* values) { return combine_thread<Shape>(p, b, t, values); });
+    } else {
+      for (int64_t b = 0; b * Shape::tile < s.elements; ++b)
+        each_thread([&](int t) { combine_thread<Shape>(p, b, t, nullptr); });
+    }
+  });
+
+  for (int64_t i = 0; i < s.elements; ++i)
+    CHECK(near(at(a.out, dtype, i), expected[static_cast<size_t>(i)], tolerance[static_cast<size_t>(i)]),
+          "combine dtype %d count %d rows %lld inner %lld at %lld: %g, expected %g", static_cast<int>(dtype),
+          a.count, static_cast<long long>(s.rows), static_cast<long long>(s.inner), static_cast<long long>(i),
+          at(a.out, dtype, i), expected[static_cast<size_t>(i)]);
+  for (int64_t g = 0; g < s.samples && with_norm; ++g) {
+    const double size = static_cast<double>(s.elements / s.samples), sum = norms[static_cast<size_t>(g)];
+    const double wanted = std::sqrt(sum / size),
+                 most = std::sqrt((sum + slack[static_cast<size_t>(g)]) / size);
+    const double got = at(a.norm, wide ? Dtype::f64 : Dtype::f32, g);
+    CHECK(near(got, wanted, most - wanted + (wide ? 1e-13 : 2e-5) * wanted), "norm %g, expected %g", got,
+          wanted);
+  }
+  data.check_stores(s.elements);
+  CHECK(out.guarded() && norm.guarded() && data.arrays[0].guarded(), "combine");
+}
+
+void naive_penalty(Penalty kind, double d, double delta, double& value, double& derivative) {
+  if (kind == Penalty::squared) penalty<Penalty::squared>(d, delta, value, derivative);
+  if (kind == Penalty::huber) penalty<Penalty::huber>(d, delta, value, derivative);
+  if (kind == Penalty::pseudo_huber) penalty<Penalty::pseudo_huber>(d, delta, value, derivative);
+  if (kind == Penalty::l1) penalty<Penalty::l1>(d, delta, value, derivative);
+}
+
+void test_loss() {
+  const Sizes s = Sizes::random();
+  const Dtype dtype = dtypes[pick(0, 3)], pred_dtype = coin() ? dtype : dtypes[pick(0, 3)];
+  const bool wide = dtype == Dtype::f64 || pred_dtype == Dtype::f64, misaligned = pick(0, 4) == 0;
+  Operands data(s, dtype, static_cast<int>(pick(1, 3)), 0, wide, misaligned);
+  Array pred = random_tensor(s.elements, pred_dtype, misaligned && coin());
+  Array grad(s.elements, bytes_of(pred_dtype), misaligned && coin());
+  RegressionLossArguments a{};
+  a.pred_dtype = pred_dtype;
+  a.pred = pred.data();
+  a.grad = pick(0, 5) == 0 ? nullptr : grad.data();
+  a.dtype = dtype;
+  a.rows = s.rows;
+  a.inner = s.inner;
+  a.count = data.count;
+  for (int k = 0; k < data.count; ++k) a.operands[k] = data.operands[static_cast<size_t>(k)];
+  a.weight = data.tables.make(true);
+  a.groups = coin() ? 1 : s.samples;
+  // the scale of a group is that of its first row
+  do a.scale = data.tables.make(true);
+  while (a.scale.data != nullptr && a.scale.stride != 0 &&
+         (a.groups == 1 || a.scale.rows_per_entry != s.sample_rows));
+  a.scale_grad = coin();
+  a.kind = static_cast<Penalty>(pick(0, 3));
+  a.delta = 0.75;
+  const int64_t masks[] = {0, 1, s.inner, s.inner * s.sample_rows};
+  a.mask_elements = masks[pick(0, 3)];
+  Array mask(a.mask_elements == 0 ? 1 : s.elements / a.mask_elements, 1, misaligned && coin());
+  if (a.mask_elements != 0) {
+    a.mask = static_cast<const bool*>(mask.data());
+    for (int64_t i = 0; i < s.elements / a.mask_elements; ++i)
+      static_cast<bool*>(mask.data())[i] = pick(0, 3) != 0;
+  }
+  const auto kept = [&](int64_t i) { return a.mask == nullptr || a.mask[i / a.mask_elements]; };
+  for (int64_t i = 0; i < s.elements; ++i)
+    if (!kept(i) && coin()) store_scalar(pred.data(), pred_dtype, i, coin() ? std::nan("") : INFINITY);
+  Array loss(a.groups, wide ? 8 : 4, false);
+  a.loss = loss.data();
+
+  choose_loss_shape(a, [&](auto shape) {
+    using Shape = decltype(shape);
+    const auto p = make_loss_params<Shape>(a);
+    run_reduction(p.partition, make_loss_finish<typename Shape::A>(a),
+                  [&](int64_t b, int t, auto* values) { return loss_thread<Shape>(p, b, t, values); });
+  });
+
+  std::vector<double> sums(static_cast<size_t>(a.groups)), slack(sums);
+  for (int64_t i = 0; i < s.elements; ++i) {
+    const int64_t row = i / s.inner;
+    double magnitude, value = 0, derivative = 0;
+    const double d = at(a.pred, pred_dtype, i) - data.sum(row, i, &Operand::coefficient, magnitude);
+    naive_penalty(a.kind, d, a.delta, value, derivative);
+    const double w = data.tables.value(a.weight, row), scale = data.tables.value(a.scale, row);
+    const size_t group = static_cast<size_t>(i / (s.elements / a.groups));
+    const double unit = (wide ? 2e-15 : 1e-6) * (magnitude + std::fabs(d));
+    if (kept(i)) {
+      sums[group] += w * value * scale;
+      slack[group] +=
+          std::fabs(w * scale) * ((wide ? 1e-13 : 1e-5) * value + unit * (std::fabs(derivative) + unit));
+    }
+    if (a.grad == nullptr) continue;
+    if (kept(i) && a.kind == Penalty::l1 && std::fabs(d) <= unit) continue;  // the sign is open
+    const double factor = w * (a.scale_grad ? scale : 1);
+    const double expected = kept(i) ? factor * derivative : 0, got = at(a.grad, pred_dtype, i);
+    const double tolerance = 2 * factor * unit +
+                             (epsilon(pred_dtype) + (wide ? 0 : 1e-6)) * std::fabs(expected) +
+                             (pred_dtype == Dtype::f16 ? 6e-8 : 0);
+    CHECK(kept(i) ? near(got, expected, tolerance) : got == 0,
+          "gradient dtypes %d %d kind %d rows %lld inner %lld groups %lld at %lld: %g, expected %g",
+          static_cast<int>(pred_dtype), static_cast<int>(dtype), static_cast<int>(a.kind),
+          static_cast<long long>(s.rows), static_cast<long long>(s.inner), static_cast<long long>(a.groups),
+          static_cast<long long>(i), got, expected);
+  }
+  for (int64_t g = 0; g < a.groups; ++g) {
+    const double got = at(a.loss, wide ? Dtype::f64 : Dtype::f32, g), wanted = sums[static_cast<size_t>(g)];
+    CHECK(near(got, wanted, slack[static_cast<size_t>(g)]), "loss %g, expected %g", got, wanted);
+  }
+  data.check_stores(s.elements);
+  CHECK(grad.guarded() && loss.guarded(), "loss");
+}
+
+void test_random() {
+  RandomArguments a{};
+  a.kind = static_cast<RandomKind>(pick(0, 2));
+  a.dtype = dtypes[pick(0, 3)];
+  a.count = pick(0, 2) == 0 ? pick(1, 20) : pick(1, 20000);
+  const bool words = a.kind == RandomKind::words;
+  Array out(a.count, words ? 8 : bytes_of(a.dtype), pick(0, 3) == 0);
+  const int64_t seed = static_cast<int64_t>(generator());
+  a.out = out.data();
+  a.seed = &seed;
+  a.stream = pick(0, 3) == 0 ? int64_t{1} << 40 : pick(0, 3);
+  a.offset = pick(0, 3) == 0 ? (int64_t{1} << 35) + pick(0, 9) : pick(0, 9);
+  choose_random_shape(a, [&](auto shape) {
+    using Shape = decltype(shape);
+    const RandomParams p = make_random_params(a);
+    for (int64_t b = 0; b * Shape::tile < a.count; ++b)
+      each_thread([&](int t) { random_thread<Shape>(p, b, t); });
+  });
+  const uint64_t key = static_cast<uint64_t>(seed), stream = static_cast<uint64_t>(a.stream);
+  for (int64_t i = 0; i < a.count; ++i) {
+    const uint32_t word = naive_word(key, stream, a.offset + i);
+    if (words) {
+      CHECK(static_cast<const int64_t*>(a.out)[i] == static_cast<int64_t>(word), "word %lld",
+            static_cast<long long>(i));
+      continue;
+    }
+    const int bits = a.dtype == Dtype::f64 ? 32 : a.dtype == Dtype::f32 ? 24 : a.dtype == Dtype::f16 ? 11 : 8;
+    const double expected = a.kind == RandomKind::normal
+                                ? naive_normal(a.dtype, key, stream, a.offset + i)
+                                : std::ldexp(static_cast<double>(word >> (32 - bits)), -bits);
+    CHECK(at(a.out, a.dtype, i) == expected, "kind %d dtype %d offset %lld at %lld", static_cast<int>(a.kind),
+          static_cast<int>(a.dtype), static_cast<long long>(a.offset), static_cast<long long>(i));
+  }
+  CHECK(out.guarded(), "random");
+}
+
+void test_divider() {
+  for (int round = 0; round < 200000; ++round) {
+    const int64_t d = 1 + static_cast<int64_t>(generator() >> pick(1, 63));
+    int64_t n = static_cast<int64_t>(generator() >> pick(1, 63));
+    if (coin() && n > 0) n = n / d * d - pick(0, 1);  // where a quotient changes
+    if (n < 0 || d <= 0) continue;
+    CHECK(make_divider(d).divide(n) == n / d, "%lld / %lld", static_cast<long long>(n),
+          static_cast<long long>(d));
+  }
+}
+
+// Blocks take every element once, in order, and none of another group; also beyond 2^31 elements.
+void test_partition() {
+  for (int round = 0; round < 300; ++round) {
+    const int64_t group_elements = pick(1, 3) == 1 ? pick(1, 3000) : int64_t{1} << pick(0, 34);
+    const int64_t groups =
+        coin()
+            ? 1
+            : pick(1, std::min<int64_t>(200000, std::max<int64_t>(2, (int64_t{1} << 36) / group_elements)));
+    const Partition p = make_partition(group_elements * groups, groups);
+    int64_t next = 0;
+    const int64_t stride = std::max<int64_t>(1, p.blocks / 20000);
+    for (int64_t b = 0; b < p.blocks; ++b) {
+      if (stride > 1 && b % stride > 1 && b + 1 < p.blocks) continue;
+      int64_t begin, end;
+      p.range(b, begin, end);
+      if (stride > 1 && (b % stride == 0 || b + 1 == p.blocks)) next = std::max(next, begin);
+      if (begin >= end) continue;
+      CHECK(begin == next && end <= p.elements, "block %lld begins at %lld, expected %lld",
+            static_cast<long long>(b), static_cast<long long>(begin), static_cast<long long>(next));
+      if (p.block_groups == 0)
+        CHECK(begin / group_elements == b / p.parts && (end - 1) / group_elements == b / p.parts, "group");
+      else
+        CHECK(end - begin <= part_unit && begin % group_elements == 0 && end % group_elements == 0, "groups");
+      next = end;
+    }
+    CHECK(next == p.elements, "%lld of %lld", static_cast<long long>(next),
+          static_cast<long long>(p.elements));
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int rounds = argc > 1 ? std::atoi(argv[1]) : 1500;
+  test_divider();
+  test_partition();
+  for (int round = 0; round < rounds; ++round) {
+    test_combine();
+    test_loss();
+    test_random();
+  }
+  std::printf("%s: %d rounds, %d failures\n", failures == 0 ? "ok" : "FAILED", rounds, failures);
+  return failures == 0 ? 0 : 1;
+}

@@ -1,0 +1,231 @@
+"""The benchmark suite itself: what it writes, that it refuses wrong results, and that pages follow the results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import fmkernels as fm
+from benchmarks import records, render, report, targets, timing
+from benchmarks.__main__ import main
+from benchmarks.families import FAMILIES
+from fmkernels.testing import Case
+
+TINY = ["--no-compile", "--rounds", "3", "--device", "cpu", "--name", "tiny"]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results of two tiny cases of one family in a folder of their own."""
+    root = tmp_path_factory.mktemp("results")
+    status = main([*TINY, "--family", "combine", "--filter", "256x2/", "--dtype", "float32", "--out", str(root)])
+    assert status == 0
+    return root
+
+
+def _records(root: Path) -> list[records.Record]:
+    (path,) = root.glob("*/tiny.jsonl")
+    return records.read(path)
+
+
+def test_records_have_every_field(results: Path) -> None:
+    found = _records(results)
+    names = {record["implementation"] for record in found}
+    assert {"eager", "copy", "fmkernels-reference"} <= names
+    assert len(found) == len(names) * 3  # K = 2, 4, 8
+    for record in found:
+        assert record["case"]["shape"] == [256, 2]
+        assert record["samples"] == 3
+        assert 0 < record["q1"] <= record["median"] <= record["q3"]
+        assert record["gb_per_s"] == pytest.approx(record["bytes"] / record["median"] / 1e9)
+        assert set(record["versions"]) >= {"fmkernels", "torch", "triton", "torchcfm", "flow_matching", "python"}
+        assert set(record["machine"]) >= {"cpu", "threads", "isa", "gpu", "driver"}
+        if record["implementation"] != "copy":
+            assert 0 <= record["errors"]["y"] < 1e-6
+            assert record["peak_extra_bytes"] >= 256 * 2 * 4
+    assert sum(record["auto"] for record in found) == 3
+
+
+def test_no_host_name_or_path_in_records(results: Path) -> None:
+    (path,) = results.glob("*/tiny.jsonl")
+    text = path.read_text()
+    assert str(Path.home()) not in text
+    assert str(Path(__file__).resolve().parent.parent) not in text
+
+
+def test_a_second_run_is_appended_and_the_last_counts(tmp_path: Path) -> None:
+    path = tmp_path / "machine" / "a.jsonl"
+    record = {
+        "family": "f",
+        "case": {"shape": [1], "dtype": "float32", "variant": ""},
+        "timer": "host",
+        "implementation": "eager",
+    }
+    records.append(path, [{**record, "median": 1.0}])
+    records.append(path, [{**record, "median": 2.0}])
+    assert len(path.read_text().splitlines()) == 2
+    assert [r["median"] for r in records.read(path)] == [2.0]
+
+
+def test_a_wrong_result_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = fm.combine
+
+    def wrong(*args: object, impl: str = "auto", **kwargs: object) -> Tensor:
+        y = right(*args, impl=impl, **kwargs)  # type: ignore[arg-type]
+        assert isinstance(y, Tensor)
+        if impl != "reference":
+            y[-1, -1] += 1e-2
+        return y
+
+    if fm._dispatch.chosen("combine", "cpu", "auto") == "reference":
+        pytest.skip("needs the compiled library")
+    monkeypatch.setattr(fm, "combine", wrong)
+    job = ["--family", "combine", "--filter", "256x2/K=2", "--dtype", "float32", "--out", str(tmp_path)]
+    assert main([*TINY, *job]) == 1
+    assert not list(tmp_path.rglob("*.jsonl"))
+    captured = capsys.readouterr()
+    assert "its check is red" in captured.out
+    assert "REFUSED: combine/256x2/K=2/float32: fmkernels-native: y: largest error" in captured.err
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_runs_and_is_right(family: str, tmp_path: Path) -> None:
+    """The smallest cases, in both dtypes, with noise drawn inside too."""
+    assert main([*TINY, "--family", family, "--filter", "/256x2", "--out", str(tmp_path)]) == 0
+    found = _records(tmp_path)
+    assert {record["case"]["dtype"] for record in found} == {"float32", "bfloat16"}
+    for measured in records.by_case(found).values():
+        assert records.ours(measured) is not None
+        assert {"eager", "copy"} <= set(measured)
+
+
+def test_list_and_unknown_filter(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--list", "--quick"]) == 0
+    names = capsys.readouterr().out.split("\n")
+    assert "randn/256x16x64x64/float32" in names
+    assert main(["--filter", "no such case"]) == 2
+
+
+def test_targets_name_existing_cases() -> None:
+    """A target whose case was renamed would never be measured again."""
+    known = {
+        (family.name, case.shape, case.variant) for family in FAMILIES.values() for case in family.cases
+    }
+    for target in targets.TARGETS:
+        assert (target.family, target.shape, target.variant) in known
+
+
+def test_targets_pass_fail_and_missing() -> None:
+    target = targets.TARGETS[0]
+    base = {
+        "family": target.family,
+        "case": {"shape": list(target.shape), "dtype": "float32", "variant": target.variant},
+        "timer": "host",
+    }
+    mine = {**base, "implementation": "fmkernels-native", "auto": True, "median": 1.0}
+    for eager, verdict in ((9.0, "pass: 9.00 x"), (7.0, "FAIL: 7.00 x")):
+        lines, kept = targets.check(
+            [mine, {**base, "implementation": "eager", "auto": False, "median": eager}], "cpu"
+        )
+        assert verdict in lines[0]
+        assert "NOT MEASURED" in lines[-1]
+        assert not kept  # the others were not measured
+
+
+def test_render_is_idempotent_and_check_sees_stale_pages(results: Path, tmp_path: Path) -> None:
+    pages = {"README.md": "summary", "docs/performance.md": "full"}
+    for name, block in pages.items():
+        page = tmp_path / name
+        page.parent.mkdir(exist_ok=True)
+        page.write_text(f"before\n<!-- benchmarks:begin {block} -->\nold\n<!-- benchmarks:end -->\nafter\n")
+    arguments = ["render", "--root", str(tmp_path), "--results", str(results)]
+    assert main([*arguments, "--check"]) == 1
+    assert main(arguments) == 0
+    written = {name: (tmp_path / name).read_text() for name in pages}
+    (image,) = (tmp_path / "docs" / "images").glob("benchmarks-*.png")
+    assert image.read_bytes().startswith(b"\x89PNG")
+    full = written["docs/performance.md"]
+    assert "256x2 K=4" in full
+    assert "old" not in full
+    assert f"(images/{image.name})" in full
+    assert f"(docs/images/{image.name})" in written["README.md"]
+    assert full.startswith("before\n") and full.endswith("after\n")
+
+    drawn = image.stat().st_mtime_ns
+    assert main(arguments) == 0
+    assert main([*arguments, "--check"]) == 0
+    assert {name: (tmp_path / name).read_text() for name in pages} == written
+    assert image.stat().st_mtime_ns == drawn
+
+    stale = full.replace("float32", "float64", 1)
+    (tmp_path / "docs" / "performance.md").write_text(stale)
+    assert main([*arguments, "--check"]) == 1
+    image.write_bytes(b"another picture")
+    assert any("made from other results" in p for p in render.render(tmp_path, results, check=True))
+
+
+def test_render_says_what_is_missing(results: Path, tmp_path: Path) -> None:
+    assert "no results" in render.render(tmp_path, tmp_path, check=True)[0]
+    (tmp_path / "README.md").write_text("no marks\n")
+    problems = render.render(tmp_path, results, check=True)
+    assert any("README.md: no marks" in problem for problem in problems)
+    assert any("docs/performance.md: missing" in problem for problem in problems)
+
+
+def test_units() -> None:
+    assert [report.seconds(x) for x in (2.0, 0.0125, 3.4e-6, 5e-8)] == ["2 s", "12.5 ms", "3.4 µs", "50 ns"]
+    assert [report.size(x) for x in (None, 12, 2048, 64 << 20)] == ["-", "12 B", "2 KiB", "64 MiB"]
+
+
+def test_interleave_counts_samples_and_rotates_inputs() -> None:
+    seen: list[int] = []
+    slow = timing.Entry("slow", lambda x: sum(range(20000)), [0])
+    fast = timing.Entry("fast", seen.append, [0, 1, 2])
+    times = timing.interleave([slow, fast], torch.device("cpu"), budget=0.1, rounds=4)
+    assert times["slow"].samples == times["fast"].samples == 4
+    assert set(seen) == {0, 1, 2}
+    assert times["fast"].median < times["slow"].median
+
+
+def test_peak_extra_bytes() -> None:
+    from benchmarks.memory import peak_extra_bytes
+
+    x = torch.randn(1 << 16)
+
+    def three_at_once() -> Tensor:
+        a = x * 2  # held while the next two come
+        b = a + 1
+        return a * b
+
+    assert peak_extra_bytes(three_at_once, torch.device("cpu")) == 3 * (4 << 16)
+
+
+def _latency_case() -> tuple[Case, dict]:
+    case = next(c for c in FAMILIES["cfm"].cases if c.shape == (256, 2) and not c.noise)
+    inputs = case.make(torch.float32, torch.device("cpu"), 0)
+    inputs["pred"].requires_grad_()
+    return case, inputs
+
+
+@pytest.mark.parametrize("name", ["fmkernels", "eager"])
+def test_latency(benchmark: object, name: str) -> None:
+    """Path, loss and gradient at (256, 2), for pytest-benchmark's own statistics and comparisons."""
+    case, inputs = _latency_case()
+    family = FAMILIES["cfm"]
+    run = family.ours(case, "auto")[""] if name == "fmkernels" else family.plain(case, lambda f: f)
+    outputs = benchmark(run, inputs)  # type: ignore[operator]
+    right = family.oracle(case, inputs, outputs)
+    for key in ("x_t", "loss", "grad"):
+        torch.testing.assert_close(outputs[key].double(), right[key], rtol=1e-5, atol=1e-6)
+
+
+def test_records_are_valid_json_lines(results: Path) -> None:
+    (path,) = results.glob("*/tiny.jsonl")
+    for line in path.read_text().splitlines():
+        assert json.loads(line)["schema"] == records.SCHEMA
