@@ -1,22 +1,32 @@
-"""fmkernels: fused flow matching for PyTorch."""
+"""fmkernels: fused flow matching for PyTorch. t = 0 is noise, t = 1 is data."""
 
+from . import paths, testing, times, weightings
+from ._memory import set_cpu_pool_limit
+from .losses import cfm_loss
 from .ops.combine.op import combine
 from .ops.interpolate.op import Interpolation, interpolate
 from .ops.random.op import rand, randn, random_words
 from .ops.regression_loss.op import regression_loss
+from .paths.targets import convert
 from .random import Noise, draw_seed
 from .version import __version__
-
-
 
 __all__ = [
     "Interpolation",
     "Noise",
+    "__version__",
+    "cfm_loss",
     "combine",
+    "convert",
     "draw_seed",
     "interpolate",
+    "paths",
     "rand",
     "randn",
     "random_words",
     "regression_loss",
+    "set_cpu_pool_limit",
+    "testing",
+    "times",
+    "weightings",
 ]

@@ -1,8 +1,9 @@
-"""Tools to test fused kernels: cases, error budgets, outputs poisoned with NaN. For users' own operations too.
+"""Tools to test fused kernels: cases, error budgets, outputs poisoned with NaN. For users' own operations
+too.
 
-A :class:`Case` names one way to call one public operation: how its inputs are made, what comes out, and how little
-memory traffic would do. Each operation keeps its cases in ``fmkernels/ops/<op>/cases.py``; tests take those tagged
-"test", benchmarks those tagged "bench". A test of one implementation is then::
+A :class:`Case` names one way to call one public operation: how its inputs are made, what comes out, and how
+little memory traffic would do. Each operation keeps its cases in ``fmkernels/ops/<op>/cases.py``; tests take
+those tagged "test", benchmarks those tagged "bench". A test of one implementation is then::
 
     inputs = case.make(dtype, device, seed=0)
     with poisoned_empty():
@@ -54,10 +55,12 @@ class Case:
         name: unique among the operation's cases.
         shape: of the data.
         make: (dtype, device, seed) -> keyword arguments of the public operation, random, never zeros.
-        call: (inputs, impl) -> every tensor that the operation gives, gradients included; see :meth:`evaluate`.
+        call: (inputs, impl) -> every tensor that the operation gives, gradients included; see
+            :meth:`evaluate`.
         tensors_moved: how many tensors of ``shape`` must at least be read or written.
         flops_per_element: arithmetic for each element of ``shape``, a normal number counted as 25.
-        noise: True where normal numbers are drawn inside, on which implementations agree to NOISE_TOLERANCE only.
+        noise: True where normal numbers are drawn inside, on which implementations agree to NOISE_TOLERANCE
+            only.
         variant: what sets cases of one shape apart; part of a benchmark's record.
         tags: "test", "bench".
     """
@@ -106,8 +109,8 @@ def random_tensor(
 ) -> Tensor:
     """Normal (or uniform) random data in one of LAYOUTS, on the generator's device.
 
-    "strided" takes every second element of the last dimension, "unaligned" begins one element into its memory,
-    "expanded" repeats its first row with stride 0.
+    "strided" takes every second element of the last dimension, "unaligned" begins one element into its
+    memory, "expanded" repeats its first row with stride 0.
     """
     draw = torch.rand if uniform else torch.randn
 
@@ -168,12 +171,15 @@ def to_float64(inputs: Inputs) -> Inputs:
 
 
 def relative_error(out: Tensor, oracle: Tensor) -> float:
-    """The relative root-mean-square error ||out - oracle|| / ||oracle|| in float64; inf where either is not finite.
+    """The relative root-mean-square error ||out - oracle|| / ||oracle|| in float64; inf where either is not
+    finite.
 
     Where the oracle is all zeros (or empty) it is 0 if out is too, else inf.
     """
     if out.shape != oracle.shape:
-        raise ValueError(f"out: expected the shape of the oracle, {tuple(oracle.shape)}, got {tuple(out.shape)}")
+        raise ValueError(
+            f"out: expected the shape of the oracle, {tuple(oracle.shape)}, got {tuple(out.shape)}"
+        )
     error, norm = _error(out, oracle, torch.linalg.vector_norm), _size(oracle, torch.linalg.vector_norm)
     if not math.isfinite(error) or not math.isfinite(norm):
         return math.inf
@@ -200,11 +206,12 @@ def assert_within_budget(
     noise: bool = False,
     name: str = "output",
 ) -> None:
-    """Fails unless the error of ``out`` is at most ``k`` times that of the reference, plus a floor of a few ulp.
+    """Fails unless the error of ``out`` is at most ``k`` times that of the reference, plus a floor of a few
+    ulp.
 
-    Errors are taken against the float64 oracle in two norms, the largest element's (a single wrong element shows) and
-    the root mean square (a bias shows); an ulp is the dtype's epsilon times the oracle's size in that norm. Integers
-    must be equal.
+    Errors are taken against the float64 oracle in two norms, the largest element's (a single wrong element
+    shows) and the root mean square (a bias shows); an ulp is the dtype's epsilon times the oracle's size in
+    that norm. Integers must be equal.
 
     Args:
         out: what is tested; its dtype sets the ulp.
@@ -249,7 +256,8 @@ def assert_within_budget(
 
 @contextlib.contextmanager
 def unpooled() -> Iterator[None]:
-    """Takes every output from torch's own allocator: large CPU outputs bypass the pool (fmkernels._memory)."""
+    """Takes every output from torch's own allocator: large CPU outputs bypass the pool
+    (fmkernels._memory)."""
     limit = _memory.POOL_FROM_BYTES
     _memory.POOL_FROM_BYTES = sys.maxsize
     try:
@@ -260,17 +268,19 @@ def unpooled() -> Iterator[None]:
 
 @contextlib.contextmanager
 def poisoned_empty() -> Iterator[None]:
-    """Fills what torch.empty and its kin return with NaN (integers: the largest), so that unwritten outputs show."""
+    """Fills what torch.empty and its kin return with NaN (integers: the largest), so that unwritten outputs
+    show."""
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic  # a module whose attributes are properties
+    fill = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    settings.fill_uninitialized_memory = True
     try:
         with unpooled():
             yield
     finally:
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        settings.fill_uninitialized_memory = fill
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
 
 

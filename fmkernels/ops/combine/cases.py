@@ -24,10 +24,13 @@ def _numbers(count: int, rng: torch.Generator) -> list[float]:
     return torch.randn(count, generator=rng, device=rng.device).tolist()
 
 
-def _coefficients(kind: str, count: int, shape: tuple[int, ...], dtype: torch.dtype, rng: torch.Generator) -> Any:
+def _coefficients(
+    kind: str, count: int, shape: tuple[int, ...], dtype: torch.dtype, rng: torch.Generator
+) -> Any:
     """Random coefficients: "number", "row", "token", "element", "mixed" (in turn) or a "..._table".
 
-    "constant" numbers do not depend on the seed, as in a solver's tableau (and torch.compile specialises on them).
+    "constant" numbers do not depend on the seed, as in a solver's tableau (and torch.compile specialises on
+    them).
     """
     if kind == "constant":
         return [1.0, *(0.5 / i for i in range(1, count))]
@@ -142,7 +145,14 @@ CASES: tuple[Case, ...] = (
     _case("in_place_noise", (5, 13), 1, "row", noise=0, out="in_place"),
     _case("in_place_norm", (5, 13), 3, "number", errors="number", out="in_place", atol=1e-2, rtol=1e-2),
     *(
-        _case(f"bench-{'x'.join(map(str, shape))}-k{count}", shape, count, "constant", variant=f"K={count}", tag="bench")
+        _case(
+            f"bench-{'x'.join(map(str, shape))}-k{count}",
+            shape,
+            count,
+            "constant",
+            variant=f"K={count}",
+            tag="bench",
+        )
         for shape in _BENCH_SHAPES
         for count in BENCH_OPERANDS
     ),

@@ -118,9 +118,7 @@ CASES: tuple[Case, ...] = (
     _case("channels_last_stored", (4, 5, 3, 6), x_0="drawn", layouts=("channels_last",), store_noise=True),
     _case("mixed_layouts", (4, 5, 3, 6), layouts=("channels_last", "contiguous")),
     *(
-        _case(
-            f"bench-{'x'.join(map(str, shape))}-{x_0}", shape, x_0=x_0, variant=f"x_0 {x_0}", tag="bench"
-        )
+        _case(f"bench-{'x'.join(map(str, shape))}-{x_0}", shape, x_0=x_0, variant=f"x_0 {x_0}", tag="bench")
         for shape in BENCH_SHAPES
         for x_0 in ("given", "drawn")
     ),

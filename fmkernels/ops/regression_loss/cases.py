@@ -1,4 +1,5 @@
-"""Cases of `regression_loss`: read by tests, benchmarks and docs. Each gives the loss and the gradient of pred."""
+"""Cases of `regression_loss`: read by tests, benchmarks and docs. Each gives the loss and the gradient of
+pred."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ _KEPT = {"sample": 1, "token": 2}
 
 
 def _call(inputs: Inputs, impl: str) -> tuple[Tensor, ...]:
-    """The loss, and the gradient for a grad_output that is 1 for "mean", another number for "sum", a ramp for "none"."""
+    """The loss, and the gradient for a grad_output that is 1 for "mean", another number for "sum", a ramp for
+    "none"."""
     pred = inputs["pred"].detach().requires_grad_()
     loss = regression_loss(**{**inputs, "pred": pred}, impl=impl)
     factor = {"mean": 1.0, "sum": 0.75}.get(inputs.get("reduction", "mean"))
@@ -187,5 +189,7 @@ CASES: tuple[Case, ...] = (
         _case(f"bench-{'x'.join(map(str, shape))}", shape, variant="x_0 given", tag="bench")
         for shape in BENCH_SHAPES
     ),
-    _case("bench-64x1024x64-masked", (64, 1024, 64), mask="token", variant="x_0 given, mask (B, T)", tag="bench"),
+    _case(
+        "bench-64x1024x64-masked", (64, 1024, 64), mask="token", variant="x_0 given, mask (B, T)", tag="bench"
+    ),
 )

@@ -1,0 +1,24 @@
+"""Probability paths between a source (t = 0) and data (t = 1)."""
+
+from .affine import VE, VP, CondOT, Cosine, LinearVP, OptimalTransport, Polynomial
+from .base import Coefficients, Path
+from .batch import Batch
+from .bridges import ConstantBridge, SchrodingerBridge
+from .targets import TARGETS, convert
+
+__all__ = [
+    "TARGETS",
+    "VE",
+    "VP",
+    "Batch",
+    "Coefficients",
+    "CondOT",
+    "ConstantBridge",
+    "Cosine",
+    "LinearVP",
+    "OptimalTransport",
+    "Path",
+    "Polynomial",
+    "SchrodingerBridge",
+    "convert",
+]

@@ -1,0 +1,225 @@
+"""Probability paths x_t = alpha_t x_1 + sigma_t x_0 (+ gamma_t z): the base class, and what all schedules share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._checks import check_float_tensor
+from ..ops._operands import Coefficient
+from . import batch as _batch
+from . import targets
+
+if TYPE_CHECKING:
+    from ..ops._operands import Operand
+
+# Below this, a standard deviation or a distance from an end of the path counts as this: quotients by it stay finite in
+# float32 and bfloat16 (1e-4 squared is 1e-8, and float32 resolves t next to 1 to 6e-8). The schedules themselves are
+# exact; only quantities whose limit is infinite (a score at sigma = 0, a derivative of sqrt(1 - t)) are held here.
+SMALL = 1e-4
+
+
+def as_tensor(value: Tensor | float, t: Tensor) -> Tensor:
+    """A schedule's value as a tensor of t's shape."""
+    if isinstance(value, Tensor):
+        return value
+    return torch.full_like(t, value)
+
+
+def promoted(t: Tensor | float) -> Tensor:
+    """Times as float32, or float64 where they are that."""
+    if not isinstance(t, Tensor):
+        return torch.tensor(float(t), dtype=torch.float32)
+    check_float_tensor("t", t)
+    return t if t.dtype in (torch.float32, torch.float64) else t.to(torch.float32)
+
+
+class Coefficients(NamedTuple):
+    """A schedule at given times: tensors of t's shape; the gamma entries are None for a path without that term."""
+
+    alpha_t: Tensor
+    sigma_t: Tensor
+    d_alpha_t: Tensor
+    d_sigma_t: Tensor
+    gamma_t: Tensor | None = None
+    d_gamma_t: Tensor | None = None
+
+
+def derivative(function: Callable[[Tensor], Tensor | float], t: Tensor) -> Tensor:
+    """d function / d t for a function that acts on each time alone, by automatic differentiation."""
+    with torch.enable_grad():
+        leaf = t.detach().requires_grad_()
+        value = as_tensor(function(leaf), leaf)
+        if not value.requires_grad:  # a constant
+            return torch.zeros_like(t)
+        (result,) = torch.autograd.grad(value.sum(), leaf)
+    return result
+
+
+class Path:
+    r"""A probability path. A schedule of your own is a subclass with two methods::
+
+        class Mine(fm.paths.Path):
+            def alpha(self, t): return t**2        # multiplies x_1
+            def sigma(self, t): return 1 - t**2    # multiplies x_0
+
+    Each maps times of any shape, float32 or float64, to a tensor of that shape or, for a constant, to a float. The
+    derivatives ``d_alpha`` and ``d_sigma`` come from autograd unless defined. ``gamma`` and ``d_gamma`` add a term
+    gamma_t z with fresh noise z (stochastic interpolants and bridges, Albergo et al. 2023).
+
+    t = 0 is the source (noise), t = 1 the data.
+    """
+
+    def alpha(self, t: Tensor) -> Tensor | float:
+        """The coefficient of x_1."""
+        raise NotImplementedError(f"{type(self).__name__}: expected a method alpha(t), got none")
+
+    def sigma(self, t: Tensor) -> Tensor | float:
+        """The coefficient of x_0."""
+        raise NotImplementedError(f"{type(self).__name__}: expected a method sigma(t), got none")
+
+    def d_alpha(self, t: Tensor) -> Tensor | float:
+        """The derivative of alpha; by autograd unless a subclass gives a closed form."""
+        return derivative(self.alpha, t)
+
+    def d_sigma(self, t: Tensor) -> Tensor | float:
+        """The derivative of sigma; by autograd unless a subclass gives a closed form."""
+        return derivative(self.sigma, t)
+
+    def gamma(self, t: Tensor) -> Tensor | float | None:
+        """The coefficient of z, or None for no such term."""
+        return None
+
+    def d_gamma(self, t: Tensor) -> Tensor | float | None:
+        """The derivative of gamma."""
+        if self.gamma(t) is None:
+            return None
+        return derivative(self.gamma, t)  # type: ignore[arg-type]  # not None at other times either
+
+    def __repr__(self) -> str:
+        parameters = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
+        return f"{type(self).__name__}({parameters})"
+
+    def coefficients(self, t: Tensor | float) -> Coefficients:
+        """alpha, sigma, their derivatives and, for a bridge, gamma and its derivative, at times t.
+
+        Args:
+            t: times in [0, 1], any shape; float16 and bfloat16 are promoted to float32.
+
+        Returns:
+            Coefficients: tensors of t's shape, float32 (float64 for float64 t), finite also at 0 and 1.
+        """
+        t = promoted(t)
+        gamma, d_gamma = self.gamma(t), self.d_gamma(t)
+        return Coefficients(
+            as_tensor(self.alpha(t), t),
+            as_tensor(self.sigma(t), t),
+            as_tensor(self.d_alpha(t), t),
+            as_tensor(self.d_sigma(t), t),
+            None if gamma is None else as_tensor(gamma, t),
+            None if d_gamma is None else as_tensor(d_gamma, t),
+        )
+
+    def interpolation_coefficients(self, t: Tensor) -> tuple[Coefficient, Coefficient, Coefficient | None]:
+        """(alpha, sigma, gamma) as the kernels take them: constants stay numbers."""
+        return self.alpha(t), self.sigma(t), self.gamma(t)
+
+    def target_coefficients(self, t: Tensor, target: str = "velocity") -> targets.Triple:
+        """(c_1, c_0, c_z) of a regression target u = c_1 x_1 + c_0 x_0 (+ c_z z); see :mod:`fmkernels.paths.targets`."""
+        return targets.coefficients(self, t, target)
+
+    def convert(
+        self, prediction: Tensor, x_t: Tensor, t: Tensor | float, source: str, target: str, **parameters: float
+    ) -> Tensor:
+        """A prediction of ``source`` at (x_t, t) as one of ``target``; see :func:`fmkernels.paths.targets.convert`."""
+        return targets.convert(self, prediction, x_t, t, source, target, **parameters)
+
+    def log_snr(self, t: Tensor | float) -> Tensor:
+        """log(alpha^2 / sigma^2); infinite where sigma (or alpha) is 0."""
+        t = promoted(t)
+        return 2.0 * (torch.log(as_tensor(self.alpha(t), t)) - torch.log(as_tensor(self.sigma(t), t)))
+
+    def snr(self, t: Tensor | float) -> Tensor:
+        """The signal-to-noise ratio alpha^2 / sigma^2 (Kingma et al. 2021, eq. 3); infinite where sigma is 0."""
+        t = promoted(t)
+        return (as_tensor(self.alpha(t), t) / as_tensor(self.sigma(t), t)).square()
+
+    def snr_inverse(self, snr: Tensor) -> Tensor:
+        """The time at which the signal-to-noise ratio has a value; the ends' times beyond their ratios.
+
+        Closed form where a schedule has one, else bisection on log SNR, which must increase: 60 fixed steps on the
+        device, without a host sync.
+        """
+        check_float_tensor("snr", snr)
+        return self.log_snr_inverse(torch.log(promoted(snr)))
+
+    def log_snr_inverse(self, log_snr: Tensor) -> Tensor:
+        """The time at which log SNR has a value; see :meth:`snr_inverse`."""
+        check_float_tensor("log_snr", log_snr)
+        wanted = promoted(log_snr)
+        low = torch.zeros_like(wanted, dtype=torch.float64)
+        high = torch.ones_like(low)
+        for _ in range(60):
+            middle = 0.5 * (low + high)
+            below = self.log_snr(middle) < wanted
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        return (0.5 * (low + high)).to(wanted.dtype)
+
+    def sample(
+        self,
+        x_1: Tensor,
+        x_0: Operand | None = None,
+        t: Tensor | float | None = None,
+        *,
+        z: Operand | None = None,
+        generator: torch.Generator | None = None,
+        time_sampler: _batch.TimeSampler | None = None,
+        row_offset: int = 0,
+        store_noise: bool | None = None,
+        checks: bool = False,
+        impl: str = "auto",
+    ) -> _batch.Batch:
+        r"""Samples the path: :math:`x_t = \alpha_t x_1 + \sigma_t x_0 (+ \gamma_t z)`, everything drawn that is not given.
+
+        Args:
+            x_1: data, shape (B, ...), floating.
+            x_0: source samples of x_1's shape and dtype; None draws standard normal noise in the kernel.
+            t: times in [0, 1]: a number, or a tensor whose shape is a leading part of x_1's: (B,), or (B, T) for a time
+                a token. None draws them: uniform, or by ``time_sampler``.
+            z: the noise of a gamma term; None draws it.
+            generator: torch.Generator for all that is drawn; torch's default one if None.
+            time_sampler: one of :mod:`fmkernels.times`, or any function (shape, device=, generator=) to times.
+            row_offset: the index of the first sample within a larger batch, for drawn noise: its shards, with one seed,
+                draw what the whole batch would.
+            store_noise: write drawn noise out for the loss (True), or draw it again there (False); None takes what was
+                measured to be faster.
+            checks: also check that t is finite and in [0, 1] (waits for the device).
+            impl: "auto", "reference", "native" or "triton".
+
+        Returns:
+            Batch: x_t, t and what the loss needs.
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong type, shape, dtype or device.
+        """
+        return _batch.sample(
+            self,
+            x_1,
+            x_0,
+            t,
+            z=z,
+            generator=generator,
+            time_sampler=time_sampler,
+            row_offset=row_offset,
+            store_noise=store_noise,
+            checks=checks,
+            impl=impl,
+        )
+
+
+def half_pi(t: Tensor) -> Tensor:
+    return (0.5 * math.pi) * t

@@ -1,0 +1,173 @@
+r"""Regression targets and the conversions between them.
+
+Every target is linear, u = c_1 x_1 + c_0 x_0 (+ c_z z), so that a target is three coefficients, and a new one is a
+function that fills them:
+
+=========== ============================================ =======================================================
+velocity    d alpha x_1 + d sigma x_0 (+ d gamma z)       dx/dt (Lipman et al. 2022, eq. 14)
+x_1         x_1                                           data prediction; also called "data"
+x_0         x_0                                           noise prediction; also called "noise"
+score       -x_0 / sigma; on a bridge -z / gamma          gradient of log p(x_t | x_1), Gaussian source
+v           alpha x_0 - sigma x_1                         v-prediction (Salimans & Ho 2022, section 4)
+edm         sigma/(s r) x_1 - alpha s / r x_0,            EDM's F (Karras et al. 2022, eq. 7 and table 1): with
+            r = sqrt(alpha^2 s^2 + sigma^2)               noise level sigma/alpha and data deviation s = sigma_data
+=========== ============================================ =======================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .._checks import check_choice, check_float_tensor, check_like, check_number, leading_shape, value_error
+from ..ops._operands import Coefficient, compute_dtype
+from ..ops.combine.op import combine
+
+if TYPE_CHECKING:
+    from .base import Path
+
+Triple = tuple[Coefficient, Coefficient, Coefficient | None]
+
+
+def _floor(value: Tensor | float, t: Tensor) -> Tensor:
+    from .base import SMALL, as_tensor
+
+    return as_tensor(value, t).clamp(min=SMALL)
+
+
+def _no_bridge(path: Path, t: Tensor, target: str) -> None:
+    if path.gamma(t) is not None:
+        raise value_error("target", f"one that is defined on a bridge ({path!r}): velocity, x_1, x_0, score", target)
+
+
+def _velocity(path: Path, t: Tensor) -> Triple:
+    return path.d_alpha(t), path.d_sigma(t), path.d_gamma(t)
+
+
+def _x_1(path: Path, t: Tensor) -> Triple:
+    return 1.0, 0.0, None
+
+
+def _x_0(path: Path, t: Tensor) -> Triple:
+    return 0.0, 1.0, None
+
+
+def _score(path: Path, t: Tensor) -> Triple:
+    gamma = path.gamma(t)
+    if gamma is not None:
+        return 0.0, 0.0, -1.0 / _floor(gamma, t)
+    return 0.0, -1.0 / _floor(path.sigma(t), t), None
+
+
+def _v(path: Path, t: Tensor) -> Triple:
+    from .base import as_tensor
+
+    _no_bridge(path, t, "v")
+    return -as_tensor(path.sigma(t), t), path.alpha(t), None
+
+
+def _edm(path: Path, t: Tensor, sigma_data: float = 0.5) -> Triple:
+    from .base import as_tensor
+
+    _no_bridge(path, t, "edm")
+    check_number("sigma_data", sigma_data, above=0.0)
+    alpha, sigma = as_tensor(path.alpha(t), t), as_tensor(path.sigma(t), t)
+    root = torch.sqrt((alpha * sigma_data).square() + sigma.square())
+    return sigma / (sigma_data * root), -sigma_data * alpha / root, None
+
+
+TARGETS: dict[str, Callable[..., Triple]] = {
+    "velocity": _velocity,
+    "x_1": _x_1,
+    "x_0": _x_0,
+    "score": _score,
+    "v": _v,
+    "edm": _edm,
+    "data": _x_1,
+    "noise": _x_0,
+}
+
+
+def coefficients(path: Path, t: Tensor, target: str, **parameters: float) -> Triple:
+    """(c_1, c_0, c_z) of a target at times t: numbers, tensors of t's shape, or None for no z."""
+    if target not in TARGETS:
+        check_choice("target", target, TARGETS)
+    return TARGETS[target](path, t, **parameters)
+
+
+def conversion_coefficients(
+    path: Path, t: Tensor, source: str, target: str, **parameters: float
+) -> tuple[Tensor, Tensor]:
+    """(A, B) with target = A x_t + B source, in float64 on the way."""
+    from .base import SMALL, as_tensor
+
+    dtype, t = t.dtype, t.double()
+    parts = []
+    for name in (source, target):
+        extra = parameters if name == "edm" else {}
+        c_1, c_0, _ = coefficients(path, t, name, **extra)
+        parts += [as_tensor(c, t) for c in (c_1, c_0)]  # type: ignore[arg-type]
+    c_1, c_0, d_1, d_0 = parts
+    alpha, sigma = as_tensor(path.alpha(t), t), as_tensor(path.sigma(t), t)
+    # [x_t; p] = [[alpha, sigma], [c_1, c_0]] [x_1; x_0], solved for d_1 x_1 + d_0 x_0
+    determinant = alpha * c_0 - sigma * c_1
+    # Where it vanishes, x_t and the prediction say the same and the other sample is undetermined: held at a small
+    # value of the same sign, so that the result is finite.
+    held = torch.where(determinant < 0, -1.0, 1.0) * determinant.abs().clamp(min=SMALL * SMALL)
+    a = (d_1 * c_0 - d_0 * c_1) / held
+    b = (d_0 * alpha - d_1 * sigma) / held
+    return a.to(dtype), b.to(dtype)
+
+
+def convert(
+    path: Path, prediction: Tensor, x_t: Tensor, t: Tensor | float, source: str, target: str, **parameters: float
+) -> Tensor:
+    r"""A prediction of one target at (x_t, t) as a prediction of another.
+
+    Two linear relations, x_t = alpha x_1 + sigma x_0 and prediction = c_1 x_1 + c_0 x_0, give x_1 and x_0 and thereby any
+    other target: target = A x_t + B prediction, one pass over memory. Finite at both ends of the path; where x_t and the
+    prediction do not determine the target (x_1 from x_0 at t = 0, where x_t = x_0), quotients are held as documented in
+    :mod:`fmkernels.paths.base` and the value has no meaning.
+
+    Args:
+        path: an affine path, without a gamma term.
+        prediction: of x_t's shape; floating.
+        x_t: shape (B, ...), floating, of prediction's dtype or not.
+        t: a number, or a tensor whose shape is a leading part of x_t's, e.g. (B,).
+        source, target: names of targets.
+        parameters: ``sigma_data`` of "edm".
+
+    Returns:
+        A tensor of prediction's shape and dtype.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or device, an unknown target, or a bridge.
+    """
+    from .base import promoted
+
+    check_float_tensor("x_t", x_t)
+    check_like("prediction", prediction, "x_t", x_t, dtype=False)
+    for name, value in (("source", source), ("target", target)):
+        check_choice(name, value, TARGETS)
+    if isinstance(t, Tensor):
+        check_float_tensor("t", t)
+        leading_shape("t", t, "x_t", x_t)
+        times = promoted(t)
+    else:
+        check_number("t", t, low=0.0, high=1.0)
+        times = torch.full((), float(t), dtype=compute_dtype(x_t), device=x_t.device)
+    if path.gamma(times) is not None:
+        raise value_error("path", "a path without a gamma term", path)
+    if TARGETS[source] is TARGETS[target]:
+        return prediction.clone()
+    a, b = conversion_coefficients(path, times, source, target, **parameters)
+    if prediction.dtype == x_t.dtype:
+        return combine([prediction, x_t], [b, a])
+    wide = torch.promote_types(prediction.dtype, x_t.dtype)
+    return combine([prediction.to(wide), x_t.to(wide)], [b, a]).to(prediction.dtype)
+
+
+

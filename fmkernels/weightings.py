@@ -1,0 +1,172 @@
+r"""Loss weightings w(t): factors of the squared error of a target.
+
+A weighting is a name, an instance of one of the classes below, a tensor, or any callable that maps times to weights.
+Each is finite at both ends: standard deviations and distances from the end count as at least 1e-4.
+
+Two weightings of two targets may be one loss: the squared error of x_0 is SNR times that of x_1, and on CondOT that
+of the velocity is 1 / (1 - t)^2 times that of x_1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, final, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from ._checks import check_choice, check_number, type_error
+from .paths.base import SMALL, Path, as_tensor
+
+
+@runtime_checkable
+class Weighting(Protocol):
+    """A weighting that depends on the path."""
+
+    def weight(self, path: Path, t: Tensor) -> Tensor:
+        """Weights of t's shape."""
+
+
+Weight = None | str | Tensor | Weighting | Callable[[Tensor], Tensor]
+
+
+def _sigma(path: Path, t: Tensor) -> Tensor:
+    return as_tensor(path.sigma(t), t).clamp(min=SMALL)
+
+
+def _snr(path: Path, t: Tensor) -> Tensor:
+    return (as_tensor(path.alpha(t), t) / _sigma(path, t)).square()
+
+
+@final
+@dataclass(frozen=True)
+class SNR:
+    """alpha^2 / sigma^2. On target "x_1" this is the loss of noise prediction (Ho et al. 2020; Kingma et al. 2021)."""
+
+    def weight(self, path: Path, t: Tensor) -> Tensor:
+        return _snr(path, t)
+
+
+@final
+@dataclass(frozen=True)
+class TruncatedSNR:
+    """max(SNR, 1), for target "x_1" (Salimans & Ho 2022, section 4)."""
+
+    def weight(self, path: Path, t: Tensor) -> Tensor:
+        return _snr(path, t).clamp(min=1.0)
+
+
+@final
+@dataclass(frozen=True)
+class MinSNR:
+    """min(SNR, gamma), for target "x_1" (Hang et al. 2023, section 3.4; gamma = 5). For target "x_0" divide by SNR, for
+    "v" by SNR + 1: pass a callable."""
+
+    gamma: float = 5.0
+
+    def __post_init__(self) -> None:
+        check_number("gamma", self.gamma, above=0.0)
+
+    def weight(self, path: Path, t: Tensor) -> Tensor:
+        return _snr(path, t).clamp(max=self.gamma)
+
+
+@final
+@dataclass(frozen=True)
+class SigmaSqrt:
+    """sigma^-2, for target "velocity" (Esser et al. 2024, Stable Diffusion 3; diffusers' ``sigma_sqrt``)."""
+
+    def weight(self, path: Path, t: Tensor) -> Tensor:
+        return _sigma(path, t).square().reciprocal()
+
+
+@final
+@dataclass(frozen=True)
+class CosMap:
+    """2 / (pi (1 - 2 sigma + 2 sigma^2)), for target "velocity" (Esser et al. 2024, section 3.1; diffusers' ``cosmap``)."""
+
+    def weight(self, path: Path, t: Tensor) -> Tensor:
+        sigma = as_tensor(path.sigma(t), t)
+        return (2.0 / math.pi) / (1.0 - 2.0 * sigma + 2.0 * sigma.square())
+
+
+@final
+@dataclass(frozen=True)
+class Sigmoid:
+    """sigmoid(bias - log SNR), for target "x_0" (Kingma & Gao 2023; Hoogeboom et al. 2024, eq. 6)."""
+
+    bias: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_number("bias", self.bias)
+
+    def weight(self, path: Path, t: Tensor) -> Tensor:
+        # sigmoid(b - log(alpha^2/sigma^2)) = e^b sigma^2 / (e^b sigma^2 + alpha^2), finite where either vanishes
+        alpha, sigma = as_tensor(path.alpha(t), t).square(), as_tensor(path.sigma(t), t).square() * math.exp(self.bias)
+        return sigma / (sigma + alpha)
+
+
+@final
+@dataclass(frozen=True)
+class Likelihood:
+    r"""2 / g^2, for target "velocity", with g^2 = 2 sigma (sigma d alpha / alpha - d sigma): the diffusion whose marginals
+    the path has, so that the loss is :math:`\frac12 \int g^2 |s_\theta - s|^2`, the bound on the negative log-likelihood
+    (Song et al. 2021, "Maximum likelihood training", theorem 1). On CondOT: t / (1 - t)."""
+
+    def weight(self, path: Path, t: Tensor) -> Tensor:
+        alpha, sigma = as_tensor(path.alpha(t), t), _sigma(path, t)
+        d_alpha, d_sigma = as_tensor(path.d_alpha(t), t), as_tensor(path.d_sigma(t), t)
+        return alpha / (sigma * (sigma * d_alpha - alpha * d_sigma)).clamp(min=SMALL * SMALL)
+
+
+@final
+@dataclass(frozen=True)
+class Data:
+    """1 / (1 - t)^2, for target "x_1": on CondOT the loss of the velocity."""
+
+    def weight(self, path: Path, t: Tensor) -> Tensor:
+        return (1.0 - t).clamp(min=SMALL).square().reciprocal()
+
+
+WEIGHTINGS: dict[str, Weighting | None] = {
+    "uniform": None,
+    "snr": SNR(),
+    "truncated_snr": TruncatedSNR(),
+    "min_snr": MinSNR(),
+    "sigma_sqrt": SigmaSqrt(),
+    "cosmap": CosMap(),
+    "sigmoid": Sigmoid(),
+    "likelihood": Likelihood(),
+    "x_1": Data(),
+}
+
+
+def resolve(weight: Weight, path: Path, t: Tensor) -> Tensor | None:
+    """The weights at times t as a tensor, or None for uniform.
+
+    Args:
+        weight: None; a name: "uniform", "snr", "truncated_snr", "min_snr", "sigma_sqrt", "cosmap", "sigmoid",
+            "likelihood", "x_1"; a weighting; a tensor; or a callable of t.
+        path: the path whose schedule the weighting reads.
+        t: times, float32 or float64.
+
+    Raises:
+        TypeError, ValueError: an unknown name, or neither of these.
+    """
+    if isinstance(weight, str):
+        check_choice("weight", weight, WEIGHTINGS)
+        weight = WEIGHTINGS[weight]
+    if weight is None or isinstance(weight, Tensor):
+        return weight
+    if isinstance(weight, Weighting):
+        return weight.weight(path, t)
+    if not callable(weight):
+        raise type_error("weight", "None, a name, a weighting, a tensor or a callable of t", weight)
+    value = weight(t)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return torch.full_like(t, float(value))
+    if not isinstance(value, Tensor):
+        raise type_error("weight(t)", "a tensor", value)
+    return value
