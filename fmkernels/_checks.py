@@ -87,7 +87,7 @@ def check_number(
     if not (math.isfinite(value) and low <= value <= high and value > above):
         bounds = [f">= {low}" if low > -math.inf else "", f"<= {high}" if high < math.inf else ""]
         bounds.append(f"> {above}" if above > -math.inf else "")
-        raise value_error(name, " and ".join(["a finite number", *filter(None, bounds)]), value)
+        raise value_error(name, f"a finite number {' and '.join(filter(None, bounds))}".rstrip(), value)
 
 
 def check_int(name: str, value: Any, *, low: int | None = None) -> None:

@@ -86,7 +86,7 @@ def cfm_loss(
         if t is None:
             raise type_error("t", "a tensor or a number, or a batch", t)
         times = as_times(t, "x_1", x_1, checks)
-    operands, coefficients = target_terms(path, times, target, x_1, x_0, z)
+    names, operands, coefficients = target_terms(path, times, target, x_1, x_0, z)
     return regression_loss(
         pred,
         operands,
@@ -98,4 +98,5 @@ def cfm_loss(
         delta=delta,
         noise_dtype=x_1.dtype,
         impl=impl,
+        _names=names,
     )

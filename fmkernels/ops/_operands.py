@@ -97,9 +97,17 @@ def pack_coefficient(name: str, value: Coefficient, data: Tensor, dtype: torch.d
 
 
 def pack_coefficients(
-    name: str, values: Sequence[Coefficient] | Tensor, count: int, data: Tensor, dtype: torch.dtype
+    name: str,
+    values: Sequence[Coefficient] | Tensor,
+    count: int,
+    data: Tensor,
+    dtype: torch.dtype,
+    names: Sequence[str] | None = None,
 ) -> tuple[list[Tensor | None], list[float]]:
-    """``count`` coefficients: a sequence of numbers and tensors, or one table whose last dimension is ``count``."""
+    """``count`` coefficients: a sequence of numbers and tensors, or one table whose last dimension is ``count``.
+
+    ``names`` are those of single coefficients where they have their own.
+    """
     if isinstance(values, Tensor):
         check_float_tensor(name, values)
         if values.dim() == 0 or values.shape[-1] != count:
@@ -111,8 +119,8 @@ def pack_coefficients(
         raise value_error(name, f"{count} coefficients, one for each operand", values)
     tensors: list[Tensor | None] = []
     numbers: list[float] = []
-    for value in values:
-        tensor, number = pack_coefficient(name, value, data, dtype)
+    for i, value in enumerate(values):
+        tensor, number = pack_coefficient(names[i] if names else f"{name}[{i}]", value, data, dtype)
         tensors.append(tensor)
         numbers.append(number)
     return tensors, numbers

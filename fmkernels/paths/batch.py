@@ -13,7 +13,7 @@ from ..ops.combine.op import combine
 from ..ops.interpolate.op import interpolate
 
 if TYPE_CHECKING:
-    from ..ops._operands import Operand
+    from ..ops._operands import Coefficient, Operand
     from .base import Path
 
 TimeSampler = Callable[..., Tensor]
@@ -56,7 +56,7 @@ class Batch:
 
     def target(self, target: str = "velocity") -> Tensor:
         """The regression target as a tensor: what :func:`fmkernels.cfm_loss` compares with, without forming it."""
-        operands, coefficients = target_terms(self.path, self.t, target, self.x_1, self.source, self.bridge)
+        _, operands, coefficients = target_terms(self.path, self.t, target, self.x_1, self.source, self.bridge)
         if isinstance(operands[0], Tensor):
             return combine(operands, coefficients)
         return combine([self.x_1, *operands], [0.0, *coefficients])
@@ -72,10 +72,11 @@ class Batch:
 
 def target_terms(
     path: Path, t: Tensor, target: str, x_1: Operand, x_0: Operand | None, z: Operand | None
-) -> tuple[list[Operand], list[float | Tensor]]:
-    """Operands and coefficients of a target, leaving out the operands that its coefficients do not need."""
+) -> tuple[list[str], list[Operand], list[Coefficient]]:
+    """Names, operands and coefficients of a target, leaving out the operands that its coefficients do not need."""
+    names: list[str] = []
     operands: list[Operand] = []
-    coefficients: list[float | Tensor] = []
+    coefficients: list[Coefficient] = []
     for name, operand, coefficient in zip(
         ("x_1", "x_0", "z"), (x_1, x_0, z), path.target_coefficients(t, target), strict=True
     ):
@@ -83,9 +84,10 @@ def target_terms(
             continue
         if operand is None:
             raise type_error(name, f"a tensor or fm.Noise for the target {target!r} of {path!r}", operand)
+        names.append(name)
         operands.append(operand)
         coefficients.append(coefficient)
-    return operands, coefficients
+    return names, operands, coefficients
 
 
 def as_times(t: Tensor | float, data_name: str, data: Tensor, checks: bool) -> Tensor:

@@ -188,7 +188,8 @@ def combine(
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device.
     """
-    if out is None and atol is None and rtol is None and (library := _dispatch.plain_library(impl)) is not None:
+    simple = out is None and atol is None and rtol is None and error_coefficients is None
+    if simple and (library := _dispatch.plain_library(impl)) is not None:
         y = library.combine_plain(operands, coefficients)
         if y is not None:
             return y

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from ...random import normals
 from .._operands import TENSOR, compute_dtype, expand_leading
+from ..library import sum_trailing
 
 
 def weighted_sum(
@@ -38,7 +40,7 @@ def error_norm(error: Tensor, first: Tensor, y: Tensor, atol: float, rtol: float
     """Per sample, the root mean square of error / (atol + rtol max(|first|, |y|))."""
     scale = atol + rtol * torch.maximum(first.abs(), y.abs())
     square = (error / scale).square()
-    return square.reshape(square.shape[0], -1).mean(-1).sqrt()
+    return (sum_trailing(square, 1) / max(math.prod(square.shape[1:]), 1)).sqrt()
 
 
 def run(

@@ -75,7 +75,9 @@ def interpolate(
     if gamma is not None and z is not None:
         names, operands, coefficients = [*names, "z"], [*operands, z], [*coefficients, gamma]
     packed = pack_operands(names, operands, "x_1", x_1)
-    coefs, values = pack_coefficients("alpha, sigma, gamma", coefficients, len(names), x_1, compute_dtype(x_1))
+    coefs, values = pack_coefficients(
+        "coefficients", coefficients, len(names), x_1, compute_dtype(x_1), ("alpha", "sigma", "gamma")
+    )
     x_t, *stored = combine_packed(packed, coefs, values, [], [], 0.0, 0.0, False, store_noise, impl)
     if stored and not isinstance(x_0, Tensor):
         x_0 = stored.pop(0)

@@ -35,7 +35,7 @@ torch.library.register_fake("fmkernels::random", _random_fake, lib=LIBRARY)
 
 
 def _shape(size: tuple[Any, ...]) -> tuple[int, ...]:
-    shape = tuple(size[0]) if len(size) == 1 and not isinstance(size[0], int | torch.SymInt) else size
+    shape = tuple(size[0]) if len(size) == 1 and isinstance(size[0], Sequence) else size
     for length in shape:
         if not isinstance(length, int | torch.SymInt) or isinstance(length, bool):
             raise type_error("size", "ints", length)
