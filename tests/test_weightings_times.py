@@ -1,0 +1,197 @@
+"""Weightings and time samplers: known values, laws, ends, generators, bad input."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+import fmkernels as fm
+from fmkernels import times, weightings
+from fmkernels.paths import VP, CondOT, Cosine
+
+T = torch.tensor([0.0, 0.2, 0.5, 0.9, 1.0], dtype=torch.float64)
+PATHS = [CondOT(), Cosine(), VP()]
+NAMES = [name for name in weightings.WEIGHTINGS if name != "uniform"]
+
+
+@pytest.mark.parametrize("path", PATHS, ids=repr)
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_are_finite_everywhere(path, name) -> None:
+    for t in (T, T.float()):
+        w = weightings.resolve(name, path, t)
+        assert w.shape == t.shape
+        assert w.dtype == t.dtype
+        assert torch.isfinite(w).all()
+        assert (w >= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "formula"),
+    [
+        ("snr", lambda t: (t / (1 - t)) ** 2),
+        ("truncated_snr", lambda t: max((t / (1 - t)) ** 2, 1)),
+        ("min_snr", lambda t: min((t / (1 - t)) ** 2, 5)),
+        ("sigma_sqrt", lambda t: (1 - t) ** -2),
+        ("cosmap", lambda t: 2 / (math.pi * (1 - 2 * (1 - t) + 2 * (1 - t) ** 2))),
+        ("sigmoid", lambda t: 1 / (1 + (t / (1 - t)) ** 2)),
+        ("likelihood", lambda t: t / (1 - t)),
+        ("x_1", lambda t: (1 - t) ** -2),
+    ],
+)
+def test_known_values(name, formula) -> None:
+    t = torch.tensor([0.1, 0.25, 0.6, 0.8], dtype=torch.float64)
+    want = torch.tensor([formula(x) for x in t.tolist()], dtype=torch.float64)
+    torch.testing.assert_close(weightings.resolve(name, CondOT(), t), want)
+
+
+def test_likelihood_is_the_score_bound() -> None:
+    """2 / g^2 times the velocity's squared error is g^2 / 2 times the score's, v = (d alpha / alpha) x + (g^2 / 2) s."""
+    t = torch.linspace(0.1, 0.9, 9, dtype=torch.float64)
+    for path in PATHS:
+        c = path.coefficients(t)
+        half_g2 = c.sigma_t * (c.sigma_t * c.d_alpha_t / c.alpha_t - c.d_sigma_t)
+        torch.testing.assert_close(weightings.resolve("likelihood", path, t), 1 / half_g2)
+        a, b = fm.paths.targets.conversion_coefficients(path, t, "score", "velocity")
+        torch.testing.assert_close(b, half_g2)
+        torch.testing.assert_close(a, c.d_alpha_t / c.alpha_t)
+
+
+def test_equivalent_losses() -> None:
+    """On CondOT the velocity's loss is the data prediction's with weight 1 / (1 - t)^2, and noise's with SNR."""
+    torch.manual_seed(0)
+    x_1, t = torch.randn(50, 4, dtype=torch.float64), torch.rand(50, dtype=torch.float64) * 0.9 + 0.05
+    batch = CondOT().sample(x_1, t=t)
+    v = torch.randn_like(x_1)
+    as_data = CondOT().convert(v, batch.x_t, t, "velocity", "x_1")
+    as_noise = CondOT().convert(v, batch.x_t, t, "velocity", "x_0")
+    loss = fm.cfm_loss(v, batch)
+    torch.testing.assert_close(fm.cfm_loss(as_data, batch, target="x_1", weight="x_1"), loss)
+    torch.testing.assert_close(
+        fm.cfm_loss(as_noise, batch, target="x_0"), fm.cfm_loss(as_data, batch, target="x_1", weight="snr")
+    )
+
+
+def test_forms_of_a_weight() -> None:
+    t = torch.rand(6)
+    assert weightings.resolve(None, CondOT(), t) is None
+    assert weightings.resolve("uniform", CondOT(), t) is None
+    assert weightings.resolve(t, CondOT(), t) is t
+    assert torch.equal(weightings.resolve(lambda t: 1 + t, CondOT(), t), 1 + t)
+    assert torch.equal(weightings.resolve(lambda t: 2.0, CondOT(), t), torch.full_like(t, 2.0))
+    assert weightings.resolve(weightings.MinSNR(1.0), CondOT(), t).max() <= 1
+    for wrong in (3, object()):
+        with pytest.raises(TypeError, match="weight: expected None, a name"):
+            weightings.resolve(wrong, CondOT(), t)
+    with pytest.raises(TypeError, match=r"weight\(t\): expected a tensor"):
+        weightings.resolve(lambda t: "heavy", CondOT(), t)
+    with pytest.raises(ValueError, match="gamma"):
+        weightings.MinSNR(0.0)
+
+
+def u_shaped(a):
+    return lambda t: 0.5 + np.sinh(a * (2 * t - 1)) / (2 * math.sinh(a))
+
+
+# A sampler and its distribution function, on our side of time: 0 is noise.
+SAMPLERS = [
+    (times.Uniform(), stats.uniform.cdf),
+    (times.Uniform(0.2, 0.7), stats.uniform(0.2, 0.5).cdf),
+    (times.Uniform(stratified=True), stats.uniform.cdf),
+    (times.LogitNormal(), lambda t: stats.norm.cdf(np.log(t / (1 - t)))),
+    (times.LogitNormal(0.5, 2.0), lambda t: stats.norm.cdf((np.log(t / (1 - t)) + 0.5) / 2)),
+    (times.CosMap(), lambda t: 1 - 2 / math.pi * np.arctan(1 / t - 1)),
+    (times.UShaped(), u_shaped(4.0)),
+    (times.Beta(), lambda t: 1 - np.clip((1 - t - 0.001) / 0.999, 0, 1) ** 1.5),
+    (times.Beta(2.0, 3.0, 1.0, 0.0), lambda t: stats.beta(3.0, 2.0).cdf(t)),
+    (times.Shifted(times.Uniform(), times.Shift(3.0)), lambda t: 3 * t / (1 - t + 3 * t)),
+]
+
+
+@pytest.mark.parametrize(("sampler", "law"), SAMPLERS, ids=[repr(s) for s, _ in SAMPLERS])
+def test_laws(sampler, law) -> None:
+    generator = torch.Generator().manual_seed(0)
+    t = sampler(20_000, generator=generator)
+    assert t.dtype == torch.float32
+    assert t.shape == (20_000,)
+    assert t.min() >= 0
+    assert t.max() <= 1
+    assert stats.kstest(t.double().clamp(1e-9, 1 - 1e-7).numpy(), law).pvalue > 1e-3
+    again = sampler((20_000,), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(t, again)
+    assert sampler((3, 4)).shape == (3, 4)
+    assert sampler(0).shape == (0,)
+
+
+def test_mode_is_diffusers_after_turning_time() -> None:
+    u = torch.rand(20_000, generator=torch.Generator().manual_seed(1)).double()
+    sigma = 1 - u - 1.29 * (torch.cos(math.pi * u / 2) ** 2 - 1 + u)  # compute_density_for_timestep_sampling
+    t = times.Mode(1.29)(20_000, generator=torch.Generator().manual_seed(2)).double()
+    assert stats.ks_2samp((1 - t).numpy(), sigma.numpy()).pvalue > 1e-3
+
+
+def test_float32_whatever_the_default_dtype() -> None:
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        for sampler, _ in SAMPLERS:
+            assert sampler(3).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(default)
+
+
+def test_stratified_times_hit_every_stratum_once() -> None:
+    t = times.Uniform(stratified=True)(64)
+    assert torch.equal((t * 64).floor().sort().values, torch.arange(64.0))
+    assert not torch.equal(t, t.sort().values)
+
+
+def test_shift() -> None:
+    shift = times.Shift(3.0)
+    t = torch.linspace(0, 1, 11)
+    sigma = 1 - t
+    torch.testing.assert_close(shift(t), 1 - 3 * sigma / (1 + 2 * sigma))
+    torch.testing.assert_close(shift.inverse(shift(t)), t)
+    assert shift(t)[0] == 0
+    assert shift(t)[-1] == 1
+    mu = 0.8
+    torch.testing.assert_close(
+        times.Shift.dynamic(mu)(t[:-1]), 1 - math.exp(mu) / (math.exp(mu) + 1 / sigma[:-1] - 1)
+    )
+    assert times.Shift.for_resolution(256).shift == pytest.approx(math.exp(0.5))
+    assert times.Shift.for_resolution(4096).shift == pytest.approx(math.exp(1.15))
+
+
+def test_samplers_serve_a_path() -> None:
+    x_1 = torch.randn(8, 3)
+    batch = CondOT().sample(x_1, time_sampler=times.Shifted(times.LogitNormal(), times.Shift(2.0)))
+    assert batch.t.shape == (8,)
+    assert batch.t.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: times.Uniform(0.5, 0.5), ValueError, "high"),
+        (lambda: times.Uniform(-0.1), ValueError, "low"),
+        (lambda: times.LogitNormal(std=0.0), ValueError, "std"),
+        (lambda: times.Mode(3.0), ValueError, "scale"),
+        (lambda: times.UShaped(0.0), ValueError, "a: expected"),
+        (lambda: times.Beta(a=-1.0), ValueError, "a: expected"),
+        (lambda: times.Beta(offset=0.5), ValueError, "offset"),
+        (lambda: times.Shift(0.0), ValueError, "shift: expected"),
+        (lambda: times.Shift("3"), TypeError, "shift: expected a number"),
+        (lambda: times.Shift()(torch.ones(3, dtype=torch.int64)), TypeError, "t: expected a float32"),
+        (lambda: times.Shifted(3, times.Shift()), TypeError, "sampler"),
+        (lambda: times.Shifted(times.Uniform(), 3.0), TypeError, "shift: expected a Shift"),
+        (lambda: times.Shift.for_resolution(256, 256, 256), ValueError, "max_seq_len"),
+        (lambda: times.Uniform()(-3), ValueError, "shape: expected an int >= 0"),
+        (lambda: times.Uniform()(2.5), TypeError, "shape: expected an int or a sequence"),
+    ],
+)
+def test_bad_input(call, error, message) -> None:
+    with pytest.raises(error, match=message):
+        call()
