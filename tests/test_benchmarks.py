@@ -1,4 +1,5 @@
-"""The benchmark suite itself: what it writes, that it refuses wrong results, and that pages follow the results."""
+"""The benchmark suite itself: what it writes, that it refuses wrong results, and that pages follow the
+results."""
 
 from __future__ import annotations
 
@@ -22,7 +23,9 @@ TINY = ["--no-compile", "--rounds", "3", "--device", "cpu", "--name", "tiny"]
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Results of two tiny cases of one family in a folder of their own."""
     root = tmp_path_factory.mktemp("results")
-    status = main([*TINY, "--family", "combine", "--filter", "256x2/", "--dtype", "float32", "--out", str(root)])
+    status = main(
+        [*TINY, "--family", "combine", "--filter", "256x2/", "--dtype", "float32", "--out", str(root)]
+    )
     assert status == 0
     return root
 
@@ -35,14 +38,21 @@ def _records(root: Path) -> list[records.Record]:
 def test_records_have_every_field(results: Path) -> None:
     found = _records(results)
     names = {record["implementation"] for record in found}
-    assert {"eager", "copy", "fmkernels-reference"} <= names
+    assert {"eager", "copy", "fmkernels", "fmkernels-reference"} <= names
     assert len(found) == len(names) * 3  # K = 2, 4, 8
     for record in found:
         assert record["case"]["shape"] == [256, 2]
         assert record["samples"] == 3
         assert 0 < record["q1"] <= record["median"] <= record["q3"]
         assert record["gb_per_s"] == pytest.approx(record["bytes"] / record["median"] / 1e9)
-        assert set(record["versions"]) >= {"fmkernels", "torch", "triton", "torchcfm", "flow_matching", "python"}
+        assert set(record["versions"]) >= {
+            "fmkernels",
+            "torch",
+            "triton",
+            "torchcfm",
+            "flow_matching",
+            "python",
+        }
         assert set(record["machine"]) >= {"cpu", "threads", "isa", "gpu", "driver"}
         if record["implementation"] != "copy":
             assert 0 <= record["errors"]["y"] < 1e-6
@@ -57,18 +67,18 @@ def test_no_host_name_or_path_in_records(results: Path) -> None:
     assert str(Path(__file__).resolve().parent.parent) not in text
 
 
-def test_a_second_run_is_appended_and_the_last_counts(tmp_path: Path) -> None:
+def test_a_second_run_is_appended_and_the_last_one_counts_alone(tmp_path: Path) -> None:
     path = tmp_path / "machine" / "a.jsonl"
     record = {
         "family": "f",
         "case": {"shape": [1], "dtype": "float32", "variant": ""},
         "timer": "host",
-        "implementation": "eager",
     }
-    records.append(path, [{**record, "median": 1.0}])
-    records.append(path, [{**record, "median": 2.0}])
-    assert len(path.read_text().splitlines()) == 2
-    assert [r["median"] for r in records.read(path)] == [2.0]
+    first = [{**record, "date": "2026-01-01", "implementation": name} for name in ("eager", "compile")]
+    records.append(path, first)
+    records.append(path, [{**record, "date": "2026-01-02", "implementation": "eager"}])
+    assert len(path.read_text().splitlines()) == 3
+    assert [(r["implementation"], r["date"]) for r in records.read(path)] == [("eager", "2026-01-02")]
 
 
 def test_a_wrong_result_is_refused(
@@ -91,7 +101,7 @@ def test_a_wrong_result_is_refused(
     assert not list(tmp_path.rglob("*.jsonl"))
     captured = capsys.readouterr()
     assert "its check is red" in captured.out
-    assert "REFUSED: combine/256x2/K=2/float32: fmkernels-native: y: largest error" in captured.err
+    assert "REFUSED: combine/256x2/K=2/float32: fmkernels: y: largest error" in captured.err
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -114,9 +124,7 @@ def test_list_and_unknown_filter(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_targets_name_existing_cases() -> None:
     """A target whose case was renamed would never be measured again."""
-    known = {
-        (family.name, case.shape, case.variant) for family in FAMILIES.values() for case in family.cases
-    }
+    known = {(family.name, case.shape, case.variant) for family in FAMILIES.values() for case in family.cases}
     for target in targets.TARGETS:
         assert (target.family, target.shape, target.variant) in known
 
@@ -139,7 +147,7 @@ def test_targets_pass_fail_and_missing() -> None:
 
 
 def test_render_is_idempotent_and_check_sees_stale_pages(results: Path, tmp_path: Path) -> None:
-    pages = {"README.md": "summary", "docs/performance.md": "full"}
+    pages = {"README.md": "readme", "docs/performance.md": "performance"}
     for name, block in pages.items():
         page = tmp_path / name
         page.parent.mkdir(exist_ok=True)
@@ -155,7 +163,8 @@ def test_render_is_idempotent_and_check_sees_stale_pages(results: Path, tmp_path
     assert "old" not in full
     assert f"(images/{image.name})" in full
     assert f"(docs/images/{image.name})" in written["README.md"]
-    assert full.startswith("before\n") and full.endswith("after\n")
+    assert full.startswith("before\n")
+    assert full.endswith("after\n")
 
     drawn = image.stat().st_mtime_ns
     assert main(arguments) == 0
@@ -166,6 +175,8 @@ def test_render_is_idempotent_and_check_sees_stale_pages(results: Path, tmp_path
     stale = full.replace("float32", "float64", 1)
     (tmp_path / "docs" / "performance.md").write_text(stale)
     assert main([*arguments, "--check"]) == 1
+    (tmp_path / "README.md").write_text("<!-- benchmarks:begin other -->\n<!-- benchmarks:end -->\n")
+    assert any("unknown block 'other'" in p for p in render.render(tmp_path, results, check=True))
     image.write_bytes(b"another picture")
     assert any("made from other results" in p for p in render.render(tmp_path, results, check=True))
 

@@ -480,7 +480,7 @@ void test_partition() {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const int rounds = argc > 1 ? std::atoi(argv[1]) : 1500;
+  const int rounds = argc > 1 ? std::atoi(argv[1]) : 300;
   test_divider();
   test_partition();
   for (int round = 0; round < rounds; ++round) {

@@ -28,7 +28,13 @@ def _times(kind: str, shape: tuple[int, ...], dtype: torch.dtype, rng: torch.Gen
 
 
 def _make(
-    shape: tuple[int, ...], kind: str, x_0: str, z: str, layouts: tuple[str, ...], options: dict[str, Any]
+    shape: tuple[int, ...],
+    kind: str,
+    x_0: str,
+    z: str,
+    layouts: tuple[str, ...],
+    seeded: bool,
+    options: dict[str, Any],
 ) -> Callable[[torch.dtype, torch.device, int], Inputs]:
     def operand(
         what: str, position: int, dtype: torch.dtype, rng: torch.Generator, inputs: Inputs, seed: int
@@ -36,7 +42,8 @@ def _make(
         if what == "noise":
             return fresh_noise(rng.device, seed + position, stream=position, row_offset=3)
         if what == "drawn":
-            inputs["generator"] = generator(rng.device, seed + 7)
+            if seeded:
+                inputs["generator"] = generator(rng.device, seed + 7)
             return None
         return random_tensor(shape, dtype, rng, layouts[position % len(layouts)])
 
@@ -71,7 +78,7 @@ def _case(
     return Case(
         name=name,
         shape=shape,
-        make=_make(shape, kind, x_0, z, layouts, options),
+        make=_make(shape, kind, x_0, z, layouts, tag == "test", options),
         call=_call,
         tensors_moved=2 + given + (drawn if options.get("store_noise") else 0),
         flops_per_element=2 * (1 + len(sources)) + 25 * drawn,

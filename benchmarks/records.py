@@ -1,0 +1,65 @@
+"""Results as JSON lines: results/<machine>/<name>.jsonl, one line a family, case, implementation and
+timer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+RESULTS = Path(__file__).resolve().parent / "results"
+SCHEMA = 1
+COPY = "copy"
+
+
+def append(path: Path, records: Iterable[Record]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(record) + "\n")
+
+
+def read(path: Path) -> list[Record]:
+    """The records of a file; of a case that several runs measured, those of the last run alone.
+
+    Times of different runs are not compared.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines()
+    found: list[Record] = [json.loads(line) for line in lines if line.strip()]
+    last: dict[tuple[str, ...], str] = {}
+    for record in found:
+        last[case_key(record)] = max(record["date"], last.get(case_key(record), ""))
+    return [record for record in found if record["date"] == last[case_key(record)]]
+
+
+def case_key(record: Record) -> tuple[str, ...]:
+    """What makes results comparable: the same work, timed alike."""
+    case = record["case"]
+    shape = "x".join(map(str, case["shape"]))
+    return record["family"], shape, case["dtype"], case["variant"], record["timer"]
+
+
+def by_case(records: Iterable[Record]) -> dict[tuple[str, ...], dict[str, Record]]:
+    """case_key -> implementation -> record, in the order of the records."""
+    cases: dict[tuple[str, ...], dict[str, Record]] = {}
+    for record in records:
+        cases.setdefault(case_key(record), {})[record["implementation"]] = record
+    return cases
+
+
+def ours(implementations: dict[str, Record]) -> Record | None:
+    """What users get: impl="auto"."""
+    return next((record for record in implementations.values() if record["auto"]), None)
+
+
+def newest(root: Path) -> dict[str, Path]:
+    """machine -> its file with the latest result."""
+    found: dict[str, tuple[str, Path]] = {}
+    for path in sorted(root.glob("*/*.jsonl")):
+        dates = [record["date"] for record in read(path)]
+        if dates and max(dates) >= found.get(path.parent.name, ("", path))[0]:
+            found[path.parent.name] = (max(dates), path)
+    return {machine: path for machine, (_, path) in sorted(found.items())}

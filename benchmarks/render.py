@@ -1,0 +1,147 @@
+"""Plots and Markdown tables from the newest results of each machine; ``--check`` tells whether they are up to
+date.
+
+A page takes a table where it says ``<!-- benchmarks:begin NAME -->`` ... ``<!-- benchmarks:end -->``; NAME is
+one of BLOCKS. What stands between the marks is replaced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from . import plot, records, report, targets
+from .families import FAMILIES
+from .records import Record
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ("docs/performance.md", "README.md")
+IMAGES = "docs/images"
+_MARKS = re.compile(r"(<!-- benchmarks:begin (\w+) -->\n)(.*?)(<!-- benchmarks:end -->)", re.DOTALL)
+
+Results = dict[str, list[Record]]  # machine -> records
+Context = tuple[Results, Callable[[str], str]]  # and machine -> address of its plot, seen from the page
+
+
+def _headline(machine: str, lines: Sequence[Record]) -> str:
+    last = max(lines, key=lambda record: record["date"])
+    where, versions = last["machine"], last["versions"]
+    hardware = where["gpu"] or f"{where['cpu']}, {where['threads']} threads, {where['isa']}"
+    software = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    commit = f", commit {last['commit']}" if last["commit"] else ""
+    return f"**{machine}**: {hardware}; {software}{commit}; {last['date'][:10]}."
+
+
+def _image(machine: str, context: Context) -> str:
+    return f"![Speed beside eager PyTorch on {machine}]({context[1](machine)})"
+
+
+def _readme(context: Context) -> str:
+    """For each machine its plot and the whole step in float32."""
+    parts = []
+    for machine, lines in context[0].items():
+        chosen = [r for r in lines if r["family"] == "cfm" and r["case"]["dtype"] == "float32"]
+        parts += [_headline(machine, lines), _image(machine, context)]
+        parts.append(report.markdown_table(report.HEADER, report.rows(chosen)))
+    return "\n\n".join(parts)
+
+
+def _performance(context: Context) -> str:
+    """Every family, what was promised, and every single figure."""
+    parts = []
+    for machine, lines in context[0].items():
+        parts += [f"## {machine}", _headline(machine, lines), _image(machine, context)]
+        device = "cuda" if lines[0]["machine"]["gpu"] else "cpu"
+        promised, _ = targets.check(lines, device)
+        parts.append("\n".join(["What was promised:", "", *(f"- {line}" for line in promised)]))
+        for family in FAMILIES.values():
+            rows = report.rows(r for r in lines if r["family"] == family.name)
+            if rows:
+                parts.append(f"### {family.name}: {family.what}")
+                parts.append(report.markdown_table(report.HEADER, rows))
+        every = report.markdown_table(report.IMPLEMENTATION_HEADER, report.implementation_rows(lines))
+        parts.append(f"<details><summary>Every figure</summary>\n\n{every}\n\n</details>")
+    return "\n\n".join(parts)
+
+
+BLOCKS: dict[str, Callable[[Context], str]] = {"readme": _readme, "performance": _performance}
+
+
+def digest(lines: Sequence[Record]) -> str:
+    """Names the records that a plot was made from; stands in the PNG's metadata."""
+    return hashlib.sha256(json.dumps(lines, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _page(text: str, context: Context) -> str:
+    def replace(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{BLOCKS[match[2]](context)}\n\n{match[4]}"
+
+    return _MARKS.sub(replace, text)
+
+
+def render(root: Path, results_root: Path, *, check: bool) -> list[str]:
+    """Writes plots and pages under ``root`` (or, with ``check``, only looks); returns what is missing or
+    stale."""
+    newest = records.newest(results_root)
+    if not newest:
+        return [f"{results_root.name}: no results; run python -m benchmarks first"]
+    results = {machine: records.read(path) for machine, path in newest.items()}
+    problems = []
+    for machine, lines in results.items():
+        image = root / IMAGES / f"benchmarks-{machine}.png"
+        name = image.relative_to(root)
+        if not check:
+            image.parent.mkdir(parents=True, exist_ok=True)
+            if not _made_from(image, lines):
+                plot.write(image, machine, lines, digest(lines))
+        elif not image.exists():
+            problems.append(f"{name}: missing; run python -m benchmarks render")
+        elif not _made_from(image, lines):
+            problems.append(f"{name}: made from other results; run python -m benchmarks render")
+    for page_name in PAGES:
+        page = root / page_name
+        if not page.exists():
+            problems.append(f"{page_name}: missing")
+            continue
+        text = page.read_text(encoding="utf-8")
+        if not _MARKS.search(text):
+            problems.append(
+                f"{page_name}: no marks <!-- benchmarks:begin NAME --> ... <!-- benchmarks:end --> in it"
+            )
+            continue
+        images = os.path.relpath(root / IMAGES, page.parent).replace(os.sep, "/")
+        unknown = {match[2] for match in _MARKS.finditer(text)} - set(BLOCKS)
+        if unknown:
+            expected = ", ".join(BLOCKS)
+            problems += [
+                f"{page_name}: unknown block {u!r}, expected one of {expected}" for u in sorted(unknown)
+            ]
+            continue
+        new = _page(text, (results, lambda machine, at=images: f"{at}/benchmarks-{machine}.png"))  # type: ignore[misc]
+        if new != text and check:
+            problems.append(f"{page_name}: differs from the results; run python -m benchmarks render")
+        elif new != text:
+            page.write_text(new, encoding="utf-8")
+    return problems
+
+
+def _made_from(image: Path, lines: Sequence[Record]) -> bool:
+    return image.exists() and digest(lines).encode() in image.read_bytes()
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks render", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where something is stale")
+    parser.add_argument("--root", type=Path, default=ROOT, help="the tree that holds README.md and docs/")
+    parser.add_argument("--results", type=Path, default=records.RESULTS, help="root of the results")
+    options = parser.parse_args(argv)
+    problems = render(options.root, options.results, check=options.check)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return 1 if problems else 0

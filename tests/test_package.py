@@ -1,0 +1,134 @@
+"""The package as such: what importing it loads and costs, which way imports go, documentation that is up to date."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fmkernels as fm
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = Path(fm.__file__).parent
+
+
+def python(code: str, **env: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **env}, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_loads_neither_triton_nor_the_compiled_library() -> None:
+    python(
+        "import torch, sys; before = set(sys.modules); import fmkernels; new = set(sys.modules) - before\n"
+        "bad = [m for m in new if m.split('.')[0] == 'triton' or m == 'fmkernels._C']\n"
+        "assert not bad, bad"
+    )
+
+
+def test_import_takes_under_50_ms_on_top_of_torch() -> None:
+    code = "import torch, time; s = time.perf_counter(); import fmkernels; print(time.perf_counter() - s)"
+    # the least of several: other processes only ever add
+    assert min(float(python(code)) for _ in range(5)) < 0.050
+
+
+def test_works_where_triton_is_blocked() -> None:
+    python(
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, fmkernels as fm\n"
+        "x = torch.randn(4, 3); b = fm.paths.CondOT().sample(x); assert torch.isfinite(fm.cfm_loss(x, b))"
+    )
+
+
+# Who may import whom: a module imports only from its own layer's left. Leaves import only leaves.
+LAYERS = [
+    ("leaf", r"^(_checks|_dispatch|_native|_memory|random|testing|version)$"),
+    ("ops", r"^ops(\.|$)"),
+    ("paths", r"^(paths(\.|$)|weightings$|times$)"),
+    ("losses", r"^losses$"),
+    ("top", r"^(__init__|__main__|cli)$"),
+]
+
+
+def layer(module: str) -> int:
+    for rank, (_, pattern) in enumerate(LAYERS):
+        if re.match(pattern, module):
+            return rank
+    raise AssertionError(f"{module} belongs to no layer: name it in LAYERS")
+
+
+def test_imports_go_one_way() -> None:
+    for file in sorted(PACKAGE.rglob("*.py")):
+        parts = list(file.relative_to(PACKAGE).with_suffix("").parts)
+        package = parts[:-1]
+        module = ".".join(parts if parts[-1] != "__init__" or len(parts) == 1 else package)
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.ImportFrom) or node.level == 0:
+                continue
+            base = package[: len(package) - (node.level - 1)]
+            targets = [[*base, *node.module.split(".")]] if node.module else [[*base, a.name] for a in node.names]
+            for target in targets:
+                if target:
+                    assert layer(".".join(target)) <= layer(module), f"{module} imports {'.'.join(target)}"
+
+
+def test_implementations_never_import_each_other() -> None:
+    for file in (PACKAGE / "ops").glob("*/*.py"):
+        if file.stem in ("native", "triton"):
+            others = {"native", "triton", "reference"} - {file.stem}
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.ImportFrom) and node.level == 1:
+                    names = {node.module} if node.module else {a.name for a in node.names}
+                    assert not names & others, f"{file} imports {names & others}"
+
+
+def test_every_public_name_is_documented() -> None:
+    for name in fm.__all__:
+        value = getattr(fm, name)
+        if callable(value):
+            assert (value.__doc__ or "").strip(), name
+
+
+@pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="not a source checkout")
+def test_documentation_is_up_to_date() -> None:
+    done = subprocess.run(
+        [sys.executable, "tools/api_reference.py", "docs/api.md", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for file in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        for link in re.findall(r"\]\(([^)#:]+)\)", file.read_text()):
+            assert (file.parent / link).exists(), f"{file.name} links to {link}"
+
+
+@pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="not a source checkout")
+def test_the_readmes_first_example_runs() -> None:
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
+    setup = "import torch\nx_1 = torch.randn(8, 3)\nmodel = lambda x, t: x * weight\nweight = torch.ones(3, requires_grad=True)\n"
+    python(setup + code + "\nassert weight.grad is not None")
+
+
+def test_documentation_examples_run() -> None:
+    """Every Python block of getting-started, in order, with the names that it takes for granted."""
+    text = (ROOT / "docs" / "getting-started.md").read_text() if (ROOT / "docs").is_dir() else ""
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    setup = """
+import torch, fmkernels as fm
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+    def forward(self, x, t, labels=None):
+        return x * self.scale
+model = Net(); optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+data = [torch.randn(4, 1, 8, 8)] * 2; is_valid = torch.ones(4, dtype=torch.bool)
+pred, x_0, x_1, t = torch.randn(4, 1, 8, 8), torch.randn(4, 1, 8, 8), data[0], torch.rand(4)
+labels = none = None; w = 2.0; times = torch.linspace(0, 1, 5)
+"""
+    python(setup + "\n".join(blocks))

@@ -1,0 +1,77 @@
+"""Writes docs/api.md from the docstrings of the public names; with --check, says whether it is up to date."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import fmkernels
+from fmkernels import paths, testing, times, weightings
+
+HEAD = "# API\n\nGenerated from the docstrings by `make docs`.\n"
+
+
+def signature(value: Any) -> str:
+    try:
+        text = str(inspect.signature(value))
+    except (TypeError, ValueError):
+        return ""
+    return text.replace("torch.Tensor", "Tensor").replace("'", "")
+
+
+def entry(name: str, value: Any, level: int) -> list[str]:
+    doc = inspect.getdoc(value) or ""
+    lines = [f"{'#' * level} `{name}{signature(value)}`", "", doc, ""]
+    if inspect.isclass(value):
+        for method, function in vars(value).items():
+            if not method.startswith("_") and callable(function) and inspect.getdoc(function):
+                lines += entry(f"{name}.{method}", function, level + 1)
+    return lines
+
+
+def own_names(module: ModuleType) -> list[str]:
+    if hasattr(module, "__all__"):
+        return sorted(module.__all__, key=str.lower)
+    return [
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_")
+        and getattr(value, "__module__", None) == module.__name__
+        and (inspect.isclass(value) or inspect.isfunction(value))
+    ]
+
+
+def render() -> str:
+    lines = [HEAD]
+    for title, module in (
+        ("fmkernels", fmkernels),
+        ("fmkernels.paths", paths),
+        ("fmkernels.weightings", weightings),
+        ("fmkernels.times", times),
+        ("fmkernels.testing", testing),
+    ):
+        lines += [f"## {title}", "", inspect.getdoc(module) or "", ""]
+        for name in own_names(module):
+            value = getattr(module, name)
+            if callable(value):
+                lines += entry(f"{title.replace('fmkernels', 'fm', 1)}.{name}", value, 3)
+    return "\n".join(line.rstrip() for line in "\n".join(lines).splitlines()) + "\n"
+
+
+def main(arguments: list[str]) -> int:
+    target = Path(arguments[0])
+    text = render()
+    if "--check" in arguments:
+        if target.read_text() != text:
+            print(f"{target} is not what the docstrings give: run make docs", file=sys.stderr)
+            return 1
+        return 0
+    target.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
