@@ -65,7 +65,7 @@ class CMakeBuild(build_ext):
         code = (
             "import importlib.util as u, sys; s = u.spec_from_file_location('_C', sys.argv[1]); "
             "m = u.module_from_spec(s); s.loader.exec_module(m); "
-            "print('fmkernels._C:', m.build_info(), 'CUDA architectures:', m.cuda_architectures() or 'none', 'ISA:', m.isa())"
+            "print('fmkernels._C:', m.build_info(), 'CUDA:', m.cuda_architectures() or 'none', 'ISA:', m.isa())"
         )
         subprocess.run([sys.executable, "-c", code, str(built)], check=True)
 

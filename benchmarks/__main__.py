@@ -37,26 +37,20 @@ QUICK: dict[str, tuple[tuple[tuple[int, ...], str], ...]] = {
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument(
-        "--quick", action="store_true", help="a few float32 cases, under 2 minutes on 2 cores"
-    )
+    parser.add_argument("--quick", action="store_true", help="a few float32 cases, under 2 minutes on 2 cores")
     parser.add_argument("--family", action="append", choices=FAMILIES, help="may be repeated; default: all")
     parser.add_argument("--filter", default="", help="only cases whose name holds this text (see --list)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="may be repeated; default: all")
     parser.add_argument("--rounds", type=int, help="samples of every implementation; default: by --budget")
     parser.add_argument("--budget", type=float, help="seconds of timing a case; default 6, quick 1")
-    parser.add_argument(
-        "--no-compile", action="store_true", help="leave out torch.compile, which starts slowly"
-    )
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which starts slowly")
     parser.add_argument(
         "--out",
         type=Path,
         help="root of the results; default benchmarks/results, quick: none",
     )
-    parser.add_argument(
-        "--name", default=datetime.date.today().isoformat(), help="of the file; default: today"
-    )
+    parser.add_argument("--name", default=datetime.date.today().isoformat(), help="of the file; default: today")
     parser.add_argument("--list", action="store_true", help="say what would be measured")
     parser.add_argument("--check-targets", action="store_true", help="fail unless every promise is kept")
     parser.add_argument("--verbose", action="store_true", help="print every implementation's figures")

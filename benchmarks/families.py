@@ -88,9 +88,7 @@ def implementations(
         for peer in PEERS:
             sample = load(peer)
             yield (
-                (peer.name, sample)
-                if isinstance(sample, str)
-                else Implementation(peer.name, family.peer(case, sample))
+                (peer.name, sample) if isinstance(sample, str) else Implementation(peer.name, family.peer(case, sample))
             )
 
 
@@ -259,9 +257,7 @@ def _cfm_ours(case: Case | None, impl: str) -> dict[str, Run]:
 
     def step(store_noise: bool | None) -> Run:
         def run(inputs: Inputs) -> Outputs:
-            batch = path.sample(
-                inputs["x_1"], x_0=inputs["x_0"], t=inputs["t"], store_noise=store_noise, impl=impl
-            )
+            batch = path.sample(inputs["x_1"], x_0=inputs["x_0"], t=inputs["t"], store_noise=store_noise, impl=impl)
             loss = fm.cfm_loss(inputs["pred"], batch, impl=impl)
             return {
                 "x_t": batch.x_t,
@@ -392,9 +388,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             name="cfm",
             what="path, loss and backward to the gradient of pred",
-            cases=[
-                _cfm_case(shape, variant) for shape in BENCH_SHAPES for variant in ("x_0 given", "x_0 drawn")
-            ],
+            cases=[_cfm_case(shape, variant) for shape in BENCH_SHAPES for variant in ("x_0 given", "x_0 drawn")],
             ours=_cfm_ours,
             plain=_cfm_plain,
             oracle=_cfm_oracle,

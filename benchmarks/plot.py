@@ -88,13 +88,7 @@ def write(path: Path, machine: str, records: Sequence[Record], digest: str) -> N
         _panel(axes, f"{name}: {FAMILIES[name].what}", cases)
     figure.suptitle(f"{machine}, float32: times as fast as eager PyTorch (dotted: 1)", fontsize=11)
     legend = {
-        label: handle
-        for axes in figure.axes
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(
-        legend.values(), legend.keys(), loc="outside lower center", ncols=6, fontsize=8, frameon=False
-    )
-    figure.savefig(
-        path, dpi=130, metadata={"Description": f"made from the results {digest}", "Software": None}
-    )
+    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=6, fontsize=8, frameon=False)
+    figure.savefig(path, dpi=130, metadata={"Description": f"made from the results {digest}", "Software": None})

@@ -111,17 +111,13 @@ def render(root: Path, results_root: Path, *, check: bool) -> list[str]:
             continue
         text = page.read_text(encoding="utf-8")
         if not _MARKS.search(text):
-            problems.append(
-                f"{page_name}: no marks <!-- benchmarks:begin NAME --> ... <!-- benchmarks:end --> in it"
-            )
+            problems.append(f"{page_name}: no marks <!-- benchmarks:begin NAME --> ... <!-- benchmarks:end --> in it")
             continue
         images = os.path.relpath(root / IMAGES, page.parent).replace(os.sep, "/")
         unknown = {match[2] for match in _MARKS.finditer(text)} - set(BLOCKS)
         if unknown:
             expected = ", ".join(BLOCKS)
-            problems += [
-                f"{page_name}: unknown block {u!r}, expected one of {expected}" for u in sorted(unknown)
-            ]
+            problems += [f"{page_name}: unknown block {u!r}, expected one of {expected}" for u in sorted(unknown)]
             continue
         new = _page(text, (results, lambda machine, at=images: f"{at}/benchmarks-{machine}.png"))  # type: ignore[misc]
         if new != text and check:

@@ -53,10 +53,7 @@ def rows(records: Iterable[Record], timer: str | None = None) -> list[tuple[str,
         mine = ours(measured)
         if mine is None or (timer is not None and case_timer != timer):
             continue
-        ratios = [
-            f"{measured[name]['median'] / mine['median']:.2f} x" if name in measured else "-"
-            for name in RIVALS
-        ]
+        ratios = [f"{measured[name]['median'] / mine['median']:.2f} x" if name in measured else "-" for name in RIVALS]
         errors = mine["errors"]
         eager = measured.get("eager", {}).get("peak_extra_bytes")
         table.append(

@@ -112,15 +112,11 @@ class Runner:
     def _times(self, entries: list[timing.Entry]) -> dict[str, dict[str, timing.Timing]]:
         options = self.options
         timer = "events" if options.device.type == "cuda" else "host"
-        times = {
-            timer: timing.interleave(entries, options.device, budget=options.budget, rounds=options.rounds)
-        }
+        times = {timer: timing.interleave(entries, options.device, budget=options.budget, rounds=options.rounds)}
         if options.device.type == "cuda":
             captured = [c for c in map(timing.capture, entries) if c is not None]
             if any(entry.name == COPY for entry in captured):
-                taken = timing.interleave(
-                    captured, options.device, budget=options.budget, rounds=options.rounds
-                )
+                taken = timing.interleave(captured, options.device, budget=options.budget, rounds=options.rounds)
                 calls = {entry.name: len(entry.sets) for entry in entries}
                 times["graph"] = {name: timing.per_call(value, calls[name]) for name, value in taken.items()}
         return times
@@ -183,16 +179,12 @@ def _check(family: Family, case: Case, inputs: Inputs, entry: Implementation) ->
     return {name: relative_error(outputs[name], oracle[name]) for name in names}
 
 
-def _check_ours(
-    family: Family, case: Case, inputs: Inputs, outputs: Outputs, oracle: dict[str, Tensor]
-) -> None:
+def _check_ours(family: Family, case: Case, inputs: Inputs, outputs: Outputs, oracle: dict[str, Tensor]) -> None:
     reference = family.reference(case, inputs, outputs)
     for name, right in oracle.items():
         if name not in outputs:
             raise AssertionError(f"{name}: expected a result, got none")
-        assert_within_budget(
-            outputs[name], right, reference[name], BUDGET_FACTOR, noise=case.noise, name=name
-        )
+        assert_within_budget(outputs[name], right, reference[name], BUDGET_FACTOR, noise=case.noise, name=name)
     drawn = outputs.get("x_0")
     if case.noise and isinstance(drawn, Tensor) and drawn.numel() > timing.LATENCY_ELEMENTS:
         # The oracle took it as it came, so that it is normal is looked at here: six standard deviations.

@@ -102,9 +102,7 @@ def _events(entry: Entry) -> float:
     return start.elapsed_time(end) * 1e-3 / entry.calls
 
 
-def _plan(
-    entries: Sequence[Entry], sample: Callable[[Entry], float], budget: float, rounds: int | None
-) -> None:
+def _plan(entries: Sequence[Entry], sample: Callable[[Entry], float], budget: float, rounds: int | None) -> None:
     """Warms up and chooses calls a sample and samples for each, within about ``budget`` seconds together."""
     for entry in entries:
         seconds = sample(entry)
@@ -175,6 +173,4 @@ def capture(entry: Entry) -> Entry | None:
 
 def per_call(timing: Timing, calls: int) -> Timing:
     """A graph of several calls, told per call."""
-    return Timing(
-        timing.median / calls, timing.q1 / calls, timing.q3 / calls, timing.samples, timing.calls * calls
-    )
+    return Timing(timing.median / calls, timing.q1 / calls, timing.q3 / calls, timing.samples, timing.calls * calls)

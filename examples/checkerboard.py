@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     model = toy.train(lambda count: checkerboard(count) / 2, options.steps)  # about as wide as the noise
     states = toy.sample(model, torch.randn(POINTS, 2))
 
-    figure, axes = plt.subplots(1, 6, figsize=(16, 3.1), layout="constrained")
+    figure, axes = plt.subplots(1, 6, figsize=(16, 3.2), layout="constrained")
     shown = [round(f * (len(states) - 1)) for f in (0, 0.4, 0.6, 0.8, 1)]
     panels = [(f"t = {i / (len(states) - 1):.1f}", 2 * states[i]) for i in shown]
     for ax, (title, points) in zip(axes, [*panels, ("data", checkerboard(POINTS))], strict=True):

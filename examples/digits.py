@@ -134,13 +134,13 @@ def judge(classifier: SVC, images: Tensor, labels: Tensor) -> float:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for pictures and report (demo)")
-    parser.add_argument("--steps", type=int, default=None, help="training steps (800)")
+    parser.add_argument("--steps", type=int, default=None, help="training steps (600)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that all runs; no digits yet")
     options = parser.parse_args(argv)
     if options.steps is None:
-        options.steps = 20 if options.quick else 800
+        options.steps = 20 if options.quick else 600
     if options.steps < 1:
         parser.error(f"--steps: expected at least 1, got {options.steps}")
     if options.device == "auto":

@@ -78,7 +78,8 @@ def losses(path: Path, trained: list[float], compared: dict[str, Any]) -> None:
     window = max(1, min(25, len(trained) // 4))
     smooth = np.convolve(trained, np.ones(window) / window, mode="valid")
     whole.plot(range(1, len(trained) + 1), trained, color=GREY, linewidth=0.6, alpha=0.7, label="each step")
-    whole.plot(range(window, len(trained) + 1), smooth, color=BLUE, label=f"mean of {window}")
+    centres = np.arange(len(smooth)) + (window + 1) / 2
+    whole.plot(centres, smooth, color=BLUE, label=f"mean of {window}")
     whole.set(title="training with the fused loss", xlabel="step", ylabel="loss")
     whole.legend(frameon=False)
 

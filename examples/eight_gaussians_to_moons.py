@@ -12,13 +12,13 @@ import toy  # isort: skip  (selects matplotlib's backend)
 import matplotlib.pyplot as plt
 
 POINTS = 3000
-EXTENT = 6.5
+EXTENT = 2.7
 
 
 def eight_gaussians(count: int) -> Tensor:
-    """Eight narrow Gaussians on a circle of radius 5: (count, 2)."""
+    """Eight narrow Gaussians on a circle of radius 2: (count, 2)."""
     angle = torch.randint(8, (count,)) * (math.pi / 4)
-    return 5 * torch.stack((angle.cos(), angle.sin()), dim=1) + 0.3 * torch.randn(count, 2)
+    return 2 * torch.stack((angle.cos(), angle.sin()), dim=1) + 0.12 * torch.randn(count, 2)
 
 
 def moons(count: int) -> Tensor:
@@ -27,7 +27,7 @@ def moons(count: int) -> Tensor:
     upper = torch.rand(count) < 0.5
     x = torch.where(upper, angle.cos(), 1 - angle.cos())
     y = torch.where(upper, angle.sin(), 0.5 - angle.sin())
-    return 3 * torch.stack((x - 0.5, y - 0.25), dim=1) + 0.15 * torch.randn(count, 2)
+    return 1.2 * torch.stack((x - 0.5, y - 0.25), dim=1) + 0.06 * torch.randn(count, 2)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     model = toy.train(moons, options.steps, source=eight_gaussians)
     states = toy.sample(model, eight_gaussians(POINTS))
 
-    figure, axes = plt.subplots(1, 3, figsize=(12, 4.2), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4.5), layout="constrained")
     way = torch.stack(states)[:, :300].numpy()
     axes[0].scatter(*states[0].T.numpy(), s=2, color="#d1495b")
     toy.bare(axes[0], "source: eight Gaussians, t = 0", EXTENT)

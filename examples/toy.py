@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
@@ -17,29 +19,33 @@ import fmkernels as fm
 
 
 class Velocity(nn.Module):
-    """A multilayer perceptron from (x, t) to the velocity, in 2-D; sines of x let it draw sharp edges."""
+    """A multilayer perceptron from (x, t) to the velocity, in 2-D; sines of x and t let it draw sharp edges."""
 
-    def __init__(self, width: int = 192, frequencies: int = 6) -> None:
+    frequencies: Tensor
+
+    def __init__(self, width: int = 128, hidden: int = 4, octaves: int = 3) -> None:
         super().__init__()
-        self.register_buffer("frequencies", 0.5 * 2.0 ** torch.arange(frequencies // 2 + 1))
-        inputs = 2 + 1 + 2 * 2 * len(self.frequencies)
-        layers: list[nn.Module] = [nn.Linear(inputs, width), nn.SiLU()]
-        for _ in range(2):
-            layers += [nn.Linear(width, width), nn.SiLU()]
+        self.register_buffer("frequencies", math.pi / 2 * 2.0 ** torch.arange(octaves))
+        widths = [3 + 3 * 2 * octaves, *[width] * hidden]
+        layers = [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.ReLU())]
         self.net = nn.Sequential(*layers, nn.Linear(width, 2))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        angles = (x[:, :, None] * self.frequencies).flatten(1)
-        return self.net(torch.cat((x, t[:, None], angles.sin(), angles.cos()), dim=1))
+        inputs = torch.cat((x, t[:, None]), dim=1)
+        angles = (inputs[:, :, None] * self.frequencies).flatten(1)
+        return self.net(torch.cat((inputs, angles.sin(), angles.cos()), dim=1))
 
 
 def train(
-    data: Callable[[int], Tensor], steps: int, source: Callable[[int], Tensor] | None = None, batch_size: int = 1024
+    data: Callable[[int], Tensor],
+    steps: int,
+    source: Callable[[int], Tensor] | None = None,
+    batch_size: int = 1024,
 ) -> nn.Module:
     """Trains on samples of data; from samples of source, or from standard normal noise."""
     path, model = fm.paths.CondOT(), Velocity()
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    optimizer = torch.optim.Adam(model.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=5e-3, total_steps=steps, pct_start=0.1)
     for _ in range(steps):
         batch = path.sample(data(batch_size), x_0=None if source is None else source(batch_size))
         loss = fm.cfm_loss(model(batch.x_t, batch.t), batch)

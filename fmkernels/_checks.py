@@ -63,7 +63,9 @@ def leading_shape(name: str, value: Tensor, data_name: str, data: Tensor) -> Non
     lead, shape = value.shape, data.shape
     if lead != shape[: len(lead)]:
         raise value_error(
-            name, f"a leading part of the shape of {data_name}, {tuple(shape)}: {_leading_parts(shape)}", value
+            name,
+            f"a leading part of the shape of {data_name}, {tuple(shape)}: {_leading_parts(shape)}",
+            value,
         )
     if value.device != data.device:
         check_same_device(name, value, data_name, data)

@@ -110,7 +110,9 @@ def chosen(op: str, device_type: str, impl: str) -> str:
             warnings.warn(f"fmkernels: {candidate} {op} is not available on {device_type}: {reason}", stacklevel=2)
     reason = unavailable(impl, device_type)
     if reason is not None:
-        raise RuntimeError(f"impl: expected an available implementation of {op} on {device_type}, got {impl!r}: {reason}")
+        raise RuntimeError(
+            f"impl: expected an available implementation of {op} on {device_type}, got {impl!r}: {reason}"
+        )
     return impl
 
 

@@ -20,16 +20,15 @@ MASK = 0xFFFFFFFF
 
 
 def draw_seed(device: torch.device | str | None = None, generator: torch.Generator | None = None) -> Tensor:
-    """A fresh seed: a 0-dim int64 tensor on the device (torch's default one if None), drawn from torch's generator without a host sync.
+    """A fresh seed: a 0-dim int64 tensor on the device (torch's default one if None), drawn from torch's generator.
 
-    ``torch.manual_seed`` therefore rules all noise, and a captured CUDA graph draws a new seed at each replay.
+    Nothing waits for the device; ``torch.manual_seed`` rules all noise, and a captured CUDA graph draws a new seed at
+    each replay.
     """
     return torch.randint(-(2**63), 2**63 - 1, (), generator=generator, device=device)
 
 
-def as_seed(
-    seed: Tensor | int | None, device: torch.device | None, generator: torch.Generator | None = None
-) -> Tensor:
+def as_seed(seed: Tensor | int | None, device: torch.device | None, generator: torch.Generator | None = None) -> Tensor:
     """The seed as a one-element int64 tensor: given as such (its device rules where none is), as an int, or drawn."""
     if seed is None:
         return draw_seed(device, generator)
@@ -38,9 +37,7 @@ def as_seed(
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise value_error("seed", "an int64 tensor with one element", seed)
-        if device is not None and (
-            seed.device.type != device.type or device.index not in (None, seed.device.index)
-        ):
+        if device is not None and (seed.device.type != device.type or device.index not in (None, seed.device.index)):
             raise value_error("seed", f"a tensor on {device}", seed)
         return seed
     check_int("seed", seed)

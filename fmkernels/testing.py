@@ -150,9 +150,7 @@ def copy_inputs(inputs: Inputs) -> Inputs:
     memo: dict[int, Any] = {}
     out = inputs.get("out")
     if out is not None:
-        memo[id(out)] = torch.empty_strided(
-            out.shape, out.stride(), dtype=out.dtype, device=out.device
-        ).copy_(out)
+        memo[id(out)] = torch.empty_strided(out.shape, out.stride(), dtype=out.dtype, device=out.device).copy_(out)
     return {name: _map(value, change, memo) for name, value in inputs.items()}
 
 
@@ -177,9 +175,7 @@ def relative_error(out: Tensor, oracle: Tensor) -> float:
     Where the oracle is all zeros (or empty) it is 0 if out is too, else inf.
     """
     if out.shape != oracle.shape:
-        raise ValueError(
-            f"out: expected the shape of the oracle, {tuple(oracle.shape)}, got {tuple(out.shape)}"
-        )
+        raise ValueError(f"out: expected the shape of the oracle, {tuple(oracle.shape)}, got {tuple(out.shape)}")
     error, norm = _error(out, oracle, torch.linalg.vector_norm), _size(oracle, torch.linalg.vector_norm)
     if not math.isfinite(error) or not math.isfinite(norm):
         return math.inf

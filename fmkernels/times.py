@@ -37,8 +37,10 @@ def _rand(shape: Shape, device: Device, generator: torch.Generator | None) -> Te
 @final
 @dataclass(frozen=True)
 class Shift:
-    """The resolution shift of noise levels, sigma' = s sigma / (1 + (s - 1) sigma) with sigma = 1 - t (Esser et al. 2024,
-    eq. 23): s > 1 moves times towards noise. One object serves training (:class:`Shifted`) and inference grids.
+    """The resolution shift of noise levels, sigma' = s sigma / (1 + (s - 1) sigma) with sigma = 1 - t.
+
+    Esser et al. 2024, eq. 23. s > 1 moves times towards noise. One object serves training (:class:`Shifted`) and
+    inference grids.
 
     Args:
         shift: s > 0; 1 changes nothing.
@@ -75,7 +77,11 @@ class Shift:
     ) -> Shift:
         """The shift for an image of ``seq_len`` tokens: mu on the line through (base_seq_len, base_shift) and
         (max_seq_len, max_shift), as in diffusers' Flux pipeline."""
-        for name, value in (("seq_len", seq_len), ("base_seq_len", base_seq_len), ("max_seq_len", max_seq_len)):
+        for name, value in (
+            ("seq_len", seq_len),
+            ("base_seq_len", base_seq_len),
+            ("max_seq_len", max_seq_len),
+        ):
             check_int(name, value, low=1)
         if max_seq_len == base_seq_len:
             raise value_error("max_seq_len", f"another length than base_seq_len, {base_seq_len}", max_seq_len)
@@ -180,8 +186,10 @@ class Mode:
 @final
 @dataclass(frozen=True)
 class CosMap:
-    """t = 1 / (tan(pi u / 2) + 1): times whose log SNR is that of the cosine schedule (Esser et al. 2024, eq. 21). The law
-    is symmetric about 1/2."""
+    """t = 1 / (tan(pi u / 2) + 1): times whose log SNR is that of the cosine schedule (Esser et al. 2024, eq. 21).
+
+    The law is symmetric about 1/2.
+    """
 
     def __call__(self, shape: Shape, device: Device = None, generator: torch.Generator | None = None) -> Tensor:
         angle = 0.5 * math.pi * _rand(shape, device, generator)
@@ -192,8 +200,9 @@ class CosMap:
 @final
 @dataclass(frozen=True)
 class UShaped:
-    """Density proportional to cosh(a (2t - 1)), favouring both ends (Lee et al. 2024, "Improving the training of rectified
-    flows", section 4.1: e^(au) + e^(-au) on [-1, 1]).
+    """Density proportional to cosh(a (2t - 1)), favouring both ends.
+
+    Lee et al. 2024, "Improving the training of rectified flows", section 4.1: e^(au) + e^(-au) on [-1, 1].
 
     Drawn by inversion: t = 1/2 + asinh((2u - 1) sinh a) / (2a).
 
@@ -214,8 +223,9 @@ class UShaped:
 @final
 @dataclass(frozen=True)
 class Beta:
-    """t = 1 - (offset + scale b) with b ~ Beta(a, b): by default pi0's times, Beta(1.5, 1) on noise levels up to 0.999 + 0.001
-    (Black et al. 2024, appendix B; openpi's 0.999 b + 0.001).
+    """t = 1 - (offset + scale beta) with beta ~ Beta(a, b): by default pi0's times.
+
+    Black et al. 2024, appendix B; openpi draws the noise level 0.999 Beta(1.5, 1) + 0.001.
 
     Args:
         a, b: parameters of the Beta law, > 0.

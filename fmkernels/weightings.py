@@ -85,7 +85,7 @@ class SigmaSqrt:
 @final
 @dataclass(frozen=True)
 class CosMap:
-    """2 / (pi (1 - 2 sigma + 2 sigma^2)), for target "velocity" (Esser et al. 2024, section 3.1; diffusers' ``cosmap``)."""
+    """2 / (pi (1 - 2 sigma + 2 sigma^2)), for target "velocity" (Esser et al. 2024, section 3.1)."""
 
     def weight(self, path: Path, t: Tensor) -> Tensor:
         sigma = as_tensor(path.sigma(t), t)
@@ -104,16 +104,22 @@ class Sigmoid:
 
     def weight(self, path: Path, t: Tensor) -> Tensor:
         # sigmoid(b - log(alpha^2/sigma^2)) = e^b sigma^2 / (e^b sigma^2 + alpha^2), finite where either vanishes
-        alpha, sigma = as_tensor(path.alpha(t), t).square(), as_tensor(path.sigma(t), t).square() * math.exp(self.bias)
+        alpha, sigma = (
+            as_tensor(path.alpha(t), t).square(),
+            as_tensor(path.sigma(t), t).square() * math.exp(self.bias),
+        )
         return sigma / (sigma + alpha)
 
 
 @final
 @dataclass(frozen=True)
 class Likelihood:
-    r"""2 / g^2, for target "velocity", with g^2 = 2 sigma (sigma d alpha / alpha - d sigma): the diffusion whose marginals
-    the path has, so that the loss is :math:`\frac12 \int g^2 |s_\theta - s|^2`, the bound on the negative log-likelihood
-    (Song et al. 2021, "Maximum likelihood training", theorem 1). On CondOT: t / (1 - t)."""
+    r"""2 / g^2, for target "velocity", with g^2 = 2 sigma (sigma d alpha / alpha - d sigma). On CondOT: t / (1 - t).
+
+    g belongs to the diffusion whose marginals the path has, so that the loss is
+    :math:`\frac12 \int g^2 |s_\theta - s|^2`, the bound on the negative log-likelihood (Song et al. 2021, "Maximum
+    likelihood training of score-based diffusion models", theorem 1).
+    """
 
     def weight(self, path: Path, t: Tensor) -> Tensor:
         alpha, sigma = as_tensor(path.alpha(t), t), _sigma(path, t)

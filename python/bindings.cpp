@@ -11,8 +11,8 @@
 #include "common/build_info.h"
 #include "common/isa.h"
 #include "common/pool.h"
-#include "random/random.h"
 #include "plain_call.h"
+#include "random/random.h"
 #include "regression_loss/regression_loss.h"
 
 namespace py = pybind11;
@@ -36,8 +36,7 @@ void check(fm::Status status) {
   if (status == fm::Status::bad_argument)
     throw std::invalid_argument("fmkernels._C: a dtype, kind or size out of range");
   if (status == fm::Status::no_cuda) throw std::runtime_error("fmkernels._C: built without CUDA");
-  throw std::runtime_error("fmkernels._C: " +
-                           fm::cuda_error_text(code - static_cast<int>(fm::Status::cuda_error)));
+  throw std::runtime_error("fmkernels._C: " + fm::cuda_error_text(code - static_cast<int>(fm::Status::cuda_error)));
 }
 
 // operands[i] is a tensor's address where streams[i] < 0, else a seed's.
@@ -55,11 +54,11 @@ void fill_operands(fm::Operand* operands, int limit, const std::vector<Address>&
   }
 }
 
-void combine(int device, int dtype, Address out, int64_t rows, int64_t inner,
-             const std::vector<Address>& data, const std::vector<int64_t>& streams,
-             const std::vector<int64_t>& offsets, const std::vector<Address>& stores,
-             const std::vector<Lookup>& coefficients, const std::vector<Lookup>& errors, double atol,
-             double rtol, Address norm, int64_t samples, Address workspace, Address stream) {
+void combine(int device, int dtype, Address out, int64_t rows, int64_t inner, const std::vector<Address>& data,
+             const std::vector<int64_t>& streams, const std::vector<int64_t>& offsets,
+             const std::vector<Address>& stores, const std::vector<Lookup>& coefficients,
+             const std::vector<Lookup>& errors, double atol, double rtol, Address norm, int64_t samples,
+             Address workspace, Address stream) {
   fm::CombineArguments a{};
   fill_operands(a.operands, fm::max_operands, data, streams, offsets);
   if (stores.size() != data.size() || coefficients.size() != data.size() ||
@@ -89,11 +88,11 @@ void combine(int device, int dtype, Address out, int64_t rows, int64_t inner,
   }
 }
 
-void regression_loss(int device, int pred_dtype, Address pred, Address grad, int64_t rows, int64_t inner,
-                     int dtype, const std::vector<Address>& data, const std::vector<int64_t>& streams,
+void regression_loss(int device, int pred_dtype, Address pred, Address grad, int64_t rows, int64_t inner, int dtype,
+                     const std::vector<Address>& data, const std::vector<int64_t>& streams,
                      const std::vector<int64_t>& offsets, const std::vector<Lookup>& lookups, Address mask,
-                     int64_t mask_elements, int kind, double delta, bool scale_grad, Address loss,
-                     int64_t groups, Address workspace, Address stream) {
+                     int64_t mask_elements, int kind, double delta, bool scale_grad, Address loss, int64_t groups,
+                     Address workspace, Address stream) {
   fm::RegressionLossArguments a{};
   fill_operands(a.operands, fm::max_loss_operands, data, streams, offsets);
   if (lookups.size() != data.size() + 2) check(fm::Status::bad_argument);
@@ -116,16 +115,15 @@ void regression_loss(int device, int pred_dtype, Address pred, Address grad, int
   a.groups = groups;
   a.workspace = pointer(workspace);
   py::gil_scoped_release release;
-  const fm::Status status =
-      device == cpu ? fm::regression_loss_cpu(a) : fm::regression_loss_cuda(a, pointer(stream));
+  const fm::Status status = device == cpu ? fm::regression_loss_cpu(a) : fm::regression_loss_cuda(a, pointer(stream));
   if (status != fm::Status::ok) {
     py::gil_scoped_acquire acquire;
     check(status);
   }
 }
 
-void random_numbers(int device, int dtype, int kind, Address out, int64_t count, Address seed,
-                    int64_t stream_number, int64_t offset, Address stream) {
+void random_numbers(int device, int dtype, int kind, Address out, int64_t count, Address seed, int64_t stream_number,
+                    int64_t offset, Address stream) {
   const fm::RandomArguments a{static_cast<fm::RandomKind>(kind),
                               static_cast<fm::Dtype>(dtype),
                               pointer(out),
@@ -170,11 +168,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("combine_plain", &fm_python::combine_plain);
   m.def("regression_loss_plain", &fm_python::regression_loss_plain);
   m.def("cuda_workspace_elements", &fm::workspace_elements_cuda);
-  m.def("cuda_architectures", &fm::cuda_architectures,
-        "CUDA architectures that were built, e.g. ['80', '90'].");
+  m.def("cuda_architectures", &fm::cuda_architectures, "CUDA architectures that were built, e.g. ['80', '90'].");
   py::class_<Block>(m, "Block", py::buffer_protocol()).def(py::init<int64_t>()).def_buffer(&Block::buffer);
-  m.def("pool_cached_bytes", &fm::pool_cached_bytes,
-        "Bytes of freed large outputs that are kept for the next call.");
+  m.def("pool_cached_bytes", &fm::pool_cached_bytes, "Bytes of freed large outputs that are kept for the next call.");
   m.def("pool_limit", &fm::pool_limit, "Keep at most this many bytes of freed large outputs.");
   m.def("isa", &fm::isa_name, "The CPU instruction set chosen at run time.");
   m.def("max_threads", &fm::max_threads, "Threads that the CPU kernels may use (torch.set_num_threads).");

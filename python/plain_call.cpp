@@ -132,8 +132,8 @@ bool coefficient(PyObject* x, const View& data, fm::Dtype accumulate, fm::Coeffi
 }
 
 // Operands like `data` (where it has a dtype of its own, they may have another) and their coefficients.
-bool fill(py::handle operands, py::handle coefficients, const View& data, fm::Dtype dtype, fm::Dtype accumulate, int limit,
-          fm::Operand* out, int& count, int64_t& inner) {
+bool fill(py::handle operands, py::handle coefficients, const View& data, fm::Dtype dtype, fm::Dtype accumulate,
+          int limit, fm::Operand* out, int& count, int64_t& inner) {
   if (!PyList_CheckExact(operands.ptr()) || !PyList_CheckExact(coefficients.ptr())) return false;
   const Py_ssize_t n = PyList_GET_SIZE(operands.ptr());
   if (n < 1 || n > limit || PyList_GET_SIZE(coefficients.ptr()) != n) return false;
@@ -145,7 +145,8 @@ bool fill(py::handle operands, py::handle coefficients, const View& data, fm::Dt
         !same_shape(operand, data))
       return false;
     out[i].data = operand.data;
-    if (!coefficient(PyList_GET_ITEM(coefficients.ptr(), i), data, accumulate, out[i].coefficient, covered[i])) return false;
+    if (!coefficient(PyList_GET_ITEM(coefficients.ptr(), i), data, accumulate, out[i].coefficient, covered[i]))
+      return false;
     inner = covered[i] < inner ? covered[i] : inner;
   }
   for (Py_ssize_t i = 0; i < n; ++i) out[i].coefficient.rows_per_entry = covered[i] / inner;
@@ -192,7 +193,8 @@ py::object regression_loss_plain(py::handle pred, py::handle operands, py::handl
   if (data.dtype == fm::Dtype::f16 || (data.dtype == fm::Dtype::f64) != (target.dtype == fm::Dtype::f64))
     return py::none();
   const fm::Dtype accumulate = data.dtype == fm::Dtype::f64 ? fm::Dtype::f64 : fm::Dtype::f32;
-  if (!fill(operands, coefficients, data, target.dtype, accumulate, fm::max_loss_operands, a.operands, a.count, a.inner))
+  if (!fill(operands, coefficients, data, target.dtype, accumulate, fm::max_loss_operands, a.operands, a.count,
+            a.inner))
     return py::none();
   const Torch& t = torch();
   py::object grad = need_grad ? call(t.empty_like, pred.ptr()) : py::none();

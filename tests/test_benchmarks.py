@@ -23,9 +23,7 @@ TINY = ["--no-compile", "--rounds", "3", "--device", "cpu", "--name", "tiny"]
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Results of two tiny cases of one family in a folder of their own."""
     root = tmp_path_factory.mktemp("results")
-    status = main(
-        [*TINY, "--family", "combine", "--filter", "256x2/", "--dtype", "float32", "--out", str(root)]
-    )
+    status = main([*TINY, "--family", "combine", "--filter", "256x2/", "--dtype", "float32", "--out", str(root)])
     assert status == 0
     return root
 
@@ -138,9 +136,7 @@ def test_targets_pass_fail_and_missing() -> None:
     }
     mine = {**base, "implementation": "fmkernels-native", "auto": True, "median": 1.0}
     for eager, verdict in ((9.0, "pass: 9.00 x"), (7.0, "FAIL: 7.00 x")):
-        lines, kept = targets.check(
-            [mine, {**base, "implementation": "eager", "auto": False, "median": eager}], "cpu"
-        )
+        lines, kept = targets.check([mine, {**base, "implementation": "eager", "auto": False, "median": eager}], "cpu")
         assert verdict in lines[0]
         assert "NOT MEASURED" in lines[-1]
         assert not kept  # the others were not measured

@@ -11,7 +11,10 @@ from torch.utils.checkpoint import checkpoint
 
 import fmkernels as fm
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")),
+]
 
 
 def problem(device: str = "cpu", dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = (6, 3, 5)):
@@ -85,7 +88,9 @@ def test_functorch_transforms_take_the_reference() -> None:
     hessian = torch.func.hessian(lambda p: loss(p, x_1[0, 0], x_0[0, 0]))(pred[0, 0])
     torch.testing.assert_close(hessian, torch.func.hessian(lambda p: plain(p, x_1[0, 0], x_0[0, 0]))(pred[0, 0]))
     # the path, through time: d x_t / d t is the velocity of the conditional path
-    _, velocity = torch.func.jvp(lambda t: fm.interpolate(x_1, x_0, alpha=t, sigma=1 - t).x_t, (t,), (torch.ones_like(t),))
+    _, velocity = torch.func.jvp(
+        lambda t: fm.interpolate(x_1, x_0, alpha=t, sigma=1 - t).x_t, (t,), (torch.ones_like(t),)
+    )
     torch.testing.assert_close(velocity, x_1 - x_0)
 
 
@@ -100,7 +105,7 @@ def test_forward_mode_dual_numbers_take_the_reference() -> None:
 @pytest.mark.parametrize("impl", ["native", "triton"])
 def test_explicit_kernels_refuse_transforms(impl: str) -> None:
     x_1, x_0, pred, _ = problem()
-    with pytest.raises(RuntimeError, match="impl: expected 'auto' or 'reference' under a torch.func transform"):
+    with pytest.raises(RuntimeError, match=r"impl: expected 'auto' or 'reference' under a torch\.func transform"):
         torch.func.grad(lambda p: fm.regression_loss(p, [x_1, x_0], [1.0, -1.0], impl=impl))(pred)
 
 
@@ -292,16 +297,41 @@ def test_opcheck(op: str, device: str) -> None:
     samples = {
         "combine": [
             ([x_1, x_0], [-1, -1], [0, 0], [t, None], [0.0, 0.5], [], [], 0.0, 0.0, False, False, "auto"),
-            ([x_1, seed], [-1, 0], [0, 3], [t, None], [0.0, 0.5], [t, t], [0.0, 0.0], 0.1, 0.1, True, True, "auto"),
+            (
+                [x_1, seed],
+                [-1, 0],
+                [0, 3],
+                [t, None],
+                [0.0, 0.5],
+                [t, t],
+                [0.0, 0.0],
+                0.1,
+                0.1,
+                True,
+                True,
+                "auto",
+            ),
         ],
         "combine_into": [
             (x_1.clone(), [x_0], [-2, -1], [0, 0], [t, None], [0.0, 0.5], [], [], 0.0, 0.0, False, "auto"),
-            (x_1.clone(), [x_0, pred], [-1, -1], [0, 0], [t, None], [0.0, 0.5], [], [], 0.1, 0.0, True, "auto"),
+            (
+                x_1.clone(),
+                [x_0, pred],
+                [-1, -1],
+                [0, 0],
+                [t, None],
+                [0.0, 0.5],
+                [],
+                [],
+                0.1,
+                0.0,
+                True,
+                "auto",
+            ),
         ],
         "regression_loss": [
-            (pred, [x_1, seed], [-1, 0], [0, 0], [None, t], [1.0, 0.0], torch.float32, t, None, 0.5, None, 0, 1.0)
-            + (per_sample, True, True, "auto")
-            for per_sample in (False, True)
+            (pred, [x_1, seed], [-1, 0], [0, 0], [None, t], [1.0, 0.0], torch.float32, t, None, 0.5, None, *options)
+            for options in ((0, 1.0, False, True, True, "auto"), (2, 1.0, True, True, False, "auto"))
         ],
         "random": [((3, 5), seed, kind, 0, 1, torch.float32, "auto") for kind in (1, 2)]
         + [((3, 5), seed, 0, 0, 1, torch.int64, "auto")],

@@ -172,22 +172,46 @@ def test_shapes() -> None:
         (lambda: fm.random_words(3, impl="cuda"), ValueError, "impl: expected one of"),
         (lambda: Noise(3), TypeError, "seed: expected a torch.Tensor"),
         (lambda: Noise(torch.tensor(1.0)), ValueError, "seed: expected an int64 tensor"),
-        (lambda: fm.combine([torch.ones(2), "noise"], [1.0, 1.0]), TypeError, r"operands\[1\]: expected a tensor or fm.Noise"),
+        (
+            lambda: fm.combine([torch.ones(2), "noise"], [1.0, 1.0]),
+            TypeError,
+            r"operands\[1\]: expected a tensor or fm.Noise",
+        ),
         (lambda: fm.combine([], []), TypeError, "operands: expected a tensor first"),
         (lambda: fm.combine([torch.ones(2)] * 17, [1.0] * 17), ValueError, "operands: expected at most 16 tensors"),
         (lambda: fm.combine([torch.ones(2)], [1.0, 2.0]), ValueError, "coefficients: expected 1 coefficients"),
         (lambda: fm.combine([torch.ones(2)], ["a"]), TypeError, r"coefficients\[0\]: expected a number"),
-        (lambda: fm.combine([torch.ones(2)], [float("nan")]), ValueError, r"coefficients\[0\]: expected a finite number"),
-        (lambda: fm.combine([torch.ones(2)], torch.ones(2, 3)), ValueError, "coefficients: expected a last dimension of 1"),
+        (
+            lambda: fm.combine([torch.ones(2)], [float("nan")]),
+            ValueError,
+            r"coefficients\[0\]: expected a finite number",
+        ),
+        (
+            lambda: fm.combine([torch.ones(2)], torch.ones(2, 3)),
+            ValueError,
+            "coefficients: expected a last dimension of 1",
+        ),
         (lambda: fm.combine([torch.ones(2)], [1.0], atol=-1.0), ValueError, "atol: expected a finite number >= 0"),
-        (lambda: fm.combine([torch.ones(2)], [1.0], error_coefficients=[1.0]), ValueError, "error_coefficients: expected atol"),
+        (
+            lambda: fm.combine([torch.ones(2)], [1.0], error_coefficients=[1.0]),
+            ValueError,
+            "error_coefficients: expected atol",
+        ),
         (lambda: fm.combine([torch.ones(2)], [1.0], out=torch.ones(3)), ValueError, "out: expected the shape"),
-        (lambda: fm.combine([torch.ones(2, requires_grad=True)], [1.0], out=torch.ones(2)), ValueError, "out: expected no operand"),
+        (
+            lambda: fm.combine([torch.ones(2, requires_grad=True)], [1.0], out=torch.ones(2)),
+            ValueError,
+            "out: expected no operand",
+        ),
         (lambda: fm.regression_loss(torch.ones(2), [], []), ValueError, "operands: expected 1 to 3"),
         (lambda: fm.regression_loss(torch.ones(2), torch.ones(2), [1.0]), TypeError, "operands: expected a sequence"),
-        (lambda: fm.regression_loss(torch.tensor(1.0), [torch.tensor(1.0)], [1.0], reduction="none"), ValueError, "pred: expected at least one dimension"),
+        (
+            lambda: fm.regression_loss(torch.tensor(1.0), [torch.tensor(1.0)], [1.0], reduction="none"),
+            ValueError,
+            "pred: expected at least one dimension",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_input(call, error, message) -> None:
     with pytest.raises(error, match=message):
         call()

@@ -110,7 +110,12 @@ def test_large_outputs_are_pooled_and_streamed_and_right(dtype: torch.dtype) -> 
     want = fm.interpolate(x_1, x_0, alpha=t, sigma=1 - t, impl="reference").x_t
     for _ in range(2):  # the second from used memory
         x_t = fm.interpolate(x_1, x_0, alpha=t, sigma=1 - t, impl="native").x_t
-        torch.testing.assert_close(x_t, want, rtol=0.0 if dtype == torch.bfloat16 else 1e-6, atol=0.02 if dtype == torch.bfloat16 else 1e-6)
+        torch.testing.assert_close(
+            x_t,
+            want,
+            rtol=0.0 if dtype == torch.bfloat16 else 1e-6,
+            atol=0.02 if dtype == torch.bfloat16 else 1e-6,
+        )
         del x_t
     assert _native.library().pool_cached_bytes() >= want.numel() * want.element_size()
     pred.requires_grad_()

@@ -113,9 +113,7 @@ def test_combine(device: str, impl: str, case: int) -> None:
 
     y, norm = call(impl, operands)
     # the oracle: noise in the data's dtype, everything else in float64
-    noise = [
-        k if isinstance(k, torch.Tensor) else fm.random.noise_like(k, operands[0]) for k in operands
-    ]
+    noise = [k if isinstance(k, torch.Tensor) else fm.random.noise_like(k, operands[0]) for k in operands]
     want, want_norm = call("reference", [k.double() for k in noise], True)
     scale = sum(k.double().abs().max() for k in noise) * 4 + 1 if y.numel() else 1.0
     assert y.dtype == dtype
@@ -159,7 +157,9 @@ def test_regression_loss(device: str, impl: str, case: int) -> None:
         options["weight"] = to(random_leading(shape, rng, positive=True), device)
     mask = None
     if rng.random() < 0.6:
-        mask = torch.rand(shape[: rng.choice([1, min(2, len(shape)), len(shape)])], device=device) < rng.choice([0, 0.5, 0.9])
+        mask = torch.rand(shape[: rng.choice([1, min(2, len(shape)), len(shape)])], device=device) < rng.choice(
+            [0, 0.5, 0.9]
+        )
         hidden = ~fm.ops._operands.expand_leading(mask, pred).expand(shape)
         pred = pred.clone(memory_format=torch.preserve_format)
         pred[hidden] = float("nan")
@@ -181,7 +181,9 @@ def test_regression_loss(device: str, impl: str, case: int) -> None:
     extra = {"noise_dtype": torch.float64}
     if "weight" in options:
         extra["weight"] = double(options["weight"])
-    want, want_grad = run("reference", pred.double(), [k.double() for k in noise], [double(c) for c in coefficients], **extra)
+    want, want_grad = run(
+        "reference", pred.double(), [k.double() for k in noise], [double(c) for c in coefficients], **extra
+    )
     f64 = torch.float64 in (dtype, pred_dtype)
     torch.testing.assert_close(loss.double(), want, rtol=1e-12 if f64 else 1e-5, atol=1e-12 if f64 else 1e-6)
     # near a bend of rho the derivative of l1 and huber jumps or bends: rounding of the residual shows there

@@ -99,7 +99,11 @@ def test_every_public_name_is_documented() -> None:
 @pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="not a source checkout")
 def test_documentation_is_up_to_date() -> None:
     done = subprocess.run(
-        [sys.executable, "tools/api_reference.py", "docs/api.md", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "tools/api_reference.py", "docs/api.md", "--check"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     for file in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
@@ -110,7 +114,11 @@ def test_documentation_is_up_to_date() -> None:
 @pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="not a source checkout")
 def test_the_readmes_first_example_runs() -> None:
     code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
-    setup = "import torch\nx_1 = torch.randn(8, 3)\nmodel = lambda x, t: x * weight\nweight = torch.ones(3, requires_grad=True)\n"
+    setup = """
+import torch
+x_1, weight = torch.randn(8, 3), torch.ones(3, requires_grad=True)
+model = lambda x, t: x * weight
+"""
     python(setup + code + "\nassert weight.grad is not None")
 
 

@@ -33,7 +33,18 @@ class Mine(Path):
         return torch.exp(-3 * t) * (1 - t)
 
 
-AFFINE = [CondOT(), OptimalTransport(), OptimalTransport(0.1), Polynomial(1), Polynomial(2.5), Cosine(), LinearVP(), VP(), VE(), Mine()]
+AFFINE = [
+    CondOT(),
+    OptimalTransport(),
+    OptimalTransport(0.1),
+    Polynomial(1),
+    Polynomial(2.5),
+    Cosine(),
+    LinearVP(),
+    VP(),
+    VE(),
+    Mine(),
+]
 BRIDGES = [SchrodingerBridge(0.7), ConstantBridge(0.1), ConstantBridge(0.2, base=Cosine())]
 PATHS = AFFINE + BRIDGES
 TARGETS = ("velocity", "x_1", "x_0", "score", "v", "edm")
@@ -300,40 +311,112 @@ X = torch.randn(4, 3)
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: CondOT().sample(torch.ones(2, 3, dtype=torch.int64)), TypeError, r"x_1: expected a float32.*int64"),
+        (
+            lambda: CondOT().sample(torch.ones(2, 3, dtype=torch.int64)),
+            TypeError,
+            r"x_1: expected a float32.*int64",
+        ),
         (lambda: CondOT().sample([1.0]), TypeError, "x_1: expected a torch.Tensor"),
         (lambda: CondOT().sample(torch.tensor(1.0)), ValueError, "x_1: expected at least one dimension"),
-        (lambda: CondOT().sample(X, X[:2]), ValueError, r"x_0: expected the shape of x_1, \(4, 3\), got .*\(2, 3\)"),
+        (
+            lambda: CondOT().sample(X, X[:2]),
+            ValueError,
+            r"x_0: expected the shape of x_1, \(4, 3\), got .*\(2, 3\)",
+        ),
         (lambda: CondOT().sample(X, X.double()), TypeError, "x_0: expected the dtype of x_1"),
-        (lambda: CondOT().sample(X, t=torch.rand(4, 1)), ValueError, r"t: expected a leading part of the shape of x_1"),
+        (
+            lambda: CondOT().sample(X, t=torch.rand(4, 1)),
+            ValueError,
+            r"t: expected a leading part of the shape of x_1",
+        ),
         (lambda: CondOT().sample(X, t=torch.rand(3)), ValueError, "t: expected a leading part"),
-        (lambda: CondOT().sample(X, t=torch.rand(4, device="meta")), ValueError, "t: expected a tensor on cpu"),
+        (
+            lambda: CondOT().sample(X, t=torch.rand(4, device="meta")),
+            ValueError,
+            "t: expected a tensor on cpu",
+        ),
         (lambda: CondOT().sample(X, t=torch.ones(4, dtype=torch.int64)), TypeError, "t: expected a float32"),
-        (lambda: CondOT().sample(X, t=torch.tensor([0.1, 0.2, 0.3, math.nan]), checks=True), ValueError, "t: expected finite times"),
-        (lambda: CondOT().sample(X, t=2.0), ValueError, "t: expected a finite number >= 0.0 and <= 1.0, got 2.0"),
+        (
+            lambda: CondOT().sample(X, t=torch.tensor([0.1, 0.2, 0.3, math.nan]), checks=True),
+            ValueError,
+            "t: expected finite times",
+        ),
+        (
+            lambda: CondOT().sample(X, t=2.0),
+            ValueError,
+            "t: expected a finite number >= 0.0 and <= 1.0, got 2.0",
+        ),
         (lambda: CondOT().sample(X, z=X), ValueError, "z: expected None"),
         (lambda: CondOT().sample(X, t=0.5, time_sampler=fm.times.Uniform()), ValueError, "t, time_sampler"),
         (lambda: CondOT().sample(X, impl="fast"), ValueError, "impl: expected one of 'auto'"),
         (lambda: CondOT().sample(X, row_offset=-1), ValueError, "row_offset: expected an int >= 0"),
-        (lambda: fm.cfm_loss(X, CondOT().sample(X), target="speed"), ValueError, "target: expected one of 'velocity'"),
-        (lambda: fm.cfm_loss(X, CondOT().sample(X), kind="l3"), ValueError, "kind: expected one of 'squared'"),
-        (lambda: fm.cfm_loss(X, CondOT().sample(X), reduction="avg"), ValueError, "reduction: expected one of 'mean'"),
-        (lambda: fm.cfm_loss(X, CondOT().sample(X), weight="snrr"), ValueError, "weight: expected one of 'uniform'"),
-        (lambda: fm.cfm_loss(X, CondOT().sample(X), weight=3 + 4j), TypeError, "weight: expected None, a name"),
-        (lambda: fm.cfm_loss(X, CondOT().sample(X), weight=torch.rand(3)), ValueError, "weight: expected a leading part"),
-        (lambda: fm.cfm_loss(X, CondOT().sample(X), mask=torch.ones(3, dtype=torch.bool)), ValueError, "mask: expected a leading part"),
-        (lambda: fm.cfm_loss(X, CondOT().sample(X), mask=torch.ones(4)), TypeError, "mask: expected a boolean tensor"),
-        (lambda: fm.cfm_loss(X, CondOT().sample(X), delta=0.0), ValueError, "delta: expected a finite number > 0.0"),
+        (
+            lambda: fm.cfm_loss(X, CondOT().sample(X), target="speed"),
+            ValueError,
+            "target: expected one of 'velocity'",
+        ),
+        (
+            lambda: fm.cfm_loss(X, CondOT().sample(X), kind="l3"),
+            ValueError,
+            "kind: expected one of 'squared'",
+        ),
+        (
+            lambda: fm.cfm_loss(X, CondOT().sample(X), reduction="avg"),
+            ValueError,
+            "reduction: expected one of 'mean'",
+        ),
+        (
+            lambda: fm.cfm_loss(X, CondOT().sample(X), weight="snrr"),
+            ValueError,
+            "weight: expected one of 'uniform'",
+        ),
+        (
+            lambda: fm.cfm_loss(X, CondOT().sample(X), weight=3 + 4j),
+            TypeError,
+            "weight: expected None, a name",
+        ),
+        (
+            lambda: fm.cfm_loss(X, CondOT().sample(X), weight=torch.rand(3)),
+            ValueError,
+            "weight: expected a leading part",
+        ),
+        (
+            lambda: fm.cfm_loss(X, CondOT().sample(X), mask=torch.ones(3, dtype=torch.bool)),
+            ValueError,
+            "mask: expected a leading part",
+        ),
+        (
+            lambda: fm.cfm_loss(X, CondOT().sample(X), mask=torch.ones(4)),
+            TypeError,
+            "mask: expected a boolean tensor",
+        ),
+        (
+            lambda: fm.cfm_loss(X, CondOT().sample(X), delta=0.0),
+            ValueError,
+            "delta: expected a finite number > 0.0",
+        ),
         (lambda: fm.cfm_loss(X[:2], CondOT().sample(X)), ValueError, "x_1: expected the shape of pred"),
         (lambda: fm.cfm_loss(X.int(), CondOT().sample(X)), TypeError, "pred: expected a float32"),
         (lambda: fm.cfm_loss(X, "batch"), TypeError, "batch: expected what path.sample returned"),
         (lambda: fm.cfm_loss(X, CondOT().sample(X), t=0.5), TypeError, "t: expected None beside a batch"),
         (lambda: fm.cfm_loss(X, x_1=X, t=0.5), TypeError, "path: expected a path"),
         (lambda: fm.cfm_loss(X, x_1=X, path=CondOT()), TypeError, "t: expected a tensor or a number"),
-        (lambda: fm.cfm_loss(X, x_1=X, t=0.5, path=CondOT()), TypeError, "x_0: expected a tensor or fm.Noise for the target"),
+        (
+            lambda: fm.cfm_loss(X, x_1=X, t=0.5, path=CondOT()),
+            TypeError,
+            "x_0: expected a tensor or fm.Noise for the target",
+        ),
         (lambda: fm.convert(CondOT(), X, X, 0.5, "velocity", "speed"), ValueError, "target: expected one of"),
-        (lambda: fm.convert(CondOT(), X, X, torch.rand(3), "velocity", "x_1"), ValueError, "t: expected a leading part"),
-        (lambda: fm.convert(SchrodingerBridge(), X, X, 0.5, "velocity", "x_1"), ValueError, "path: expected a path without a gamma"),
+        (
+            lambda: fm.convert(CondOT(), X, X, torch.rand(3), "velocity", "x_1"),
+            ValueError,
+            "t: expected a leading part",
+        ),
+        (
+            lambda: fm.convert(SchrodingerBridge(), X, X, 0.5, "velocity", "x_1"),
+            ValueError,
+            "path: expected a path without a gamma",
+        ),
         (lambda: OptimalTransport(1.0), ValueError, "sigma_min: expected a number < 1"),
         (lambda: Polynomial(0.5), ValueError, "n: expected a finite number >= 1.0"),
         (lambda: VP(0.0), ValueError, "beta_min"),

@@ -49,7 +49,7 @@ def test_known_values(name, formula) -> None:
 
 
 def test_likelihood_is_the_score_bound() -> None:
-    """2 / g^2 times the velocity's squared error is g^2 / 2 times the score's, v = (d alpha / alpha) x + (g^2 / 2) s."""
+    """2 / g^2 times the velocity's squared error is g^2 / 2 times the score's: v = d alpha / alpha x + g^2 / 2 s."""
     t = torch.linspace(0.1, 0.9, 9, dtype=torch.float64)
     for path in PATHS:
         c = path.coefficients(t)
@@ -158,9 +158,7 @@ def test_shift() -> None:
     assert shift(t)[0] == 0
     assert shift(t)[-1] == 1
     mu = 0.8
-    torch.testing.assert_close(
-        times.Shift.dynamic(mu)(t[:-1]), 1 - math.exp(mu) / (math.exp(mu) + 1 / sigma[:-1] - 1)
-    )
+    torch.testing.assert_close(times.Shift.dynamic(mu)(t[:-1]), 1 - math.exp(mu) / (math.exp(mu) + 1 / sigma[:-1] - 1))
     assert times.Shift.for_resolution(256).shift == pytest.approx(math.exp(0.5))
     assert times.Shift.for_resolution(4096).shift == pytest.approx(math.exp(1.15))
 

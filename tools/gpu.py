@@ -23,7 +23,12 @@ def run(name: str, command: list[str], logs: Path, **env: str) -> bool:
     log = logs / f"{name}.log"
     with log.open("w") as file:
         process = subprocess.Popen(
-            command, cwd=ROOT, env={**os.environ, **env}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command,
+            cwd=ROOT,
+            env={**os.environ, **env},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         assert process.stdout is not None  # it is a pipe
         for line in process.stdout:

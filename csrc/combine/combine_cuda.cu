@@ -18,18 +18,15 @@ __global__ void __launch_bounds__(block_threads, resident_blocks<Shape>)
   if constexpr (Shape::chunk == 1) {
     // One coefficient for all, and it is 1: the backward pass of a loss whose gradient needs no factor.
     const auto& coefficient = p.operands[0].coefficient;
-    if (p.skip_ones && (coefficient.data == nullptr || coefficient.stride == 0) && coefficient.at(0) == 1)
-      return;
+    if (p.skip_ones && (coefficient.data == nullptr || coefficient.stride == 0) && coefficient.at(0) == 1) return;
   }
-  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x)
-    combine_thread<Shape>(p, tile, threadIdx.x, nullptr);
+  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) combine_thread<Shape>(p, tile, threadIdx.x, nullptr);
 }
 
 template <typename Shape>
 __global__ void __launch_bounds__(block_threads, resident_blocks<Shape>)
     combine_norm_kernel(const __grid_constant__ CombineParams<typename Shape::A> p,
-                        const __grid_constant__ Finish<typename Shape::A> finish, double* workspace,
-                        int lanes) {
+                        const __grid_constant__ Finish<typename Shape::A> finish, double* workspace, int lanes) {
   using A = typename Shape::A;
   extern __shared__ __align__(16) char table[];
   A* values = p.partition.block_groups > 0 ? reinterpret_cast<A*>(table) : nullptr;

@@ -73,9 +73,7 @@ struct CombineBody {
   const CombineParams<A>& p;
   Tally<A> tally;
 
-  FM_HOST_DEVICE bool unchanged(int64_t row) const {
-    return p.skip_ones && p.operands[0].coefficient.at(row) == A(1);
-  }
+  FM_HOST_DEVICE bool unchanged(int64_t row) const { return p.skip_ones && p.operands[0].coefficient.at(row) == A(1); }
 
   FM_HOST_DEVICE void vectors(const int64_t (&at)[U], const bool (&active_)[U]) {
     constexpr Dtype dtype = Shape::dtype;
@@ -92,8 +90,8 @@ struct CombineBody {
       }
     }
     LinearVectors<A, V, U, Shape::norm> sum;
-    linear_vectors<dtype, V, U, Shape::chunk, Shape::noise, Shape::norm>(
-        p.operands, p.count, p.use_error, p.rows, at, active, p.streaming, sum);
+    linear_vectors<dtype, V, U, Shape::chunk, Shape::noise, Shape::norm>(p.operands, p.count, p.use_error, p.rows, at,
+                                                                         active, p.streaming, sum);
     FM_UNROLL
     for (int u = 0; u < U; ++u) {
       if (!active[u]) continue;
@@ -101,12 +99,11 @@ struct CombineBody {
         A square[V];
         FM_UNROLL
         for (int j = 0; j < V; ++j)
-          square[j] = error_square(p.use_error ? sum.error[u][j] : sum.y[u][j], sum.first[u][j], sum.y[u][j],
-                                   p.atol, p.rtol);
+          square[j] =
+              error_square(p.use_error ? sum.error[u][j] : sum.y[u][j], sum.first[u][j], sum.y[u][j], p.atol, p.rtol);
         tally.add(at[u], square);
       }
-      store_packed<V * bytes_of(dtype)>(p.out, at[u] * bytes_of(dtype), pack<dtype, V>(sum.y[u]),
-                                        p.streaming);
+      store_packed<V * bytes_of(dtype)>(p.out, at[u] * bytes_of(dtype), pack<dtype, V>(sum.y[u]), p.streaming);
     }
   }
 
@@ -122,8 +119,8 @@ struct CombineBody {
 
 // A block's share. `values`: where several samples share a block, its table.
 template <typename Shape>
-FM_HOST_DEVICE Tally<typename Shape::A> combine_thread(const CombineParams<typename Shape::A>& p,
-                                                       int64_t block, int thread, typename Shape::A* values) {
+FM_HOST_DEVICE Tally<typename Shape::A> combine_thread(const CombineParams<typename Shape::A>& p, int64_t block,
+                                                       int thread, typename Shape::A* values) {
   int64_t begin, end;
   if constexpr (Shape::norm) {
     p.partition.range(block, begin, end);

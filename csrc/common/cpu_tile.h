@@ -23,10 +23,8 @@ namespace fm {
 namespace FM_ISA {
 
 constexpr int64_t tile_elements = 1024;
-constexpr int64_t parallel_elements =
-    32768;  // below this, waking the other threads costs more than they save
-constexpr int64_t segment_elements =
-    32;  // rows at least this long get a loop of their own, shorter ones share one
+constexpr int64_t parallel_elements = 32768;  // below this, waking the other threads costs more than they save
+constexpr int64_t segment_elements = 32;      // rows at least this long get a loop of their own, shorter ones share one
 
 constexpr int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -118,13 +116,11 @@ static inline void convert(void* out, Dtype dtype, int64_t n, const T* values) {
   } else if (dtype == Dtype::f32) {
     for (int64_t j = 0; j < n; ++j) static_cast<float*>(out)[j] = static_cast<float>(values[j]);
   } else if (dtype == Dtype::bf16) {
-    for (int64_t j = 0; j < n; ++j)
-      static_cast<uint16_t*>(out)[j] = float_to_bf16(static_cast<float>(values[j]));
+    for (int64_t j = 0; j < n; ++j) static_cast<uint16_t*>(out)[j] = float_to_bf16(static_cast<float>(values[j]));
   } else if constexpr (sizeof(T) == sizeof(float)) {
     narrow_f16(values, static_cast<uint16_t*>(out), n);
   } else {
-    for (int64_t j = 0; j < n; ++j)
-      static_cast<uint16_t*>(out)[j] = float_to_f16(static_cast<float>(values[j]));
+    for (int64_t j = 0; j < n; ++j) static_cast<uint16_t*>(out)[j] = float_to_f16(static_cast<float>(values[j]));
   }
 }
 
@@ -191,9 +187,8 @@ struct Output {
 
   template <typename T>
   void write(int64_t i, int64_t n, const T* values) const {
-    produce<T>(i, n, [=](int64_t j, int64_t m, T* out) {
-      std::memcpy(out, values + j, static_cast<size_t>(m) * sizeof(T));
-    });
+    produce<T>(i, n,
+               [=](int64_t j, int64_t m, T* out) { std::memcpy(out, values + j, static_cast<size_t>(m) * sizeof(T)); });
   }
 
   // After a thread's last write: streamed data is then visible to whoever synchronises with the thread.
@@ -251,8 +246,8 @@ static inline T* draw_normals(uint64_t seed, uint64_t stream, int64_t first, int
 // n elements of an operand from index i on, as T. Noise is rounded to dtype first, so that drawing it again
 // and having stored it are the same. `elements` is the size of the whole tensor.
 template <typename T>
-static inline const T* load_operand(const Operand& operand, Dtype dtype, int64_t elements, int64_t i,
-                                    int64_t n, T* buffer) {
+static inline const T* load_operand(const Operand& operand, Dtype dtype, int64_t elements, int64_t i, int64_t n,
+                                    T* buffer) {
   if (operand.data != nullptr) return load(operand.data, dtype, i, n, buffer);
   const uint64_t seed = static_cast<uint64_t>(*operand.seed), stream = static_cast<uint64_t>(operand.stream);
   T* values;
@@ -348,8 +343,7 @@ class Linear {
   void load(const Operand* operands, int count, Dtype dtype, int64_t elements, int64_t i, int64_t n) {
     operands_ = operands;
     count_ = count;
-    for (int k = 0; k < count; ++k)
-      values_[k] = load_operand(operands[k], dtype, elements, i, n, buffers_[k]);
+    for (int k = 0; k < count; ++k) values_[k] = load_operand(operands[k], dtype, elements, i, n, buffers_[k]);
   }
 
   void select_row(Coefficient Operand::* which, int64_t row) {
@@ -403,8 +397,8 @@ static inline void linear_tile(const Operand* operands, int count, Coefficient O
   }
   Linear<T> linear;
   for (int first = 0; first < count; first += Linear<T>::limit) {
-    linear.load(operands + first, count - first < Linear<T>::limit ? count - first : Linear<T>::limit, dtype,
-                elements, i, n);
+    linear.load(operands + first, count - first < Linear<T>::limit ? count - first : Linear<T>::limit, dtype, elements,
+                i, n);
     for_each_row(inner, i, n, [&](int64_t row, int64_t j, int64_t m) {
       linear.select_row(which, row);
       if (first == 0)

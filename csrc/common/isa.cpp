@@ -14,8 +14,8 @@ Isa detect() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
     best = Isa::avx2;
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl"))
       best = Isa::avx512;
   }
   const char* cap = std::getenv("FMKERNELS_ISA");
@@ -59,6 +59,8 @@ const char* isa_name() {
 
 Status combine_cpu(const CombineArguments& arguments){FM_RUN(combine, arguments)} Status
     regression_loss_cpu(const RegressionLossArguments& arguments){FM_RUN(regression_loss, arguments)} Status
-    random_cpu(const RandomArguments& arguments){FM_RUN(random, arguments)}
+    random_cpu(const RandomArguments& arguments) {
+  FM_RUN(random, arguments)
+}
 
 }  // namespace fm

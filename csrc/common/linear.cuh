@@ -102,8 +102,7 @@ FM_HOST_DEVICE Pair<A> look_up(const Lookup<A>& lookup, const Position& position
 
 // y += c x
 template <int V, typename A>
-FM_HOST_DEVICE void add_scaled(const Lookup<A>& lookup, const Position& position, const A (&x)[V],
-                               A (&y)[V]) {
+FM_HOST_DEVICE void add_scaled(const Lookup<A>& lookup, const Position& position, const A (&x)[V], A (&y)[V]) {
   const Pair<A> c = look_up<V>(lookup, position);
   if (position.left >= V) {  // nearly always: no selection for each element
     FM_UNROLL
@@ -181,9 +180,9 @@ struct LinearVectors<A, V, U, true> {
 // U vectors of V elements, from elements at[u] on where active[u]. All loads of `chunk` operands are in
 // flight before the first is used.
 template <Dtype dtype, int V, int U, int chunk, bool noise, bool with_error, typename A>
-FM_HOST_DEVICE void linear_vectors(const LinearOperand<A>* operands, int count, bool use_error,
-                                   const Rows& rows, const int64_t (&at)[U], const bool (&active)[U],
-                                   bool streaming, LinearVectors<A, V, U, with_error>& sum) {
+FM_HOST_DEVICE void linear_vectors(const LinearOperand<A>* operands, int count, bool use_error, const Rows& rows,
+                                   const int64_t (&at)[U], const bool (&active)[U], bool streaming,
+                                   LinearVectors<A, V, U, with_error>& sum) {
   constexpr int bytes = V * bytes_of(dtype);
   FM_UNROLL
   for (int u = 0; u < U; ++u) {
@@ -235,8 +234,7 @@ FM_HOST_DEVICE void linear_vectors(const LinearOperand<A>* operands, int count, 
         A x[V];
         draw_vector<V>(seed, operand.stream, operand.offset + at[u], MakeNormals{}, x);
         const Packed<bytes> rounded = pack<dtype, V>(x);
-        if (operand.store != nullptr)
-          store_packed<bytes>(operand.store, at[u] * bytes_of(dtype), rounded, streaming);
+        if (operand.store != nullptr) store_packed<bytes>(operand.store, at[u] * bytes_of(dtype), rounded, streaming);
         unpack<dtype, V>(rounded, x);
         add_scaled(operand.coefficient, sum.position[u], x, sum.y[u]);
         if constexpr (with_error) {
@@ -254,8 +252,8 @@ struct LinearScalar {
 
 // The same for element i alone. Any dtype, any alignment; the loops stay loops, to keep the code small.
 template <typename A>
-FM_HOST_DEVICE LinearScalar<A> linear_scalar(const LinearOperand<A>* operands, int count, bool use_error,
-                                             Dtype dtype, int64_t row, int64_t i) {
+FM_HOST_DEVICE LinearScalar<A> linear_scalar(const LinearOperand<A>* operands, int count, bool use_error, Dtype dtype,
+                                             int64_t row, int64_t i) {
   LinearScalar<A> sum{empty_sum<A>(), empty_sum<A>(), A(0)};
   FM_ROLLED
   for (int n = 0; n < 2 * count; ++n) {

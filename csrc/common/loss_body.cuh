@@ -74,8 +74,7 @@ LossParams<typename Shape::A> make_loss_params(const RegressionLossArguments& a)
 
 template <typename A>
 Finish<A> make_loss_finish(const RegressionLossArguments& a) {
-  return {static_cast<A*>(a.loss), false, a.rows * a.inner / a.groups, a.rows / a.groups,
-          make_lookup<A>(a.scale)};
+  return {static_cast<A*>(a.loss), false, a.rows * a.inner / a.groups, a.rows / a.groups, make_lookup<A>(a.scale)};
 }
 
 template <Penalty kind, int V, typename A>
@@ -123,8 +122,8 @@ struct LossBody {
         if (active[u] && p.mask_by_element) mask[u] = load_packed<V>(p.mask, at[u]);
       }
       LinearVectors<A, V, U, false> target;
-      linear_vectors<dtype, V, U, max_loss_operands, Shape::noise, false>(p.operands, p.count, false, p.rows,
-                                                                          at, active, p.streaming, target);
+      linear_vectors<dtype, V, U, max_loss_operands, Shape::noise, false>(p.operands, p.count, false, p.rows, at,
+                                                                          active, p.streaming, target);
       FM_UNROLL
       for (int u = 0; u < U; ++u)
         if (active[u]) finish_vector(at[u], target.position[u], pred[u], mask[u], target.y[u]);
@@ -175,15 +174,13 @@ struct LossBody {
     }
     tally.add(i, value);
     if (p.grad != nullptr)
-      store_packed<bytes>(p.grad, i * bytes_of(Shape::pred_dtype), pack<Shape::pred_dtype, V>(d),
-                          p.streaming);
+      store_packed<bytes>(p.grad, i * bytes_of(Shape::pred_dtype), pack<Shape::pred_dtype, V>(d), p.streaming);
   }
 
   FM_HOST_DEVICE void scalar(int64_t i) {
     const int64_t row = p.rows.divider.divide(i);
     A d[1], value[1];
-    d[0] = load_scalar<A>(p.pred, p.pred_dtype, i) -
-           linear_scalar(p.operands, p.count, false, p.dtype, row, i).y;
+    d[0] = load_scalar<A>(p.pred, p.pred_dtype, i) - linear_scalar(p.operands, p.count, false, p.dtype, row, i).y;
     penalties(p.kind, p.delta, d, value);
     const A weight = p.weight.at(row);
     const A factor = gradient_factor(weight, p.scale.at(row), p.scale_grad);
@@ -195,8 +192,8 @@ struct LossBody {
 
 // A block's share. `values`: where several groups share a block, its table.
 template <typename Shape>
-FM_HOST_DEVICE Tally<typename Shape::A> loss_thread(const LossParams<typename Shape::A>& p, int64_t block,
-                                                    int thread, typename Shape::A* values) {
+FM_HOST_DEVICE Tally<typename Shape::A> loss_thread(const LossParams<typename Shape::A>& p, int64_t block, int thread,
+                                                    typename Shape::A* values) {
   int64_t begin, end;
   p.partition.range(block, begin, end);
   LossBody<Shape> body{p, {0, values, begin}};

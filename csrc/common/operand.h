@@ -30,8 +30,7 @@ FM_HOST_DEVICE T coefficient_at(const Coefficient& c, int64_t row) {
 }
 
 struct Operand {
-  const void*
-      data;  // a tensor of the call's data dtype; or null: standard normal noise, element i of which is
+  const void* data;     // a tensor of the call's data dtype; or null: standard normal noise, element i of which is
   const int64_t* seed;  // number offset + i of `stream` under *seed, rounded to the data dtype
   int64_t stream;
   int64_t offset;

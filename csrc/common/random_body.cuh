@@ -38,8 +38,8 @@ struct RandomShape {
   static constexpr Dtype dtype = dtype_;
   static constexpr int V = vector_length(dtype);
   static constexpr int64_t tile = static_cast<int64_t>(block_threads) * V;
-  using T = std::conditional_t<kind == RandomKind::words, uint32_t,
-                               std::conditional_t<dtype == Dtype::f64, double, float>>;
+  using T =
+      std::conditional_t<kind == RandomKind::words, uint32_t, std::conditional_t<dtype == Dtype::f64, double, float>>;
 };
 
 template <typename Shape>
@@ -86,8 +86,8 @@ struct RandomBody {
       }
       store_packed<V * 8>(p.out, at[0] * 8, packed, p.streaming);
     } else {
-      store_packed<V * bytes_of(Shape::dtype)>(p.out, at[0] * bytes_of(Shape::dtype),
-                                               pack<Shape::dtype, V>(numbers), p.streaming);
+      store_packed<V * bytes_of(Shape::dtype)>(p.out, at[0] * bytes_of(Shape::dtype), pack<Shape::dtype, V>(numbers),
+                                               p.streaming);
     }
   }
 
@@ -95,8 +95,7 @@ struct RandomBody {
     if constexpr (Shape::kind == RandomKind::normal)
       store_scalar(p.out, Shape::dtype, i, normal_at<T>(seed, p.stream, p.offset + i));
     else if constexpr (Shape::kind == RandomKind::uniform)
-      store_scalar(p.out, Shape::dtype, i,
-                   MakeNumbers<Shape>::from_word(word_at(seed, p.stream, p.offset + i)));
+      store_scalar(p.out, Shape::dtype, i, MakeNumbers<Shape>::from_word(word_at(seed, p.stream, p.offset + i)));
     else
       static_cast<int64_t*>(p.out)[i] = word_at(seed, p.stream, p.offset + i);
   }

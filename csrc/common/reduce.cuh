@@ -27,8 +27,8 @@ __device__ __forceinline__ double block_sum(A value) {
 
 // Ends a block of a reduction: its groups' results where it has them whole, else its partial sum.
 template <typename A>
-__device__ __forceinline__ void finish_block(const Partition& p, const Finish<A>& finish, double* workspace,
-                                             int lanes, const Tally<A>& tally) {
+__device__ __forceinline__ void finish_block(const Partition& p, const Finish<A>& finish, double* workspace, int lanes,
+                                             const Tally<A>& tally) {
   if (p.block_groups == 0) {
     const double sum = block_sum(tally.sum);
     if (threadIdx.x != 0) return;
@@ -45,8 +45,7 @@ __device__ __forceinline__ void finish_block(const Partition& p, const Finish<A>
   // Every thread makes every round: the shuffles need whole warps.
   for (int64_t start = 0; start < groups; start += block_threads / lanes) {
     const int64_t group = start + static_cast<int>(threadIdx.x) / lanes;
-    A sum = group < groups ? lane_sum(tally.values + group * p.group_elements, p.group_elements, lane, lanes)
-                           : A(0);
+    A sum = group < groups ? lane_sum(tally.values + group * p.group_elements, p.group_elements, lane, lanes) : A(0);
     for (int offset = lanes / 2; offset > 0; offset /= 2) sum += __shfl_down_sync(whole_warp, sum, offset);
     if (lane == 0 && group < groups) finish(first + group, static_cast<double>(sum));
   }
@@ -54,8 +53,7 @@ __device__ __forceinline__ void finish_block(const Partition& p, const Finish<A>
 
 // A block a group: adds the partial sums that another launch has left.
 template <typename A>
-__global__ void finish_kernel(const __grid_constant__ Finish<A> finish, const double* workspace,
-                              int64_t parts) {
+__global__ void finish_kernel(const __grid_constant__ Finish<A> finish, const double* workspace, int64_t parts) {
   const double* partial = workspace + static_cast<int64_t>(blockIdx.x) * parts;
   double sum = 0;
 #pragma unroll 4
@@ -66,9 +64,8 @@ __global__ void finish_kernel(const __grid_constant__ Finish<A> finish, const do
 
 inline Status launch_status() {
   const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess
-             ? Status::ok
-             : static_cast<Status>(static_cast<int>(Status::cuda_error) + static_cast<int>(error));
+  return error == cudaSuccess ? Status::ok
+                              : static_cast<Status>(static_cast<int>(Status::cuda_error) + static_cast<int>(error));
 }
 
 constexpr int64_t most_blocks = 2147483647;
@@ -81,8 +78,7 @@ size_t shared_bytes(const Partition& p) {
 
 // The last step after a launch over a partition.
 template <typename A>
-Status finish_parts(const Partition& p, const Finish<A>& finish, const double* workspace,
-                    cudaStream_t stream) {
+Status finish_parts(const Partition& p, const Finish<A>& finish, const double* workspace, cudaStream_t stream) {
   const Status status = launch_status();
   if (status != Status::ok || p.parts == 1) return status;
   const int threads = p.parts <= 128 ? 32 : p.parts <= 2048 ? 256 : 1024;

@@ -25,9 +25,7 @@
 
 namespace fm {
 
-FM_HOST_DEVICE constexpr int bytes_of(Dtype dtype) {
-  return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2;
-}
+FM_HOST_DEVICE constexpr int bytes_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
 
 // 16 bytes, but four elements at least: a Philox block makes four.
 FM_HOST_DEVICE constexpr int vector_length(Dtype dtype) { return bytes_of(dtype) == 2 ? 8 : 4; }
@@ -81,8 +79,8 @@ FM_HOST_DEVICE void store_packed(void* data, int64_t byte, const Packed<bytes>& 
   } else {
     FM_UNROLL
     for (int q = 0; q < bytes / 16; ++q) {
-      const uint4 v = make_uint4(packed.words[4 * q], packed.words[4 * q + 1], packed.words[4 * q + 2],
-                                 packed.words[4 * q + 3]);
+      const uint4 v =
+          make_uint4(packed.words[4 * q], packed.words[4 * q + 1], packed.words[4 * q + 2], packed.words[4 * q + 3]);
       if (streaming)
         __stcs(reinterpret_cast<uint4*>(to) + q, v);
       else

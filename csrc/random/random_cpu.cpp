@@ -25,8 +25,7 @@ void normal_tile(const RandomArguments& a, int64_t i, int64_t n) {
   alignas(64) T buffer[noise_buffer];
   Output(a.out, a.dtype, a.count)
       .write(i, n,
-             draw_normals(static_cast<uint64_t>(*a.seed), static_cast<uint64_t>(a.stream), a.offset + i, n,
-                          buffer));
+             draw_normals(static_cast<uint64_t>(*a.seed), static_cast<uint64_t>(a.stream), a.offset + i, n, buffer));
 }
 
 void uniform_tile(const RandomArguments& a, int64_t i, int64_t n) {

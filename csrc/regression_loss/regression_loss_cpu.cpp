@@ -34,8 +34,8 @@ T row_loss(const T* pred, const T* target, T delta, T grad_weight, T* grad, int6
 
 // The same with a weight and a mask entry an element; writes w rho to `values`.
 template <Penalty kind, typename T>
-void element_loss(const T* pred, const T* target, T delta, const T* w, const T* grad_weight,
-                  const uint8_t* keep, T* values, T* grad, int64_t n) {
+void element_loss(const T* pred, const T* target, T delta, const T* w, const T* grad_weight, const uint8_t* keep,
+                  T* values, T* grad, int64_t n) {
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) {
     T value, derivative;
@@ -86,8 +86,7 @@ double rows_tile(const RegressionLossArguments& a, int64_t i, int64_t n, const T
 template <Penalty kind, typename T>
 void elements_tile(const RegressionLossArguments& a, int64_t i, int64_t n, const T* pred, T* values,
                    const Output* grad) {
-  alignas(64) T target[tile_elements], w[tile_elements], grad_weight[tile_elements],
-      derivative[tile_elements];
+  alignas(64) T target[tile_elements], w[tile_elements], grad_weight[tile_elements], derivative[tile_elements];
   alignas(64) uint8_t keep[tile_elements];
   linear_tile(a.operands, a.count, &Operand::coefficient, a.dtype, a.rows * a.inner, a.inner, i, n, target);
   expand(a.weight, a.inner, i, n, w);
@@ -119,8 +118,7 @@ Status loss_as(const RegressionLossArguments& a) {
   const int64_t step = several ? tile_elements / group_elements * group_elements : tile_elements;
   const int64_t group_tiles = several ? 0 : (group_elements + step - 1) / step;
   const int64_t tiles = several ? (elements + step - 1) / step : a.groups * group_tiles;
-  const bool by_element =
-      several || a.inner < segment_elements || (a.mask != nullptr && a.mask_elements < a.inner);
+  const bool by_element = several || a.inner < segment_elements || (a.mask != nullptr && a.mask_elements < a.inner);
   const Output out(a.grad, a.pred_dtype, elements);
   const Output* grad = a.grad == nullptr ? nullptr : &out;
   const Partials partials(several ? a.groups : tiles);
@@ -150,8 +148,7 @@ Status loss_as(const RegressionLossArguments& a) {
   for (int64_t g = 0; g < a.groups; ++g) {
     double sum = 0;
     for (int64_t p = 0; p < parts; ++p) sum += partial[g * parts + p];
-    static_cast<T*>(a.loss)[g] =
-        static_cast<T>(sum * static_cast<double>(coefficient_at<T>(a.scale, g * group_rows)));
+    static_cast<T*>(a.loss)[g] = static_cast<T>(sum * static_cast<double>(coefficient_at<T>(a.scale, g * group_rows)));
   }
   return Status::ok;
 }

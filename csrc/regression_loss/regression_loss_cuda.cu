@@ -39,9 +39,8 @@ struct Launch {
     if (partition.blocks > most_blocks) return Status::bad_argument;
     const Finish<A> finish = make_loss_finish<A>(a);
     double* workspace = static_cast<double*>(a.workspace);
-    loss_kernel<Shape>
-        <<<static_cast<unsigned>(partition.blocks), block_threads, shared_bytes<A>(partition), stream>>>(
-            p, finish, workspace, small_group_lanes(partition.group_elements));
+    loss_kernel<Shape><<<static_cast<unsigned>(partition.blocks), block_threads, shared_bytes<A>(partition), stream>>>(
+        p, finish, workspace, small_group_lanes(partition.group_elements));
     return finish_parts(partition, finish, workspace, stream);
   }
 };

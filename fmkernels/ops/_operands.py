@@ -32,7 +32,7 @@ MAX_TENSORS = 16
 
 @final
 class Affine:
-    """The coefficient shift + slope * tensor, which the CPU kernels form where they read it: 1 - t costs no operation."""
+    """The coefficient shift + slope * tensor, formed in the CPU kernels: 1 - t costs no operation."""
 
     __slots__ = ("shift", "slope", "tensor")
 
@@ -144,9 +144,7 @@ def _flat_stride(tensor: Tensor) -> int | None:
 
 def evenly_spaced(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The same coefficients, copied where their entries are not evenly spaced in memory."""
-    return [
-        t if t is None or t.dim() <= 1 or _flat_stride(t) is not None else t.contiguous() for t in tensors
-    ]
+    return [t if t is None or t.dim() <= 1 or _flat_stride(t) is not None else t.contiguous() for t in tensors]
 
 
 def row_elements(elements: int, leading: Sequence[Tensor | None], groups: int = 1) -> int:
@@ -160,9 +158,7 @@ def row_elements(elements: int, leading: Sequence[Tensor | None], groups: int = 
     return inner
 
 
-def lookups(
-    tensors: Sequence[Tensor | None], values: Sequence[float], elements: int, inner: int
-) -> list[Lookup]:
+def lookups(tensors: Sequence[Tensor | None], values: Sequence[float], elements: int, inner: int) -> list[Lookup]:
     """The addresses of evenly spaced coefficients, which the caller keeps alive."""
     return [
         (0, 1, 0, value)

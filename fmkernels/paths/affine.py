@@ -15,7 +15,7 @@ from .base import SMALL, Path, half_pi, promoted
 
 @final
 class CondOT(Path):
-    """alpha = t, sigma = 1 - t: straight lines, rectified flow (Liu et al. 2022; Lipman et al. 2022 with sigma_min = 0)."""
+    """alpha = t, sigma = 1 - t: straight lines, rectified flow (Liu et al. 2022; Lipman et al. 2022, sigma_min = 0)."""
 
     def alpha(self, t: Tensor) -> Tensor | float:
         return t
@@ -99,7 +99,7 @@ class Polynomial(Path):
 
 @final
 class Cosine(Path):
-    """alpha = sin(pi t / 2), sigma = cos(pi t / 2) (Albergo & Vanden-Eijnden 2022, trigonometric; Nichol & Dhariwal 2021)."""
+    """alpha = sin(pi t / 2), sigma = cos(pi t / 2) (Albergo & Vanden-Eijnden 2022, trigonometric)."""
 
     def alpha(self, t: Tensor) -> Tensor | float:
         return torch.sin(half_pi(t))

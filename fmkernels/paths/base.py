@@ -129,11 +129,17 @@ class Path:
         return self.alpha(t), self.sigma(t), self.gamma(t)
 
     def target_coefficients(self, t: Tensor, target: str = "velocity") -> targets.Triple:
-        """(c_1, c_0, c_z) of a regression target u = c_1 x_1 + c_0 x_0 (+ c_z z); see :mod:`fmkernels.paths.targets`."""
+        """(c_1, c_0, c_z) of a target u = c_1 x_1 + c_0 x_0 (+ c_z z); see :mod:`fmkernels.paths.targets`."""
         return targets.coefficients(self, t, target)
 
     def convert(
-        self, prediction: Tensor, x_t: Tensor, t: Tensor | float, source: str, target: str, **parameters: float
+        self,
+        prediction: Tensor,
+        x_t: Tensor,
+        t: Tensor | float,
+        source: str,
+        target: str,
+        **parameters: float,
     ) -> Tensor:
         """A prediction of ``source`` at (x_t, t) as one of ``target``; see :func:`fmkernels.paths.targets.convert`."""
         return targets.convert(self, prediction, x_t, t, source, target, **parameters)
@@ -183,7 +189,7 @@ class Path:
         checks: bool = False,
         impl: str = "auto",
     ) -> _batch.Batch:
-        r"""Samples the path: :math:`x_t = \alpha_t x_1 + \sigma_t x_0 (+ \gamma_t z)`, everything drawn that is not given.
+        r"""Samples the path: :math:`x_t = \alpha_t x_1 + \sigma_t x_0 (+ \gamma_t z)`; draws what is not given.
 
         Args:
             x_1: data, shape (B, ...), floating.

@@ -123,13 +123,19 @@ def conversion_coefficients(
 
 
 def convert(
-    path: Path, prediction: Tensor, x_t: Tensor, t: Tensor | float, source: str, target: str, **parameters: float
+    path: Path,
+    prediction: Tensor,
+    x_t: Tensor,
+    t: Tensor | float,
+    source: str,
+    target: str,
+    **parameters: float,
 ) -> Tensor:
     r"""A prediction of one target at (x_t, t) as a prediction of another.
 
-    Two linear relations, x_t = alpha x_1 + sigma x_0 and prediction = c_1 x_1 + c_0 x_0, give x_1 and x_0 and thereby any
-    other target: target = A x_t + B prediction, one pass over memory. Finite at both ends of the path; where x_t and the
-    prediction do not determine the target (x_1 from x_0 at t = 0, where x_t = x_0), quotients are held as documented in
+    Two linear relations, x_t = alpha x_1 + sigma x_0 and prediction = c_1 x_1 + c_0 x_0, give x_1 and x_0 and thereby
+    any other target: target = A x_t + B prediction, one pass over memory. Finite at both ends of the path. Where x_t and
+    the prediction do not determine the target (x_1 from x_0 at t = 0, where x_t = x_0), quotients are held as said in
     :mod:`fmkernels.paths.base` and the value has no meaning.
 
     Args:
@@ -168,6 +174,3 @@ def convert(
         return combine([prediction, x_t], [b, a])
     wide = torch.promote_types(prediction.dtype, x_t.dtype)
     return combine([prediction.to(wide), x_t.to(wide)], [b, a]).to(prediction.dtype)
-
-
-

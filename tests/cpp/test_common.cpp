@@ -178,7 +178,8 @@ int main() {
   test_variant<Run>(fm::baseline::combine, fm::baseline::combine, "baseline");
 #if defined(FM_HAS_X86_VARIANTS)
   if (std::strcmp(fm::isa_name(), "baseline") != 0) test_variant<Run>(fm::avx2::combine, fm::baseline::combine, "avx2");
-  if (std::strcmp(fm::isa_name(), "avx512") == 0) test_variant<Run>(fm::avx512::combine, fm::baseline::combine, "avx512");
+  if (std::strcmp(fm::isa_name(), "avx512") == 0)
+    test_variant<Run>(fm::avx512::combine, fm::baseline::combine, "avx512");
 #endif
   std::printf(failures == 0 ? "all passed (%s)\n" : "failures with %s\n", fm::isa_name());
   return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;

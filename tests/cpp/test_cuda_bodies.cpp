@@ -30,9 +30,7 @@ int failures = 0;
     }                                                       \
   } while (0)
 
-int64_t pick(int64_t low, int64_t high) {
-  return std::uniform_int_distribution<int64_t>(low, high)(generator);
-}
+int64_t pick(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(generator); }
 bool coin() { return pick(0, 1) == 1; }
 double normal() { return std::normal_distribution<double>()(generator); }
 
@@ -117,8 +115,7 @@ struct Tables {
     c.stride = style == 1 ? 0 : pick(1, 3);
     const size_t size = static_cast<size_t>((rows / c.rows_per_entry - 1) * c.stride + 1);
     doubles.emplace_back(size);
-    for (double& value : doubles.back())
-      value = static_cast<float>(positive ? std::fabs(normal()) : normal());
+    for (double& value : doubles.back()) value = static_cast<float>(positive ? std::fabs(normal()) : normal());
     floats.emplace_back(doubles.back().begin(), doubles.back().end());
     c.data = wide ? static_cast<const void*>(doubles.back().data()) : floats.back().data();
     return c;
@@ -132,8 +129,7 @@ struct Sizes {
   int64_t samples, sample_rows, inner, rows, elements;
 
   static Sizes random() {
-    static const int64_t inners[] = {1,  2,  3,  4,   5,    7,    8,    12,   16,
-                                     31, 64, 77, 257, 1000, 1024, 2883, 4099, 9001};
+    static const int64_t inners[] = {1, 2, 3, 4, 5, 7, 8, 12, 16, 31, 64, 77, 257, 1000, 1024, 2883, 4099, 9001};
     Sizes s{};
     s.inner = inners[pick(0, 17)];
     s.sample_rows = pick(0, 2) == 0 ? pick(1, 40) : 1;
@@ -159,9 +155,7 @@ void run_reduction(const Partition& p, const Finish<A>& finish, Block block) {
   for (int64_t b = 0; b < p.blocks; ++b) {
     std::vector<A> values(static_cast<size_t>(p.block_groups * p.group_elements), A(NAN));
     double sum = 0;
-    each_thread([&](int t) {
-      sum += static_cast<double>(block(b, t, values.empty() ? nullptr : values.data()).sum);
-    });
+    each_thread([&](int t) { sum += static_cast<double>(block(b, t, values.empty() ? nullptr : values.data()).sum); });
     partial[static_cast<size_t>(b)] = sum;
     const int lanes = small_group_lanes(p.group_elements);
     for (int64_t g = 0; g < p.block_groups && b * p.block_groups + g < p.groups; ++g) {
@@ -229,8 +223,7 @@ struct Operands {
     for (int k = 0; k < count; ++k) {
       const Operand& o = operands[static_cast<size_t>(k)];
       for (int64_t i = 0; i < elements && o.store != nullptr; ++i)
-        CHECK(same(at(o.store, dtype, i), value(k, i)), "stored noise %d at %lld", k,
-              static_cast<long long>(i));
+        CHECK(same(at(o.store, dtype, i), value(k, i)), "stored noise %d at %lld", k, static_cast<long long>(i));
       CHECK(stores[static_cast<size_t>(k)].guarded(), "store %d", k);
     }
   }
@@ -297,16 +290,14 @@ void test_combine() {
 
   for (int64_t i = 0; i < s.elements; ++i)
     CHECK(near(at(a.out, dtype, i), expected[static_cast<size_t>(i)], tolerance[static_cast<size_t>(i)]),
-          "combine dtype %d count %d rows %lld inner %lld at %lld: %g, expected %g", static_cast<int>(dtype),
-          a.count, static_cast<long long>(s.rows), static_cast<long long>(s.inner), static_cast<long long>(i),
+          "combine dtype %d count %d rows %lld inner %lld at %lld: %g, expected %g", static_cast<int>(dtype), a.count,
+          static_cast<long long>(s.rows), static_cast<long long>(s.inner), static_cast<long long>(i),
           at(a.out, dtype, i), expected[static_cast<size_t>(i)]);
   for (int64_t g = 0; g < s.samples && with_norm; ++g) {
     const double size = static_cast<double>(s.elements / s.samples), sum = norms[static_cast<size_t>(g)];
-    const double wanted = std::sqrt(sum / size),
-                 most = std::sqrt((sum + slack[static_cast<size_t>(g)]) / size);
+    const double wanted = std::sqrt(sum / size), most = std::sqrt((sum + slack[static_cast<size_t>(g)]) / size);
     const double got = at(a.norm, wide ? Dtype::f64 : Dtype::f32, g);
-    CHECK(near(got, wanted, most - wanted + (wide ? 1e-13 : 2e-5) * wanted), "norm %g, expected %g", got,
-          wanted);
+    CHECK(near(got, wanted, most - wanted + (wide ? 1e-13 : 2e-5) * wanted), "norm %g, expected %g", got, wanted);
   }
   data.check_stores(s.elements);
   CHECK(out.guarded() && norm.guarded() && data.arrays[0].guarded(), "combine");
@@ -339,8 +330,7 @@ void test_loss() {
   a.groups = coin() ? 1 : s.samples;
   // the scale of a group is that of its first row
   do a.scale = data.tables.make(true);
-  while (a.scale.data != nullptr && a.scale.stride != 0 &&
-         (a.groups == 1 || a.scale.rows_per_entry != s.sample_rows));
+  while (a.scale.data != nullptr && a.scale.stride != 0 && (a.groups == 1 || a.scale.rows_per_entry != s.sample_rows));
   a.scale_grad = coin();
   a.kind = static_cast<Penalty>(pick(0, 3));
   a.delta = 0.75;
@@ -349,8 +339,7 @@ void test_loss() {
   Array mask(a.mask_elements == 0 ? 1 : s.elements / a.mask_elements, 1, misaligned && coin());
   if (a.mask_elements != 0) {
     a.mask = static_cast<const bool*>(mask.data());
-    for (int64_t i = 0; i < s.elements / a.mask_elements; ++i)
-      static_cast<bool*>(mask.data())[i] = pick(0, 3) != 0;
+    for (int64_t i = 0; i < s.elements / a.mask_elements; ++i) static_cast<bool*>(mask.data())[i] = pick(0, 3) != 0;
   }
   const auto kept = [&](int64_t i) { return a.mask == nullptr || a.mask[i / a.mask_elements]; };
   for (int64_t i = 0; i < s.elements; ++i)
@@ -376,15 +365,13 @@ void test_loss() {
     const double unit = (wide ? 2e-15 : 1e-6) * (magnitude + std::fabs(d));
     if (kept(i)) {
       sums[group] += w * value * scale;
-      slack[group] +=
-          std::fabs(w * scale) * ((wide ? 1e-13 : 1e-5) * value + unit * (std::fabs(derivative) + unit));
+      slack[group] += std::fabs(w * scale) * ((wide ? 1e-13 : 1e-5) * value + unit * (std::fabs(derivative) + unit));
     }
     if (a.grad == nullptr) continue;
     if (kept(i) && a.kind == Penalty::l1 && std::fabs(d) <= unit) continue;  // the sign is open
     const double factor = w * (a.scale_grad ? scale : 1);
     const double expected = kept(i) ? factor * derivative : 0, got = at(a.grad, pred_dtype, i);
-    const double tolerance = 2 * factor * unit +
-                             (epsilon(pred_dtype) + (wide ? 0 : 1e-6)) * std::fabs(expected) +
+    const double tolerance = 2 * factor * unit + (epsilon(pred_dtype) + (wide ? 0 : 1e-6)) * std::fabs(expected) +
                              (pred_dtype == Dtype::f16 ? 6e-8 : 0);
     CHECK(kept(i) ? near(got, expected, tolerance) : got == 0,
           "gradient dtypes %d %d kind %d rows %lld inner %lld groups %lld at %lld: %g, expected %g",
@@ -415,8 +402,7 @@ void test_random() {
   choose_random_shape(a, [&](auto shape) {
     using Shape = decltype(shape);
     const RandomParams p = make_random_params(a);
-    for (int64_t b = 0; b * Shape::tile < a.count; ++b)
-      each_thread([&](int t) { random_thread<Shape>(p, b, t); });
+    for (int64_t b = 0; b * Shape::tile < a.count; ++b) each_thread([&](int t) { random_thread<Shape>(p, b, t); });
   });
   const uint64_t key = static_cast<uint64_t>(seed), stream = static_cast<uint64_t>(a.stream);
   for (int64_t i = 0; i < a.count; ++i) {
@@ -427,9 +413,8 @@ void test_random() {
       continue;
     }
     const int bits = a.dtype == Dtype::f64 ? 32 : a.dtype == Dtype::f32 ? 24 : a.dtype == Dtype::f16 ? 11 : 8;
-    const double expected = a.kind == RandomKind::normal
-                                ? naive_normal(a.dtype, key, stream, a.offset + i)
-                                : std::ldexp(static_cast<double>(word >> (32 - bits)), -bits);
+    const double expected = a.kind == RandomKind::normal ? naive_normal(a.dtype, key, stream, a.offset + i)
+                                                         : std::ldexp(static_cast<double>(word >> (32 - bits)), -bits);
     CHECK(at(a.out, a.dtype, i) == expected, "kind %d dtype %d offset %lld at %lld", static_cast<int>(a.kind),
           static_cast<int>(a.dtype), static_cast<long long>(a.offset), static_cast<long long>(i));
   }
@@ -442,8 +427,7 @@ void test_divider() {
     int64_t n = static_cast<int64_t>(generator() >> pick(1, 63));
     if (coin() && n > 0) n = n / d * d - pick(0, 1);  // where a quotient changes
     if (n < 0 || d <= 0) continue;
-    CHECK(make_divider(d).divide(n) == n / d, "%lld / %lld", static_cast<long long>(n),
-          static_cast<long long>(d));
+    CHECK(make_divider(d).divide(n) == n / d, "%lld / %lld", static_cast<long long>(n), static_cast<long long>(d));
   }
 }
 
@@ -452,9 +436,7 @@ void test_partition() {
   for (int round = 0; round < 300; ++round) {
     const int64_t group_elements = pick(1, 3) == 1 ? pick(1, 3000) : int64_t{1} << pick(0, 34);
     const int64_t groups =
-        coin()
-            ? 1
-            : pick(1, std::min<int64_t>(200000, std::max<int64_t>(2, (int64_t{1} << 36) / group_elements)));
+        coin() ? 1 : pick(1, std::min<int64_t>(200000, std::max<int64_t>(2, (int64_t{1} << 36) / group_elements)));
     const Partition p = make_partition(group_elements * groups, groups);
     int64_t next = 0;
     const int64_t stride = std::max<int64_t>(1, p.blocks / 20000);
@@ -464,16 +446,15 @@ void test_partition() {
       p.range(b, begin, end);
       if (stride > 1 && (b % stride == 0 || b + 1 == p.blocks)) next = std::max(next, begin);
       if (begin >= end) continue;
-      CHECK(begin == next && end <= p.elements, "block %lld begins at %lld, expected %lld",
-            static_cast<long long>(b), static_cast<long long>(begin), static_cast<long long>(next));
+      CHECK(begin == next && end <= p.elements, "block %lld begins at %lld, expected %lld", static_cast<long long>(b),
+            static_cast<long long>(begin), static_cast<long long>(next));
       if (p.block_groups == 0)
         CHECK(begin / group_elements == b / p.parts && (end - 1) / group_elements == b / p.parts, "group");
       else
         CHECK(end - begin <= part_unit && begin % group_elements == 0 && end % group_elements == 0, "groups");
       next = end;
     }
-    CHECK(next == p.elements, "%lld of %lld", static_cast<long long>(next),
-          static_cast<long long>(p.elements));
+    CHECK(next == p.elements, "%lld of %lld", static_cast<long long>(next), static_cast<long long>(p.elements));
   }
 }
 

@@ -24,9 +24,7 @@ def _numbers(count: int, rng: torch.Generator) -> list[float]:
     return torch.randn(count, generator=rng, device=rng.device).tolist()
 
 
-def _coefficients(
-    kind: str, count: int, shape: tuple[int, ...], dtype: torch.dtype, rng: torch.Generator
-) -> Any:
+def _coefficients(kind: str, count: int, shape: tuple[int, ...], dtype: torch.dtype, rng: torch.Generator) -> Any:
     """Random coefficients: "number", "row", "token", "element", "mixed" (in turn) or a "..._table".
 
     "constant" numbers do not depend on the seed, as in a solver's tableau (and torch.compile specialises on
@@ -43,9 +41,7 @@ def _coefficients(
         return _numbers(count, rng)
     cycle = ["number", "row", "scalar"] if kind == "mixed" else [kind]
     kinds = [cycle[i % len(cycle)] for i in range(count)]
-    return [
-        _numbers(1, rng)[0] if k == "number" else random_tensor(shape[: kept[k]], dtype, rng) for k in kinds
-    ]
+    return [_numbers(1, rng)[0] if k == "number" else random_tensor(shape[: kept[k]], dtype, rng) for k in kinds]
 
 
 def _make(
@@ -60,9 +56,7 @@ def _make(
 ) -> Callable[[torch.dtype, torch.device, int], Inputs]:
     def make(dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
         rng = generator(device, seed)
-        operands: list[Any] = [
-            random_tensor(shape, dtype, rng, layouts[i % len(layouts)]) for i in range(count)
-        ]
+        operands: list[Any] = [random_tensor(shape, dtype, rng, layouts[i % len(layouts)]) for i in range(count)]
         if noise is not None:
             operands.append(fresh_noise(device, seed + 1, stream=2, row_offset=noise))
         inputs: Inputs = {"operands": operands, **options}

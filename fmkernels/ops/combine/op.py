@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -82,11 +82,27 @@ class CombineFunction(Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, count: int, streams: list[int], offsets: list[int], values: list[float], options: tuple, *flat: Any
+        ctx: Any,
+        count: int,
+        streams: list[int],
+        offsets: list[int],
+        values: list[float],
+        options: tuple,
+        *flat: Any,
     ) -> Any:
-        tensors, coefs, error_coefs = list(flat[:count]), list(flat[count : 2 * count]), list(flat[2 * count :])
+        tensors, coefs, error_coefs = (
+            list(flat[:count]),
+            list(flat[count : 2 * count]),
+            list(flat[2 * count :]),
+        )
         results = torch.ops.fmkernels.combine(tensors, streams, offsets, coefs, values, error_coefs, *options)
-        ctx.count, ctx.streams, ctx.offsets, ctx.values, ctx.impl = count, streams, offsets, values, options[-1]
+        ctx.count, ctx.streams, ctx.offsets, ctx.values, ctx.impl = (
+            count,
+            streams,
+            offsets,
+            values,
+            options[-1],
+        )
         # Coefficients are small; an operand is kept only for its coefficient's gradient (for noise that is the seed).
         needs = ctx.needs_input_grad[5 + count : 5 + 2 * count]
         kept = [tensor if need else None for tensor, need in zip(tensors, needs, strict=True)]
@@ -138,13 +154,33 @@ def combine_packed(
 
 
 def needs_grad(tensors: Sequence[Tensor], coefs: Sequence[Tensor | None]) -> bool:
-    for tensor in tensors:
-        if tensor.requires_grad:
-            return True
-    for coef in coefs:
-        if coef is not None and coef.requires_grad:
-            return True
-    return False
+    return any(tensor is not None and tensor.requires_grad for tensor in (*tensors, *coefs))
+
+
+@overload
+def combine(
+    operands: Sequence[Operand],
+    coefficients: Sequence[Coefficient] | Tensor,
+    *,
+    error_coefficients: None = None,
+    atol: None = None,
+    rtol: None = None,
+    out: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor: ...
+
+
+@overload
+def combine(
+    operands: Sequence[Operand],
+    coefficients: Sequence[Coefficient] | Tensor,
+    *,
+    error_coefficients: Sequence[Coefficient] | Tensor | None = None,
+    atol: float | None = None,
+    rtol: float | None = None,
+    out: Tensor | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]: ...
 
 
 def combine(
@@ -221,9 +257,7 @@ def combine(
         raise value_error("operands[0]", "at least one dimension, of samples, for the error norm", data)
     atol, rtol = float(atol or 0.0), float(rtol or 0.0)
     if out is None:
-        results = combine_packed(
-            packed, coefs, values, error_coefs, error_values, atol, rtol, want_norm, False, impl
-        )
+        results = combine_packed(packed, coefs, values, error_coefs, error_values, atol, rtol, want_norm, False, impl)
         return (results[0], results[1]) if want_norm else results[0]
 
     check_like("out", out, "operands[0]", data)

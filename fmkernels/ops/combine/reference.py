@@ -26,12 +26,12 @@ def weighted_sum(
     return total
 
 
-def materialise(tensors: Sequence[Tensor], streams: Sequence[int], offsets: Sequence[int], data: Tensor) -> list[Tensor]:
+def materialise(
+    tensors: Sequence[Tensor], streams: Sequence[int], offsets: Sequence[int], data: Tensor
+) -> list[Tensor]:
     """Operands with noise drawn in the data's dtype."""
     return [
-        tensor
-        if stream == TENSOR
-        else normals(tensor, stream, offset, data.numel(), data.dtype).reshape(data.shape)
+        tensor if stream == TENSOR else normals(tensor, stream, offset, data.numel(), data.dtype).reshape(data.shape)
         for tensor, stream, offset in zip(tensors, streams, offsets, strict=True)
     ]
 

@@ -36,9 +36,7 @@ def _make(
     seeded: bool,
     options: dict[str, Any],
 ) -> Callable[[torch.dtype, torch.device, int], Inputs]:
-    def operand(
-        what: str, position: int, dtype: torch.dtype, rng: torch.Generator, inputs: Inputs, seed: int
-    ) -> Any:
+    def operand(what: str, position: int, dtype: torch.dtype, rng: torch.Generator, inputs: Inputs, seed: int) -> Any:
         if what == "noise":
             return fresh_noise(rng.device, seed + position, stream=position, row_offset=3)
         if what == "drawn":

@@ -25,7 +25,9 @@ def _random(size: Sequence[int], seed: Tensor, *args: Any) -> Tensor:
     return _dispatch.implementation("random", seed.device.type, impl).run(size, seed, *rest)
 
 
-def _random_fake(size: Sequence[int], seed: Tensor, kind: int, stream: int, offset: int, dtype: Any, impl: str) -> Tensor:
+def _random_fake(
+    size: Sequence[int], seed: Tensor, kind: int, stream: int, offset: int, dtype: Any, impl: str
+) -> Tensor:
     return seed.new_empty(size, dtype=dtype)
 
 

@@ -77,9 +77,7 @@ def _make(
             inputs["mask"] = _mask(mask, shape, rng)
         if weight:
             inputs["weight"] = (
-                0.7
-                if weight == "number"
-                else random_tensor(shape[: _KEPT[weight]], wide, rng, uniform=True) + 0.5
+                0.7 if weight == "number" else random_tensor(shape[: _KEPT[weight]], wide, rng, uniform=True) + 0.5
             )
         if masked_nan:
             out = ~inputs["mask"].reshape(inputs["mask"].shape + (1,) * (len(shape) - inputs["mask"].dim()))
@@ -185,11 +183,6 @@ CASES: tuple[Case, ...] = (
     _case("data_bfloat16", (5, 27), coefs="sample", data_dtype=torch.bfloat16),
     _case("data_bfloat16_noise", (5, 27), ("given", "noise"), "sample", data_dtype=torch.bfloat16),
     _case("noise_dtype", (5, 27), ("noise",), "sample", noise_dtype=torch.float32),
-    *(
-        _case(f"bench-{'x'.join(map(str, shape))}", shape, variant="x_0 given", tag="bench")
-        for shape in BENCH_SHAPES
-    ),
-    _case(
-        "bench-64x1024x64-masked", (64, 1024, 64), mask="token", variant="x_0 given, mask (B, T)", tag="bench"
-    ),
+    *(_case(f"bench-{'x'.join(map(str, shape))}", shape, variant="x_0 given", tag="bench") for shape in BENCH_SHAPES),
+    _case("bench-64x1024x64-masked", (64, 1024, 64), mask="token", variant="x_0 given, mask (B, T)", tag="bench"),
 )

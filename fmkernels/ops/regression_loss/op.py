@@ -112,7 +112,7 @@ def scaled_gradient(ctx: Any, grad_output: Tensor) -> Tensor:
         )
     if grad_output.is_cpu and grad_output.dim() == 0 and grad_output.item() == 1.0:
         return grad
-    packed = ([0], [grad_output.to(compute_dtype(grad))], [0.0], [], [], 0.0, 0.0, False)
+    packed: Any = ([0], [grad_output.to(compute_dtype(grad))], [0.0], [], [], 0.0, 0.0, False)
     if torch._C._autograd._get_current_graph_task_keep_graph():  # the gradient is needed again, unscaled
         return torch.ops.fmkernels.combine([grad], [TENSOR], *packed, False, ctx.impl)[0]
     torch.ops.fmkernels.combine_into(grad, [], [IN_PLACE], *packed, ctx.impl)
@@ -272,14 +272,13 @@ def regression_loss(
     args = (tensors, streams, offsets, coefs, values, noise_dtype, weight_tensor, scale, scale_value)
     options = (mask, KINDS[kind], float(delta), reduction == "none")
     grad_mode = torch.is_grad_enabled()
-    if grad_mode and impl != "reference":
-        if needs_grad(tensors, [*coefs, weight_tensor]):
-            if impl != "auto":
-                raise ValueError(
-                    f"impl: expected 'auto' or 'reference' where an operand, a coefficient or the weight requires grad, "
-                    f"got {impl!r}: the kernels differentiate with respect to pred only"
-                )
-            impl = "reference"
+    if grad_mode and impl != "reference" and needs_grad(tensors, [*coefs, weight_tensor]):
+        if impl != "auto":
+            raise ValueError(
+                f"impl: expected 'auto' or 'reference' where an operand, a coefficient or the weight requires grad, "
+                f"got {impl!r}: the kernels differentiate with respect to pred only"
+            )
+        impl = "reference"
     if impl == "reference":
         return reference.loss(pred, *args, *options)
     if grad_mode and pred.requires_grad:

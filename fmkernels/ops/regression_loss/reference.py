@@ -44,9 +44,7 @@ def loss(
 ) -> Tensor:
     """scale * sum over elements (of a sample, or all) of mask weight rho(pred - target), in the compute dtype."""
     operands = [
-        tensor
-        if stream == TENSOR
-        else normals(tensor, stream, offset, pred.numel(), noise_dtype).reshape(pred.shape)
+        tensor if stream == TENSOR else normals(tensor, stream, offset, pred.numel(), noise_dtype).reshape(pred.shape)
         for tensor, stream, offset in zip(tensors, streams, offsets, strict=True)
     ]
     dtype = compute_dtype(pred, *operands)
