@@ -60,8 +60,9 @@ class UNet(nn.Module):
         self.up_4 = ResidualBlock(4 * c, 2 * c, e)
         self.from_4 = nn.ConvTranspose2d(2 * c, c, 2, stride=2)
         self.up_8 = ResidualBlock(2 * c, c, e)
-        self.head = nn.Sequential(nn.GroupNorm(8, c), nn.SiLU(), nn.Conv2d(c, 1, 3, padding=1))
-        nn.init.zeros_(self.head[-1].weight)
+        self.norm = nn.GroupNorm(8, c)
+        self.head = nn.Conv2d(c, 1, 3, padding=1)
+        nn.init.zeros_(self.head.weight)
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """x (B, 1, 8, 8), t (B,) in [0, 1], labels (B,) in 0 .. 9 or NO_CLASS; the velocity, of x's shape."""
@@ -72,4 +73,4 @@ class UNet(nn.Module):
         h = self.middle(self.to_2(x_4), embedding)
         h = self.up_4(torch.cat((self.from_2(h), x_4), dim=1), embedding)
         h = self.up_8(torch.cat((self.from_4(h), x_8), dim=1), embedding)
-        return self.head(h)
+        return self.head(nn.functional.silu(self.norm(h)))

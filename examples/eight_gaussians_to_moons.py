@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 
+import matplotlib.pyplot as plt
 import torch
+import toy
 from torch import Tensor
 
-import toy  # isort: skip  (selects matplotlib's backend)
-import matplotlib.pyplot as plt
-
-POINTS = 3000
 EXTENT = 2.7
 
 
@@ -30,10 +29,10 @@ def moons(count: int) -> Tensor:
     return 1.2 * torch.stack((x - 0.5, y - 0.25), dim=1) + 0.06 * torch.randn(count, 2)
 
 
-def main(argv: list[str] | None = None) -> int:
-    options = toy.options("eight_gaussians_to_moons", __doc__, argv, steps=2000)
+def main(argv: Sequence[str] | None = None) -> int:
+    options = toy.options("eight_gaussians_to_moons", __doc__, argv, steps=2000, points=3000)
     model = toy.train(moons, options.steps, source=eight_gaussians)
-    states = toy.sample(model, eight_gaussians(POINTS))
+    states = toy.sample(model, eight_gaussians(options.points))
 
     figure, axes = plt.subplots(1, 3, figsize=(12, 4.5), layout="constrained")
     way = torch.stack(states)[:, :300].numpy()
@@ -43,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     axes[1].scatter(*way[0].T, s=5, color="#d1495b", zorder=2)
     axes[1].scatter(*way[-1].T, s=5, color="#1f6fb4", zorder=2)
     toy.bare(axes[1], "midpoint trajectories", EXTENT)
-    axes[2].scatter(*moons(POINTS).T.numpy(), s=2, color="#cfd6dd", label="data")
+    axes[2].scatter(*moons(options.points).T.numpy(), s=2, color="#cfd6dd", label="data")
     axes[2].scatter(*states[-1].T.numpy(), s=2, color="#1f6fb4", label="generated")
     axes[2].legend(frameon=False, markerscale=4, loc="upper left")
     toy.bare(axes[2], "generated two moons, t = 1", EXTENT)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -68,15 +68,17 @@ def sample(model: nn.Module, x: Tensor, steps: int = 32) -> list[Tensor]:
     return states
 
 
-def options(name: str, description: str | None, argv: list[str] | None, steps: int) -> argparse.Namespace:
-    """The options that the examples share; creates the folder of the picture."""
+def options(
+    name: str, description: str | None, argv: Sequence[str] | None, steps: int, points: int
+) -> argparse.Namespace:
+    """The options that the examples share, with steps and points to draw; creates the folder of the picture."""
     parser = argparse.ArgumentParser(description=description)
     default = Path(__file__).parent / "out" / f"{name}.png"
     parser.add_argument("--out", type=Path, default=default, help=f"the picture (examples/out/{name}.png)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that all runs")
     found = parser.parse_args(argv)
-    found.steps = 50 if found.quick else steps
+    found.steps, found.points = (50, 1000) if found.quick else (steps, points)
     found.out.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(found.seed)
     return found

@@ -31,7 +31,7 @@ SCRIPTS = {
 def environment() -> dict[str, Any]:
     """What fmkernels runs on and with: versions, the compiled library, devices, and what ``impl="auto"`` takes.
 
-    Values are those of JSON. No host name, no user name, no path.
+    Values are those of JSON; no host or user name among them.
     """
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     return {

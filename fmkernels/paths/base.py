@@ -175,56 +175,7 @@ class Path:
             low, high = torch.where(below, middle, low), torch.where(below, high, middle)
         return (0.5 * (low + high)).to(wanted.dtype)
 
-    def sample(
-        self,
-        x_1: Tensor,
-        x_0: Operand | None = None,
-        t: Tensor | float | None = None,
-        *,
-        z: Operand | None = None,
-        generator: torch.Generator | None = None,
-        time_sampler: _batch.TimeSampler | None = None,
-        row_offset: int = 0,
-        store_noise: bool | None = None,
-        checks: bool = False,
-        impl: str = "auto",
-    ) -> _batch.Batch:
-        r"""Samples the path: :math:`x_t = \alpha_t x_1 + \sigma_t x_0 (+ \gamma_t z)`; draws what is not given.
-
-        Args:
-            x_1: data, shape (B, ...), floating.
-            x_0: source samples of x_1's shape and dtype; None draws standard normal noise in the kernel.
-            t: times in [0, 1]: a number, or a tensor whose shape is a leading part of x_1's: (B,), or (B, T) for a time
-                a token. None draws them: uniform, or by ``time_sampler``.
-            z: the noise of a gamma term; None draws it.
-            generator: torch.Generator for all that is drawn; torch's default one if None.
-            time_sampler: one of :mod:`fmkernels.times`, or any function (shape, device=, generator=) to times.
-            row_offset: the index of the first sample within a larger batch, for drawn noise: its shards, with one seed,
-                draw what the whole batch would.
-            store_noise: write drawn noise out for the loss (True), or draw it again there (False); None takes what was
-                measured to be faster.
-            checks: also check that t is finite and in [0, 1] (waits for the device).
-            impl: "auto", "reference", "native" or "triton".
-
-        Returns:
-            Batch: x_t, t and what the loss needs.
-
-        Raises:
-            TypeError, ValueError: an argument of the wrong type, shape, dtype or device.
-        """
-        return _batch.sample(
-            self,
-            x_1,
-            x_0,
-            t,
-            z=z,
-            generator=generator,
-            time_sampler=time_sampler,
-            row_offset=row_offset,
-            store_noise=store_noise,
-            checks=checks,
-            impl=impl,
-        )
+    sample = _batch.sample
 
 
 def half_pi(t: Tensor) -> Tensor:

@@ -77,10 +77,9 @@ def target_terms(
     names: list[str] = []
     operands: list[Operand] = []
     coefficients: list[Coefficient] = []
-    for name, operand, coefficient in zip(
-        ("x_1", "x_0", "z"), (x_1, x_0, z), path.target_coefficients(t, target), strict=True
-    ):
-        if coefficient is None or (isinstance(coefficient, float) and coefficient == 0.0):
+    c_1, c_0, c_z = path.target_coefficients(t, target)
+    for name, operand, coefficient in (("x_1", x_1, c_1), ("x_0", x_0, c_0), ("z", z, c_z)):
+        if coefficient is None or (type(coefficient) is float and coefficient == 0.0):
             continue
         if operand is None:
             raise type_error(name, f"a tensor or fm.Noise for the target {target!r} of {path!r}", operand)
@@ -96,7 +95,8 @@ def as_times(t: Tensor | float, data_name: str, data: Tensor, checks: bool) -> T
     if not isinstance(t, Tensor):
         check_number("t", t, low=0.0, high=1.0)
         return torch.full(data.shape[:1], float(t), dtype=dtype, device=data.device)
-    check_float_tensor("t", t)
+    if t.dtype is not dtype:
+        check_float_tensor("t", t)
     leading_shape("t", t, data_name, data)
     if checks and not bool(((t >= 0) & (t <= 1)).all()):  # a NaN fails both
         raise value_error("t", "finite times in [0, 1]", t)
@@ -117,7 +117,29 @@ def sample(
     checks: bool = False,
     impl: str = "auto",
 ) -> Batch:
-    """See :meth:`fmkernels.paths.Path.sample`."""
+    r"""Samples the path: :math:`x_t = \alpha_t x_1 + \sigma_t x_0 (+ \gamma_t z)`; draws what is not given.
+
+    Args:
+        x_1: data, shape (B, ...), floating.
+        x_0: source samples of x_1's shape and dtype; None draws standard normal noise in the kernel.
+        t: times in [0, 1]: a number, or a tensor whose shape is a leading part of x_1's: (B,), or (B, T) for a time
+            a token. None draws them: uniform, or by ``time_sampler``.
+        z: the noise of a gamma term; None draws it.
+        generator: torch.Generator for all that is drawn; torch's default one if None.
+        time_sampler: one of :mod:`fmkernels.times`, or any function (shape, device=, generator=) to times.
+        row_offset: the index of the first sample within a larger batch, for drawn noise: its shards, with one seed,
+            draw what the whole batch would.
+        store_noise: write drawn noise out for the loss (True), or draw it again there (False); None takes what was
+            measured to be faster.
+        checks: also check that t is finite and in [0, 1] (waits for the device).
+        impl: "auto", "reference", "native" or "triton".
+
+    Returns:
+        Batch: x_t, t and what the loss needs.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, dtype or device.
+    """
     check_float_tensor("x_1", x_1)
     if x_1.dim() == 0:
         raise value_error("x_1", "at least one dimension, of samples", x_1)
