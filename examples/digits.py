@@ -145,6 +145,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--steps: expected at least 1, got {options.steps}")
     if options.device == "auto":
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=options.device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch has no CUDA
+        parser.error(f"--device: expected auto or a device of this machine, got {options.device!r}: {error}")
     return options
 
 

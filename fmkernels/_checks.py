@@ -84,7 +84,7 @@ def check_number(
     name: str, value: Any, *, low: float = -math.inf, high: float = math.inf, above: float = -math.inf
 ) -> None:
     """A finite real number with low <= value <= high and value > above."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise type_error(name, "a number", value)
     if not (math.isfinite(value) and low <= value <= high and value > above):
         bounds = [f">= {low}" if low > -math.inf else "", f"<= {high}" if high < math.inf else ""]

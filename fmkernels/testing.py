@@ -132,7 +132,7 @@ def random_tensor(
 
 
 def _map(value: Any, change: Callable[[Any], Any], memo: dict[int, Any]) -> Any:
-    if isinstance(value, list | tuple):
+    if isinstance(value, (list, tuple)):
         return type(value)(_map(item, change, memo) for item in value)
     if id(value) not in memo:  # so that an output that is also an operand stays so
         memo[id(value)] = change(value)

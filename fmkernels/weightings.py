@@ -171,7 +171,7 @@ def resolve(weight: Weight, path: Path, t: Tensor) -> Tensor | None:
     if not callable(weight):
         raise type_error("weight", "None, a name, a weighting, a tensor or a callable of t", weight)
     value = weight(t)
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
         return torch.full_like(t, float(value))
     if not isinstance(value, Tensor):
         raise type_error("weight(t)", "a tensor", value)

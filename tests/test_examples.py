@@ -97,8 +97,15 @@ def test_demo_fails_where_a_limit_is_missed(example: Any) -> None:
     assert failed({"max_abs_difference": 0.0}, {"euler": {"agreement": 0.1}}, True) == []
 
 
-def test_demo_options(example: Any, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--steps", "0"], "--steps: expected at least 1, got 0"),
+        (["--device", "abacus"], "--device: expected auto or a device of this machine, got 'abacus'"),
+    ],
+)
+def test_demo_bad_options(example: Any, arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        example("digits").main(["--steps", "0"])
+        example("digits").main(arguments)
     assert stop.value.code == 2
-    assert "--steps: expected at least 1, got 0" in capsys.readouterr().err
+    assert told in capsys.readouterr().err

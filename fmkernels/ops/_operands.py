@@ -113,7 +113,7 @@ def pack_coefficients(
         if values.dim() == 0 or values.shape[-1] != count:
             raise value_error(name, f"a last dimension of {count}, one coefficient for each operand", values)
         values = values.unbind(-1)
-    elif not isinstance(values, list | tuple):
+    elif not isinstance(values, (list, tuple)):
         raise type_error(name, "a list or tuple of coefficients, or a tensor", values)
     if len(values) != count:
         raise value_error(name, f"{count} coefficients, one for each operand", values)

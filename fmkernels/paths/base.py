@@ -15,7 +15,7 @@ from . import batch as _batch
 from . import targets
 
 if TYPE_CHECKING:
-    from ..ops._operands import Operand
+    pass
 
 # Below this, a standard deviation or a distance from an end of the path counts as this: quotients by it stay finite in
 # float32 and bfloat16 (1e-4 squared is 1e-8, and float32 resolves t next to 1 to 6e-8). The schedules themselves are

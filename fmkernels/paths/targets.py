@@ -134,9 +134,9 @@ def convert(
     r"""A prediction of one target at (x_t, t) as a prediction of another.
 
     Two linear relations, x_t = alpha x_1 + sigma x_0 and prediction = c_1 x_1 + c_0 x_0, give x_1 and x_0 and thereby
-    any other target: target = A x_t + B prediction, one pass over memory. Finite at both ends of the path. Where x_t and
-    the prediction do not determine the target (x_1 from x_0 at t = 0, where x_t = x_0), quotients are held as said in
-    :mod:`fmkernels.paths.base` and the value has no meaning.
+    any other target: target = A x_t + B prediction, one pass over memory. Finite at both ends of the path. Where x_t
+    and the prediction do not determine the target (x_1 from x_0 at t = 0, where x_t = x_0), quotients are held as said
+    in :mod:`fmkernels.paths.base` and the value has no meaning.
 
     Args:
         path: an affine path, without a gamma term.

@@ -78,7 +78,9 @@ def interpolate(
     coefs, values = pack_coefficients(
         "coefficients", coefficients, len(names), x_1, compute_dtype(x_1), ("alpha", "sigma", "gamma")
     )
-    x_t, *stored = combine_packed(packed, coefs, values, [], [], 0.0, 0.0, False, store_noise, impl)
-    if stored and not isinstance(x_0, Tensor):
-        x_0 = stored.pop(0)
-    return Interpolation(x_t, x_0, stored[0] if stored else z)
+    results = combine_packed(packed, coefs, values, [], [], 0.0, 0.0, False, store_noise, impl)
+    if store_noise:  # what was drawn follows x_t, in the operands' order
+        drawn = [i for i in (1, 2) if i < len(operands) and not isinstance(operands[i], Tensor)]
+        for position, i in enumerate(drawn, start=1):
+            operands[i] = results[position]
+    return Interpolation(results[0], operands[1], operands[2] if gamma is not None else z)

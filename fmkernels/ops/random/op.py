@@ -39,7 +39,7 @@ torch.library.register_fake("fmkernels::random", _random_fake, lib=LIBRARY)
 def _shape(size: tuple[Any, ...]) -> tuple[int, ...]:
     shape = tuple(size[0]) if len(size) == 1 and isinstance(size[0], Sequence) else size
     for length in shape:
-        if not isinstance(length, int | torch.SymInt) or isinstance(length, bool):
+        if not isinstance(length, (int, torch.SymInt)) or isinstance(length, bool):
             raise type_error("size", "ints", length)
         if length < 0:
             raise value_error("size", "lengths >= 0", shape)
