@@ -15,8 +15,9 @@ constexpr int64_t most_elements = int64_t{1} << 20;
 
 // What is looked up in Python once. Never released: it must outlive the interpreter's last tensor.
 struct Torch {
-  PyObject *tensor, *parameter, *dtypes[4], *empty_like, *empty, *affine;
-  PyObject *dtype, *shape, *is_cpu, *requires_grad, *is_contiguous, *data_ptr, *coefficient, *shift, *slope;
+  PyObject *tensor, *parameter, *dtypes[4], *int64, *empty_like, *empty, *affine, *noise;
+  PyObject *dtype, *shape, *is_cpu, *requires_grad, *is_contiguous, *data_ptr, *coefficient, *shift, *slope, *seed, *stream,
+      *row_offset;
   PyObject *scalar_shape, *dtype_name;
 
   static PyObject* name(const char* text) { return PyUnicode_InternFromString(text); }
@@ -28,9 +29,11 @@ struct Torch {
     parameter = keep(torch.attr("nn").attr("Parameter"));
     const char* names[] = {"float32", "bfloat16", "float16", "float64"};  // in the order of fm::Dtype
     for (int i = 0; i < 4; ++i) dtypes[i] = keep(torch.attr(names[i]));
+    int64 = keep(torch.attr("int64"));
     empty_like = keep(torch.attr("empty_like"));
     empty = keep(torch.attr("empty"));
     affine = keep(py::module_::import("fmkernels.ops._operands").attr("Affine"));
+    noise = keep(py::module_::import("fmkernels.random").attr("Noise"));
     dtype = name("dtype");
     shape = name("shape");
     is_cpu = name("is_cpu");
@@ -40,6 +43,9 @@ struct Torch {
     coefficient = name("tensor");
     shift = name("shift");
     slope = name("slope");
+    seed = name("seed");
+    stream = name("stream");
+    row_offset = name("row_offset");
     scalar_shape = PyTuple_New(0);
     dtype_name = PyTuple_Pack(1, dtype);
   }
@@ -131,7 +137,34 @@ bool coefficient(PyObject* x, const View& data, fm::Dtype accumulate, fm::Coeffi
   return true;
 }
 
-// Operands like `data` (where it has a dtype of its own, they may have another) and their coefficients.
+void* address_of(const py::object& tensor) {
+  return PyLong_AsVoidPtr(
+      py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), torch().data_ptr)).ptr());
+}
+
+bool integer(PyObject* owner, PyObject* attribute, int64_t& out) {
+  const py::object value = py::reinterpret_steal<py::object>(PyObject_GetAttr(owner, attribute));
+  out = PyLong_AsLongLong(value.ptr());
+  if (out == -1 && PyErr_Occurred() != nullptr) PyErr_Clear();  // beyond int64: Python says so
+  return out >= 0;
+}
+
+// fm.Noise with its seed on the CPU; the constructor has checked its fields.
+bool noise(PyObject* x, const View& data, fm::Operand& out) {
+  const Torch& t = torch();
+  if (reinterpret_cast<PyObject*>(Py_TYPE(x)) != t.noise) return false;
+  const py::object seed = py::reinterpret_steal<py::object>(PyObject_GetAttr(x, t.seed));
+  int64_t row_offset = 0;
+  if (!is_tensor(seed.ptr()) || !is_true(PyObject_GetAttr(seed.ptr(), t.is_cpu)) ||
+      !integer(x, t.stream, out.stream) || !integer(x, t.row_offset, row_offset) ||
+      row_offset > most_elements * most_elements)
+    return false;
+  out.offset = row_offset * (data.dim() == 0 ? 1 : data.elements / data.size(0));
+  out.seed = static_cast<const int64_t*>(address_of(seed));
+  return true;
+}
+
+// Operands of data's shape, or noise, all of one dtype, and their coefficients.
 bool fill(py::handle operands, py::handle coefficients, const View& data, fm::Dtype dtype, fm::Dtype accumulate,
           int limit, fm::Operand* out, int& count, int64_t& inner) {
   if (!PyList_CheckExact(operands.ptr()) || !PyList_CheckExact(coefficients.ptr())) return false;
@@ -140,11 +173,12 @@ bool fill(py::handle operands, py::handle coefficients, const View& data, fm::Dt
   int64_t covered[fm::max_operands];
   inner = data.elements;
   for (Py_ssize_t i = 0; i < n; ++i) {
-    View operand;
-    if (!view(PyList_GET_ITEM(operands.ptr(), i), false, operand) || operand.dtype != dtype ||
-        !same_shape(operand, data))
-      return false;
-    out[i].data = operand.data;
+    PyObject* item = PyList_GET_ITEM(operands.ptr(), i);
+    if (!noise(item, data, out[i])) {
+      View operand;
+      if (!view(item, false, operand) || operand.dtype != dtype || !same_shape(operand, data)) return false;
+      out[i].data = operand.data;
+    }
     if (!coefficient(PyList_GET_ITEM(coefficients.ptr(), i), data, accumulate, out[i].coefficient, covered[i]))
       return false;
     inner = covered[i] < inner ? covered[i] : inner;
@@ -158,14 +192,9 @@ py::object call(PyObject* function, PyObject* argument) {
   return py::reinterpret_steal<py::object>(PyObject_CallOneArg(function, argument));
 }
 
-void* address_of(const py::object& tensor) {
-  return PyLong_AsVoidPtr(
-      py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.ptr(), torch().data_ptr)).ptr());
-}
-
 }  // namespace
 
-py::object combine_plain(py::handle operands, py::handle coefficients) {
+py::object combine_plain(py::handle operands, py::handle coefficients, bool store_noise) {
   if (!PyList_CheckExact(operands.ptr()) || PyList_GET_SIZE(operands.ptr()) == 0) return py::none();
   PyObject* first = PyList_GET_ITEM(operands.ptr(), 0);
   View data;
@@ -176,11 +205,20 @@ py::object combine_plain(py::handle operands, py::handle coefficients) {
     return py::none();
   py::object out = call(torch().empty_like, first);
   if (!out) throw py::error_already_set();
+  py::list results;
+  results.append(out);
+  for (int i = 0; store_noise && i < a.count; ++i) {
+    if (a.operands[i].data != nullptr) continue;
+    const py::object stored = call(torch().empty_like, first);
+    if (!stored) throw py::error_already_set();
+    a.operands[i].store = address_of(stored);
+    results.append(stored);
+  }
   a.dtype = data.dtype;
   a.out = address_of(out);
   a.rows = data.elements / a.inner;
   a.samples = 1;
-  return fm::combine_cpu(a) == fm::Status::ok ? out : py::none();
+  return fm::combine_cpu(a) == fm::Status::ok ? py::object(results) : py::none();
 }
 
 py::object regression_loss_plain(py::handle pred, py::handle operands, py::handle coefficients, int kind, double delta,

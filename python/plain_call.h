@@ -9,8 +9,8 @@
 
 namespace fm_python {
 
-// combine(operands, coefficients): the new tensor, or None.
-pybind11::object combine_plain(pybind11::handle operands, pybind11::handle coefficients);
+// combine(operands, coefficients): [the new tensor, *noise drawn (if stored)], or None.
+pybind11::object combine_plain(pybind11::handle operands, pybind11::handle coefficients, bool store_noise);
 
 // regression_loss(pred, operands, coefficients, kind, delta, scale_value, need_grad) with one scale: (loss, gradient or
 // None), or None.

@@ -226,9 +226,9 @@ def combine(
     """
     simple = out is None and atol is None and rtol is None and error_coefficients is None
     if simple and (library := _dispatch.plain_library(impl)) is not None:
-        y = library.combine_plain(operands, coefficients)
-        if y is not None:
-            return y
+        results = library.combine_plain(operands, coefficients, False)
+        if results is not None:
+            return results[0]
     if not isinstance(operands, Sequence):
         raise type_error("operands", "a sequence of tensors and fm.Noise", operands)
     if not operands or not isinstance(operands[0], Tensor):

@@ -62,23 +62,27 @@ def interpolate(
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device.
     """
-    if gamma is None and x_0 is not None and (library := _dispatch.plain_library(impl)) is not None:
-        x_t = library.combine_plain([x_1, x_0], [alpha, sigma])
-        if x_t is not None:
-            return Interpolation(x_t, x_0, None)
-    check_float_tensor("x_1", x_1)
+    if not isinstance(x_1, Tensor):
+        check_float_tensor("x_1", x_1)
     if x_0 is None or (gamma is not None and z is None):
         seed = draw_seed(x_1.device, generator)
         x_0 = Noise(seed, X_0_STREAM, row_offset) if x_0 is None else x_0
         z = Noise(seed, Z_STREAM, row_offset) if gamma is not None and z is None else z
-    names, operands, coefficients = ["x_1", "x_0"], [x_1, x_0], [alpha, sigma]
+    operands: list[Operand] = [x_1, x_0]
+    coefficients = [alpha, sigma]
     if gamma is not None and z is not None:
-        names, operands, coefficients = [*names, "z"], [*operands, z], [*coefficients, gamma]
-    packed = pack_operands(names, operands, "x_1", x_1)
-    coefs, values = pack_coefficients(
-        "coefficients", coefficients, len(names), x_1, compute_dtype(x_1), ("alpha", "sigma", "gamma")
-    )
-    results = combine_packed(packed, coefs, values, [], [], 0.0, 0.0, False, store_noise, impl)
+        operands.append(z)
+        coefficients.append(gamma)
+    results = None
+    if (library := _dispatch.plain_library(impl)) is not None:
+        results = library.combine_plain(operands, coefficients, store_noise)
+    if results is None:
+        check_float_tensor("x_1", x_1)
+        packed = pack_operands(("x_1", "x_0", "z"), operands, "x_1", x_1)
+        coefs, values = pack_coefficients(
+            "coefficients", coefficients, len(operands), x_1, compute_dtype(x_1), ("alpha", "sigma", "gamma")
+        )
+        results = combine_packed(packed, coefs, values, [], [], 0.0, 0.0, False, store_noise, impl)
     if store_noise:  # what was drawn follows x_t, in the operands' order
         drawn = [i for i in (1, 2) if i < len(operands) and not isinstance(operands[i], Tensor)]
         for position, i in enumerate(drawn, start=1):
