@@ -44,8 +44,8 @@ def rounded(value, dtype: tl.constexpr):
 def philox(seed, block, stream):
     """The four words of Philox4x32-10 for int64 block numbers, as uint32."""
     c0, c1 = block.to(tl.uint32), (block >> 32).to(tl.uint32)
-    high = (stream >> 32).to(tl.uint32)
-    c2, c3 = tl.zeros_like(c0) + stream.to(tl.uint32), tl.zeros_like(c0) + high
+    wide = tl.zeros_like(block) + stream  # a small stream arrives as an int32, which has no bits to shift
+    c2, c3 = wide.to(tl.uint32), (wide >> 32).to(tl.uint32)
     k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
     for _ in tl.static_range(10):
         p0 = c0.to(tl.uint64) * 0xD2511F53
@@ -172,7 +172,8 @@ def entry(pointer, covered, stride, base, BLOCK: tl.constexpr, UNIFORM: tl.const
 
 @triton.jit
 def operand(
-    pointer, stream, offset, store, i, base, inside, like, BLOCK: tl.constexpr, NOISE: tl.constexpr, ALIGNED: tl.constexpr,
+    pointer, stream, offset, store, i, base, inside, like,
+    BLOCK: tl.constexpr, NOISE: tl.constexpr, ALIGNED: tl.constexpr,
     STORE: tl.constexpr, DOUBLE: tl.constexpr,
 ):  # fmt: skip
     """An operand's tile: loaded, or drawn, rounded to the data's dtype (that of ``like``) and stored."""
@@ -227,7 +228,11 @@ class Table(NamedTuple):
 
 
 def terms(
-    operands: Sequence[Tensor], streams: Sequence[int], offsets: Sequence[int], stores: Sequence[Tensor | None], group: int
+    operands: Sequence[Tensor],
+    streams: Sequence[int],
+    offsets: Sequence[int],
+    stores: Sequence[Tensor | None],
+    group: int,
 ) -> Terms:
     noise = tuple(s != TENSOR for s in streams)
     return Terms(
@@ -243,11 +248,20 @@ def terms(
 
 
 def table(
-    coefs: Sequence[Tensor | None], values: Sequence[float], elements: int, group: int, block: int, like: Tensor, dtype: torch.dtype
+    coefs: Sequence[Tensor | None],
+    values: Sequence[float],
+    elements: int,
+    group: int,
+    block: int,
+    like: Tensor,
+    dtype: torch.dtype,
 ) -> Table:
     """Coefficients; in float64 numbers become tensors, since kernels take numbers as float32."""
     if dtype == torch.float64:
-        coefs = [torch.full((), v, dtype=dtype, device=like.device) if c is None else c for c, v in zip(coefs, values, strict=True)]
+        coefs = [
+            torch.full((), v, dtype=dtype, device=like.device) if c is None else c
+            for c, v in zip(coefs, values, strict=True)
+        ]
     spaced = evenly_spaced(coefs)
     found = lookups(spaced, values, elements, 1)
     return Table(

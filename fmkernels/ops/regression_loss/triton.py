@@ -1,4 +1,4 @@
-"""`regression_loss` in Triton: loss and gradient in one pass, and a second small kernel that sums the partial losses."""
+"""`regression_loss` in Triton: loss and gradient in one pass, and a small kernel that sums the partial losses."""
 
 from __future__ import annotations
 
@@ -128,7 +128,8 @@ def run(
     with device_of(pred):
         _kernel[(groups * tiles,)](
             source, target, like, t.pointers, t.streams, t.offsets, t.stores, c.pointers, c.covered, c.strides,
-            c.values, mask.view(torch.uint8) if masked else mask, elements // mask.numel(), partials, delta, group, tiles,
+            c.values, mask.view(torch.uint8) if masked else mask, elements // mask.numel(), partials, delta, group,
+            tiles,
             t.noise, t.aligned, t.stored, c.given, c.uniform, masked, need_grad, scale_grad, kind,
             dtype == torch.float64, noise_dtype == torch.float64, block, num_warps=WARPS,
         )  # fmt: skip
