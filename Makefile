@@ -4,10 +4,15 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 TORCH  ?= 2.13.0
 
+# A development build is for this machine: CUDA kernels where it has a GPU. `make cuda` and `make wheel` build them for all
+# architectures wherever nvcc is found.
+GPU    := $(shell nvidia-smi -L 2>/dev/null)
+export FMKERNELS_CUDA ?= $(if $(GPU),auto,off)
+
 # Sources whose change calls for a new build of the compiled library.
 SOURCES := $(shell find csrc python -type f) CMakeLists.txt setup.py pyproject.toml fmkernels/version.py
 
-.PHONY: demo test bench gpu lint format wheel docs clean setup
+.PHONY: demo test bench gpu lint format wheel docs clean setup cuda
 .DEFAULT_GOAL := test
 
 setup: $(VENV)/installed
@@ -27,7 +32,7 @@ $(VENV)/installed: $(VENV)/torch $(SOURCES)
 demo: setup
 	$(BIN)/python examples/digits.py --out demo $(ARGS)
 
-test: setup lint
+test: setup
 	$(BIN)/python -m pytest $(ARGS)
 	PATH="$(abspath $(BIN)):$$PATH" sh tools/ctest.sh
 
@@ -49,7 +54,11 @@ docs: setup
 	$(BIN)/python tools/api_reference.py docs/api.md
 
 wheel: setup
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+	FMKERNELS_CUDA=auto PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+# The CUDA sources alone, for every architecture; says so and stops where there is no nvcc.
+cuda: setup
+	PATH="$(abspath $(BIN)):$$PATH" sh tools/cuda.sh
 
 # On a machine with a GPU: its own python3, torch and Triton as they are, no isolation, no network.
 gpu:

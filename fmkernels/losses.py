@@ -81,8 +81,9 @@ def cfm_loss(
     else:
         if not isinstance(path, Path):
             raise type_error("path", "a path of fm.paths, or a batch", path)
+        if x_1 is None:
+            raise type_error("x_1", "a tensor, or a batch", x_1)
         check_like("x_1", x_1, "pred", pred, dtype=False)
-        assert x_1 is not None  # checked just now; for the type checker
         if t is None:
             raise type_error("t", "a tensor or a number, or a batch", t)
         times = as_times(t, "x_1", x_1, checks)

@@ -17,12 +17,10 @@ def weighted_sum(
     values: Sequence[Tensor], coefs: Sequence[Tensor | None], numbers: Sequence[float], dtype: torch.dtype
 ) -> Tensor:
     """sum_i c_i k_i in the compute dtype."""
-    total: Tensor | None = None
-    for value, coef, number in zip(values, coefs, numbers, strict=True):
-        c = number if coef is None else expand_leading(coef, value)
-        term = value.to(dtype) * c
-        total = term if total is None else total + term
-    assert total is not None  # the callers pass at least one operand
+    total = torch.zeros((), dtype=dtype, device=values[0].device)
+    for i, (value, coef, number) in enumerate(zip(values, coefs, numbers, strict=True)):
+        term = value.to(dtype) * (number if coef is None else expand_leading(coef, value))
+        total = total + term if i else term
     return total
 
 
