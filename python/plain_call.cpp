@@ -16,8 +16,8 @@ constexpr int64_t most_elements = int64_t{1} << 20;
 // What is looked up in Python once. Never released: it must outlive the interpreter's last tensor.
 struct Torch {
   PyObject *tensor, *parameter, *dtypes[4], *int64, *empty_like, *empty, *affine, *noise;
-  PyObject *dtype, *shape, *is_cpu, *requires_grad, *is_contiguous, *data_ptr, *coefficient, *shift, *slope, *seed, *stream,
-      *row_offset;
+  PyObject *dtype, *shape, *is_cpu, *requires_grad, *is_contiguous, *data_ptr, *coefficient, *shift, *slope, *seed,
+      *stream, *row_offset;
   PyObject *scalar_shape, *dtype_name;
 
   static PyObject* name(const char* text) { return PyUnicode_InternFromString(text); }
@@ -155,9 +155,8 @@ bool noise(PyObject* x, const View& data, fm::Operand& out) {
   if (reinterpret_cast<PyObject*>(Py_TYPE(x)) != t.noise) return false;
   const py::object seed = py::reinterpret_steal<py::object>(PyObject_GetAttr(x, t.seed));
   int64_t row_offset = 0;
-  if (!is_tensor(seed.ptr()) || !is_true(PyObject_GetAttr(seed.ptr(), t.is_cpu)) ||
-      !integer(x, t.stream, out.stream) || !integer(x, t.row_offset, row_offset) ||
-      row_offset > most_elements * most_elements)
+  if (!is_tensor(seed.ptr()) || !is_true(PyObject_GetAttr(seed.ptr(), t.is_cpu)) || !integer(x, t.stream, out.stream) ||
+      !integer(x, t.row_offset, row_offset) || row_offset > most_elements * most_elements)
     return false;
   out.offset = row_offset * (data.dim() == 0 ? 1 : data.elements / data.size(0));
   out.seed = static_cast<const int64_t*>(address_of(seed));
