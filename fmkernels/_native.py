@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -42,9 +44,13 @@ def library() -> ModuleType:
     return module
 
 
-def stream_of(tensor: torch.Tensor) -> int:
-    """The current CUDA stream's handle of a tensor's device; 0 on the CPU."""
-    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
+def launch(function: Callable[..., None], tensor: torch.Tensor, *args: Any) -> None:
+    """Calls a function of the library on the tensor's device and its current stream, the last argument."""
+    if tensor.is_cuda:
+        with torch.cuda.device(tensor.device):
+            function(*args, torch.cuda.current_stream().cuda_stream)
+    else:
+        function(*args, 0)
 
 
 def workspace(data: torch.Tensor, groups: int) -> torch.Tensor | None:

@@ -67,7 +67,9 @@ def run(
     target = ordered[-1]  # y itself, or a scratch in contiguous order where y is laid out otherwise
 
     inner = row_elements(elements, leading, samples)
-    library.combine(
+    _native.launch(
+        library.combine,
+        data,
         device,
         _native.DTYPE_CODE[data.dtype],
         target.data_ptr(),
@@ -84,7 +86,6 @@ def run(
         0 if norm is None else norm.data_ptr(),
         samples,
         0 if workspace is None else workspace.data_ptr(),
-        _native.stream_of(data) if device else 0,
     )
     if target is not y:
         y.copy_(target)

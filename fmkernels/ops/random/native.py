@@ -14,7 +14,9 @@ from . import kinds
 def run(size: Sequence[int], seed: Tensor, kind: int, stream: int, offset: int, dtype: torch.dtype) -> Tensor:
     out = _memory.empty(torch.Size(size), dtype, seed.device)
     if out.numel():
-        _native.library().random(
+        _native.launch(
+            _native.library().random,
+            out,
             _native.DEVICE_CODE[out.device.type],
             _native.DTYPE_CODE[dtype] if kind != kinds.WORDS else 0,
             kind,
@@ -23,6 +25,5 @@ def run(size: Sequence[int], seed: Tensor, kind: int, stream: int, offset: int, 
             seed.data_ptr(),
             stream,
             offset,
-            _native.stream_of(out),
         )
     return out

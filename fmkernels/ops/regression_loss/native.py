@@ -62,7 +62,9 @@ def run(
     library = _native.library()
     device = _native.DEVICE_CODE[pred.device.type]
     workspace = _native.workspace(pred, groups)
-    library.regression_loss(
+    _native.launch(
+        library.regression_loss,
+        pred,
         device,
         _native.DTYPE_CODE[pred.dtype],
         source.data_ptr(),
@@ -82,7 +84,6 @@ def run(
         loss.data_ptr(),
         groups,
         0 if workspace is None else workspace.data_ptr(),
-        _native.stream_of(pred) if device else 0,
     )
     if need_grad and target is not grad:
         grad.copy_(target)
