@@ -26,6 +26,7 @@ def cfm_loss(
     reduction: str = "mean",
     kind: str = "squared",
     delta: float = 1.0,
+    sigma_data: float | None = None,
     x_0: Operand | None = None,
     x_1: Tensor | None = None,
     z: Operand | None = None,
@@ -57,6 +58,7 @@ def cfm_loss(
             each sample's unmasked elements, shape (B,). A fully masked sample gives 0.
         kind: the penalty rho: "squared", "huber", "pseudo_huber" or "l1", see :func:`fmkernels.regression_loss`.
         delta: > 0, the bend of "huber" and "pseudo_huber".
+        sigma_data: > 0, the data's standard deviation in the target "edm"; 0.5 if None.
         x_0, x_1, z: tensors of pred's shape and of one dtype; ``x_0`` and ``z`` may be :class:`fmkernels.Noise`.
         t: times, a number or a tensor whose shape is a leading part of the data's.
         path: the probability path.
@@ -87,7 +89,8 @@ def cfm_loss(
         if t is None:
             raise type_error("t", "a tensor or a number, or a batch", t)
         times = as_times(t, "x_1", x_1, checks)
-    names, operands, coefficients = target_terms(path, times, target, x_1, x_0, z)
+    parameters = {} if sigma_data is None else {"sigma_data": sigma_data}
+    names, operands, coefficients = target_terms(path, times, target, x_1, x_0, z, **parameters)
     return regression_loss(
         pred,
         operands,

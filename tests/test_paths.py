@@ -261,14 +261,22 @@ def test_conversion_is_differentiable_and_keeps_the_predictions_dtype() -> None:
 
 def test_edm_target_is_edms() -> None:
     """Karras et al. 2022, table 1: D = c_skip x + c_out F on x = x_t / alpha with noise level sigma / alpha."""
-    s, path = 0.5, VP()
+    path = VP()
     t = torch.linspace(0.1, 0.9, 5, dtype=torch.float64)
     x_1, x_0 = torch.randn(5, 2, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
     c = path.coefficients(t)
     level = (c.sigma_t / c.alpha_t)[:, None]
     x = x_1 + level * x_0
-    c_skip, c_out = s**2 / (level**2 + s**2), level * s / (level**2 + s**2).sqrt()
-    torch.testing.assert_close(path.sample(x_1, x_0, t).target("edm"), (x_1 - c_skip * x) / c_out)
+    batch = path.sample(x_1, x_0, t)
+    for s in (0.5, 1.7):
+        c_skip, c_out = s**2 / (level**2 + s**2), level * s / (level**2 + s**2).sqrt()
+        target = (x_1 - c_skip * x) / c_out
+        torch.testing.assert_close(batch.target("edm", sigma_data=s), target)
+        loss = fm.cfm_loss(torch.zeros_like(x_1), batch, target="edm", sigma_data=s)
+        torch.testing.assert_close(loss, target.square().mean())
+    torch.testing.assert_close(fm.cfm_loss(target, batch, target="edm", sigma_data=1.7), torch.zeros_like(loss))
+    with pytest.raises(ValueError, match="sigma_data: expected none but for the target 'edm'"):
+        fm.cfm_loss(x_1, batch, sigma_data=1.0)
 
 
 def test_bridges_are_torchcfms() -> None:

@@ -128,9 +128,9 @@ class Path:
         """(alpha, sigma, gamma) as the kernels take them: constants stay numbers."""
         return self.alpha(t), self.sigma(t), self.gamma(t)
 
-    def target_coefficients(self, t: Tensor, target: str = "velocity") -> targets.Triple:
+    def target_coefficients(self, t: Tensor, target: str = "velocity", **parameters: float) -> targets.Triple:
         """(c_1, c_0, c_z) of a target u = c_1 x_1 + c_0 x_0 (+ c_z z); see :mod:`fmkernels.paths.targets`."""
-        return targets.coefficients(self, t, target)
+        return targets.coefficients(self, t, target, **parameters)
 
     def convert(
         self,

@@ -54,9 +54,11 @@ class Batch:
         """The noise of the gamma term as a tensor; None for a path without one."""
         return None if self.bridge is None else self._tensor(self.bridge)
 
-    def target(self, target: str = "velocity") -> Tensor:
+    def target(self, target: str = "velocity", **parameters: float) -> Tensor:
         """The regression target as a tensor: what :func:`fmkernels.cfm_loss` compares with, without forming it."""
-        _, operands, coefficients = target_terms(self.path, self.t, target, self.x_1, self.source, self.bridge)
+        _, operands, coefficients = target_terms(
+            self.path, self.t, target, self.x_1, self.source, self.bridge, **parameters
+        )
         if isinstance(operands[0], Tensor):
             return combine(operands, coefficients)
         return combine([self.x_1, *operands], [0.0, *coefficients])
@@ -71,13 +73,19 @@ class Batch:
 
 
 def target_terms(
-    path: Path, t: Tensor, target: str, x_1: Operand, x_0: Operand | None, z: Operand | None
+    path: Path,
+    t: Tensor,
+    target: str,
+    x_1: Operand,
+    x_0: Operand | None,
+    z: Operand | None,
+    **parameters: float,
 ) -> tuple[list[str], list[Operand], list[Coefficient]]:
     """Names, operands and coefficients of a target, leaving out the operands that its coefficients do not need."""
     names: list[str] = []
     operands: list[Operand] = []
     coefficients: list[Coefficient] = []
-    c_1, c_0, c_z = path.target_coefficients(t, target)
+    c_1, c_0, c_z = path.target_coefficients(t, target, **parameters)
     for name, operand, coefficient in (("x_1", x_1, c_1), ("x_0", x_0, c_0), ("z", z, c_z)):
         if coefficient is None or (type(coefficient) is float and coefficient == 0.0):
             continue

@@ -95,6 +95,8 @@ def coefficients(path: Path, t: Tensor, target: str, **parameters: float) -> Tri
     """(c_1, c_0, c_z) of a target at times t: numbers, tensors of t's shape, or None for no z."""
     if target not in TARGETS:
         check_choice("target", target, TARGETS)
+    if parameters and target != "edm":
+        raise value_error("sigma_data", "none but for the target 'edm'", target)
     return TARGETS[target](path, t, **parameters)
 
 
