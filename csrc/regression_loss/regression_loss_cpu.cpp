@@ -97,12 +97,13 @@ void elements_tile(const RegressionLossArguments& a, int64_t i, int64_t n, const
     for (int64_t j = 0; j < n; ++j) grad_weight[j] = w[j];
   }
   if (a.mask == nullptr) {
-    std::memset(keep, 1, static_cast<size_t>(n));
+    for (int64_t j = 0; j < n; ++j) keep[j] = 1;
   } else if (a.mask_elements == 1) {
-    std::memcpy(keep, a.mask + i, static_cast<size_t>(n));
+    for (int64_t j = 0; j < n; ++j) keep[j] = a.mask[i + j];
   } else {
     for_each_row(a.mask_elements, i, n, [&](int64_t entry, int64_t j, int64_t m) {
-      std::memset(keep + j, a.mask[entry] ? 1 : 0, static_cast<size_t>(m));
+      const bool kept = a.mask[entry];
+      for (int64_t k = j; k < j + m; ++k) keep[k] = kept;
     });
   }
   element_loss<kind>(pred, target, static_cast<T>(a.delta), w, grad_weight, keep, values, derivative, n);
