@@ -14,7 +14,7 @@ from torch import Tensor
 from . import _native
 from ._checks import check_int
 
-# glibc itself keeps freed blocks up to 32 MiB; measured, the pool gains from about 16 MiB on.
+# Below, the C library tends to keep freed blocks itself.
 POOL_FROM_BYTES = 16 << 20
 
 _configured = False

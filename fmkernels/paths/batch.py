@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 TimeSampler = Callable[..., Tensor]
 
-# Whether drawn noise is written out for the loss by default, or drawn again there. Measured on a CPU (AVX-512, 2
-# threads, 16.8 M float32): path and loss take 26 ms with stored noise, 35 ms with noise drawn again. On CUDA devices it
-# is not measured; there drawing again moves half the bytes and keeps one tensor less.
+# Whether drawn noise is written out for the loss by default, or drawn again there. On a CPU storing is what
+# benchmarks/results show to be faster ("x_0 drawn"). On CUDA devices it is not measured; there drawing again moves fewer
+# bytes and keeps one tensor less.
 STORE_NOISE = {"cpu": True}
 
 
