@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 TimeSampler = Callable[..., Tensor]
 
-# Whether drawn noise is written out for the loss by default, or drawn again there. On a CPU storing is what
-# benchmarks/results show to be faster ("x_0 drawn"). On CUDA devices it is not measured; there drawing again moves fewer
-# bytes and keeps one tensor less.
+# Whether drawn noise is written out for the loss by default, or drawn again there. On a CPU benchmarks/results show
+# storing to be faster (implementations native-stored and native-redrawn). On CUDA devices it is not measured; there
+# drawing again moves fewer bytes and keeps one tensor less.
 STORE_NOISE = {"cpu": True}
 
 
