@@ -298,6 +298,14 @@ def test_bridges_are_torchcfms() -> None:
         batch.target("edm")
 
 
+@pytest.mark.parametrize("path", [VP(), Polynomial(3)], ids=repr)
+def test_compiled_schedules_are_as_accurate_as_eager(path: Path) -> None:
+    t = torch.tensor([0.0, 0.3, 0.9, 0.99, 0.999, 0.99999])
+    compiled = torch.compile(lambda t: path.coefficients(t)[:4], fullgraph=True)(t)
+    for got, want in zip(compiled, path.coefficients(t.double())[:4], strict=True):
+        assert ((got.double() - want).abs() <= 2e-6 * want.abs().clamp(min=1e-9)).all()
+
+
 def test_compile_the_public_use() -> None:
     model = torch.nn.Linear(4, 4)
     x_1 = torch.randn(6, 4)

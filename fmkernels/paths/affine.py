@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._checks import check_number, value_error
 from ..ops._operands import Affine, Coefficient
-from .base import SMALL, Path, half_pi, promoted
+from .base import SMALL, Path, half_pi, one_minus_exp, promoted
 
 
 @final
@@ -84,8 +84,8 @@ class Polynomial(Path):
         return t**self.n
 
     def sigma(self, t: Tensor) -> Tensor | float:
-        # 1 - t^n without the cancellation next to t = 1; log1p(t - 1) is -inf at 0, and -expm1 of that is 1
-        return -torch.expm1(self.n * torch.log1p(t - 1.0))
+        # 1 - t^n without the cancellation next to t = 1; at 0 the logarithm is -inf, and the result 1
+        return one_minus_exp(-self.n * torch.log(t))
 
     def d_alpha(self, t: Tensor) -> Tensor | float:
         return self.n * t ** (self.n - 1.0)
@@ -168,19 +168,19 @@ class VP(Path):
         return torch.exp(-0.5 * self.integral(t))
 
     def sigma(self, t: Tensor) -> Tensor | float:
-        return torch.sqrt(-torch.expm1(-self.integral(t)))
+        return torch.sqrt(one_minus_exp(self.integral(t)))
 
     def d_alpha(self, t: Tensor) -> Tensor | float:
         return -0.5 * self.d_integral(t) * torch.exp(-0.5 * self.integral(t))
 
     def d_sigma(self, t: Tensor) -> Tensor | float:
         total = self.integral(t)
-        sigma = torch.sqrt(-torch.expm1(-total)).clamp(min=SMALL)
+        sigma = torch.sqrt(one_minus_exp(total)).clamp(min=SMALL)
         return 0.5 * self.d_integral(t) * torch.exp(-total) / sigma
 
     def log_snr(self, t: Tensor | float) -> Tensor:
         total = self.integral(promoted(t))
-        return -total - torch.log(-torch.expm1(-total))
+        return -total - torch.log(one_minus_exp(total))
 
     def log_snr_inverse(self, log_snr: Tensor) -> Tensor:
         # T = log(1 + e^-log_snr), then the quadratic for 1 - t, in the form without cancellation

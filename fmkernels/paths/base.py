@@ -178,5 +178,17 @@ class Path:
     sample = _batch.sample
 
 
+def one_minus_exp(x: Tensor) -> Tensor:
+    """1 - e^(-x) for x >= 0 without cancellation, by its series below 0.1.
+
+    torch.expm1 alone would do in eager mode; torch.compile's CPU backend forms exp(x) - 1 for it.
+    """
+    small = x.clamp(max=0.1)
+    series = torch.zeros_like(small)
+    for n in range(9, 1, -1):  # x (1 - x/2 (1 - x/3 (...)))
+        series = small / n * (1.0 - series)
+    return torch.where(x < 0.1, small * (1.0 - series), 1.0 - torch.exp(-x))
+
+
 def half_pi(t: Tensor) -> Tensor:
     return (0.5 * math.pi) * t
