@@ -64,7 +64,7 @@ class Shift:
     @staticmethod
     def dynamic(mu: float) -> Shift:
         """s = e^mu: diffusers' dynamic shifting, e^mu / (e^mu + 1/sigma - 1)."""
-        check_number("mu", mu)
+        check_number("mu", mu, low=-80.0, high=80.0)
         return Shift(math.exp(mu))
 
     @staticmethod

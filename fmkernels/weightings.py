@@ -100,7 +100,7 @@ class Sigmoid:
     bias: float = 0.0
 
     def __post_init__(self) -> None:
-        check_number("bias", self.bias)
+        check_number("bias", self.bias, low=-40.0, high=40.0)
 
     def weight(self, path: Path, t: Tensor) -> Tensor:
         # sigmoid(b - log(alpha^2/sigma^2)) = e^b sigma^2 / (e^b sigma^2 + alpha^2), finite where either vanishes
@@ -166,7 +166,7 @@ def resolve(weight: Weight, path: Path, t: Tensor) -> Tensor | None:
         weight = WEIGHTINGS[weight]
     if weight is None or isinstance(weight, Tensor):
         return weight
-    if isinstance(weight, Weighting):
+    if isinstance(weight, Weighting) and callable(weight.weight):  # a module may hold a parameter of that name
         return weight.weight(path, t)
     if not callable(weight):
         raise type_error("weight", "None, a name, a weighting, a tensor or a callable of t", weight)

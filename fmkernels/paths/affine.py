@@ -186,6 +186,8 @@ class VP(Path):
         # T = log(1 + e^-log_snr), then the quadratic for 1 - t, in the form without cancellation
         total = torch.nn.functional.softplus(-promoted(log_snr))
         slope = self.beta_max - self.beta_min
+        # beyond the end's T only the end's time is asked for, and an infinite T (SNR 0) would give inf / inf
+        total = total.clamp(max=0.5 * slope + self.beta_min)
         s = 2.0 * total / (self.beta_min + torch.sqrt(self.beta_min**2 + 2.0 * slope * total))
         return (1.0 - s).clamp(0.0, 1.0)
 

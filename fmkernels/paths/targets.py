@@ -114,13 +114,25 @@ def conversion_coefficients(
         parts += [as_tensor(c, t) for c in (c_1, c_0)]  # type: ignore[arg-type]
     c_1, c_0, d_1, d_0 = parts
     alpha, sigma = as_tensor(path.alpha(t), t), as_tensor(path.sigma(t), t)
-    # [x_t; p] = [[alpha, sigma], [c_1, c_0]] [x_1; x_0], solved for d_1 x_1 + d_0 x_0
-    determinant = alpha * c_0 - sigma * c_1
-    # Where it vanishes, x_t and the prediction say the same and the other sample is undetermined: held at a small
-    # value of the same sign, so that the result is finite.
-    held = torch.where(determinant < 0, -1.0, 1.0) * determinant.abs().clamp(min=SMALL * SMALL)
-    a = (d_1 * c_0 - d_0 * c_1) / held
-    b = (d_0 * alpha - d_1 * sigma) / held
+    # [x_t; p] = [[alpha, sigma], [c_1, c_0]] [x_1; x_0], solved for d_1 x_1 + d_0 x_0 by elimination. The prediction's
+    # row is scaled to 1 first, so that a row which vanishes at an end (the velocity of t^n) keeps its direction up to
+    # it, and its larger entry is the pivot, so that what the prediction gives alone (the score from x_0) divides by
+    # nothing that vanishes.
+    scale = torch.maximum(c_1.abs(), c_0.abs())
+    swap = c_1.abs() > c_0.abs()  # the pivot is x_1's entry
+    pivot = torch.where(swap, c_1, c_0)
+    silent = pivot == 0  # the prediction says nothing
+    other = torch.where(swap, c_0, c_1) / torch.where(silent, 1.0, pivot)
+    r_pivot, r_other = torch.where(swap, alpha, sigma), torch.where(swap, sigma, alpha)
+    d_pivot, d_other = torch.where(swap, d_1, d_0), torch.where(swap, d_0, d_1)
+    # Where x_t and the prediction say the same, the other sample is undetermined: the quotient is held.
+    left = r_other - r_pivot * other
+    held = torch.where(left < 0, -1.0, 1.0) * left.abs().clamp(min=SMALL * SMALL)
+    a = (d_other - d_pivot * other) / held
+    b = (d_pivot - r_pivot * a) * torch.sign(pivot) / scale.clamp(min=SMALL * SMALL)
+    # x_t alone gives what is along its own row exactly, and nothing across it
+    alone = (d_1 * alpha + d_0 * sigma) / (alpha.square() + sigma.square())
+    a, b = torch.where(silent, alone, a), torch.where(silent, 0.0, b)
     return a.to(dtype), b.to(dtype)
 
 
@@ -172,7 +184,12 @@ def convert(
     if TARGETS[source] is TARGETS[target]:
         return prediction.clone()
     a, b = conversion_coefficients(path, times, source, target, **parameters)
-    if prediction.dtype == x_t.dtype:
+    half = prediction.dtype is torch.float16
+    if prediction.dtype == x_t.dtype and not half:
         return combine([prediction, x_t], [b, a])
-    wide = torch.promote_types(prediction.dtype, x_t.dtype)
-    return combine([prediction.to(wide), x_t.to(wide)], [b, a]).to(prediction.dtype)
+    wide = torch.promote_types(torch.float32 if half else prediction.dtype, x_t.dtype)
+    result = combine([prediction.to(wide), x_t.to(wide)], [b, a])
+    if half:  # held quotients exceed float16's range
+        limit = torch.finfo(torch.float16).max
+        result = result.clamp(-limit, limit)
+    return result.to(prediction.dtype)

@@ -1,0 +1,208 @@
+"""What conversions and schedules give at the ends of the path, in every grad mode and in narrow dtypes."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+import fmkernels as fm
+from fmkernels import times, weightings
+from fmkernels.paths import VE, VP, CondOT, Cosine, LinearVP, OptimalTransport, Path, Polynomial
+
+
+class Mine(Path):
+    """A user's own schedule: two functions, no derivatives."""
+
+    def alpha(self, t):
+        return t**2
+
+    def sigma(self, t):
+        return torch.exp(-3 * t) * (1 - t)
+
+
+class Constants(Path):
+    """Values that are not of t's shape: a number and a 0-dim tensor."""
+
+    def alpha(self, t):
+        return 1
+
+    def sigma(self, t):
+        return torch.tensor(2.0)
+
+
+PATHS = [
+    CondOT(),
+    OptimalTransport(0.1),
+    Polynomial(1),
+    Polynomial(2.5),
+    Polynomial(6),
+    Cosine(),
+    LinearVP(),
+    VP(),
+    VE(),
+    Mine(),
+]
+TARGETS = ("velocity", "x_1", "x_0", "score", "v", "edm")
+TINY = [0.0, 1e-7, 1e-4, 1 - 1e-4, 1 - 2.0**-24, 1.0]
+paths = pytest.mark.parametrize("path", PATHS, ids=repr)
+
+
+def rows(path: Path, t: torch.Tensor, *targets: str) -> list[list[float]]:
+    """The rows (coefficient of x_1, of x_0) of x_t and of each target at one time, as numbers."""
+    pairs = [path.interpolation_coefficients(t)[:2]] + [path.target_coefficients(t, name)[:2] for name in targets]
+    return [[float(getattr(c, "value", lambda c=c: c)()) for c in pair] for pair in pairs]
+
+
+def determined(x_t: list[float], source: list[float], target: list[float]) -> bool:
+    """Whether a target's row lies in the span of x_t's and the prediction's, up to well-conditioned coefficients."""
+    known = torch.tensor([x_t, source], dtype=torch.float64)
+    known = known / known.abs().amax(1, keepdim=True).clamp(min=1e-300)
+    wanted = torch.tensor(target, dtype=torch.float64)
+    values, basis = torch.linalg.svd(known)[1:]
+    basis = basis[values > 1e-6]
+    left = wanted - basis.T @ (basis @ wanted)
+    return bool(left.abs().max() <= 1e-9 * wanted.abs().max())
+
+
+@paths
+@pytest.mark.parametrize("at", TINY)
+def test_what_is_determined_is_exact_up_to_the_ends(path: Path, at: float) -> None:
+    torch.manual_seed(0)
+    x_1, x_0 = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    t = torch.full((3,), at, dtype=torch.float64)
+    batch = path.sample(x_1, x_0, t)
+    checked = 0
+    for source, target in itertools.permutations(TARGETS, 2):
+        # below 1e-8, where quotients are held, a velocity is as good as none
+        row_t, row_p, row_u = rows(path, t[0], source, target)
+        if not determined(row_t, row_p, row_u) or 0 < max(map(abs, row_p)) < 1e-8:
+            continue
+        checked += 1
+        got, want = path.convert(batch.target(source), batch.x_t, t, source, target), batch.target(target)
+        error = (got - want).abs().max() / want.abs().max().clamp(min=1e-300)
+        assert error < 1e-7 or want.abs().max() == 0, (source, target, error)
+    assert checked >= 6
+
+
+@paths
+@pytest.mark.parametrize("at", [0.0, 1e-7, 0.3, 1.0])
+def test_noise_and_score_are_one_prediction(path: Path, at: float) -> None:
+    """score = -x_0 / sigma needs no x_t: even next to t = 0, where x_0 nearly is x_t, all comes from the prediction."""
+    torch.manual_seed(0)
+    prediction, x_t, t = torch.randn(5, 3), torch.randn(5, 3), torch.full((5,), at)
+    sigma = path.coefficients(t).sigma_t.clamp(min=1e-4)[:, None]
+    torch.testing.assert_close(path.convert(prediction, x_t, t, "x_0", "score"), -prediction / sigma)
+    torch.testing.assert_close(path.convert(prediction, x_t, t, "score", "x_0"), -prediction * sigma)
+
+
+@paths
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_any_prediction_converts_to_something_finite(path: Path, dtype: torch.dtype) -> None:
+    """Also where the prediction contradicts x_t, as a network's does."""
+    torch.manual_seed(0)
+    t = torch.tensor(TINY)
+    for source, target in itertools.product(TARGETS, TARGETS):
+        prediction, x_t = torch.randn(len(t), 8).to(dtype), torch.randn(len(t), 8).to(dtype)
+        out = path.convert(prediction, x_t, t, source, target)
+        assert out.dtype == dtype
+        assert torch.isfinite(out).all(), (source, target)
+
+
+def test_half_conversions_are_as_accurate_as_half() -> None:
+    torch.manual_seed(0)
+    v, x_t, t = torch.randn(6, 5), torch.randn(6, 5), torch.rand(6)
+    want = x_t.half().double() + (1 - t.double())[:, None] * v.half().double()
+    got = CondOT().convert(v.half(), x_t.half(), t, "velocity", "x_1")
+    torch.testing.assert_close(got.double(), want, rtol=2.0**-10, atol=1e-6)
+
+
+@paths
+def test_coefficients_in_float32_are_accurate_to_rounding(path: Path) -> None:
+    """Relative to float64 at the same times, at the ends too: four units of rounding, and for e^-x x times as many,
+    as rounding x changes it by that (VP: x <= 10.05; VE: x <= log 5000)."""
+    exponent = {VP: 10.05, VE: math.log(5000)}.get(type(path), 0.0)
+    t = torch.tensor([*TINY, 1e-2, 0.3, 0.5, 0.9, 0.999])
+    got, want = path.coefficients(t), path.coefficients(t.double())
+    for name, a, b in zip(got._fields, got, want, strict=True):
+        if a is not None:
+            assert a.dtype == torch.float32
+            error = (a.double() - b).abs() / b.abs().clamp(min=1e-30)
+            assert error.max() <= 4 * (1 + exponent) * 2.0**-24, (name, error)
+
+
+D_SIGMA = torch.tensor([-math.exp(-0.3) * (1 + 3 * 0.9), -math.exp(-1.5) * (1 + 3 * 0.5)])
+
+
+def check_derivatives(path: Path, t: torch.Tensor) -> None:
+    c = path.coefficients(t)
+    torch.testing.assert_close(c.d_alpha_t, 2 * t)
+    torch.testing.assert_close(c.d_sigma_t, D_SIGMA)
+    assert not c.d_sigma_t.requires_grad
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_a_users_schedule_has_its_derivatives_in_every_grad_mode(mode) -> None:
+    before = torch.tensor([0.1, 0.5])
+    with mode():
+        check_derivatives(Mine(), before)
+        check_derivatives(Mine(), torch.tensor([0.1, 0.5]))
+        made = torch.tensor([0.1, 0.5])
+    check_derivatives(Mine(), made)
+
+
+def test_a_users_schedule_has_its_derivatives_under_transforms_and_compile() -> None:
+    path, t, h = Mine(), torch.tensor([0.1, 0.5]), 1e-3
+    torch.testing.assert_close(torch.func.vmap(path.d_sigma)(t), D_SIGMA)
+    second = torch.func.jvp(path.d_sigma, (t,), (torch.ones(2),))[1]
+    torch.testing.assert_close(second, (path.d_sigma(t + h) - path.d_sigma(t - h)) / (2 * h), rtol=1e-2, atol=1e-2)
+    x_1, x_0 = torch.randn(2, 3), torch.randn(2, 3)
+
+    @torch.compile(fullgraph=True)
+    def loss(pred):
+        return fm.cfm_loss(pred, x_1=x_1, x_0=x_0, t=t, path=path)
+
+    torch.testing.assert_close(loss(x_0), fm.cfm_loss(x_0, x_1=x_1, x_0=x_0, t=t, path=path))
+
+
+def test_coefficients_have_the_shape_of_t() -> None:
+    for shape in ((), (3,), (2, 3), (0,)):
+        c = Constants().coefficients(torch.rand(shape))
+        assert all(value.shape == shape for value in c[:4])
+        assert (c.d_alpha_t == 0).all()
+        assert (c.d_sigma_t == 0).all()
+
+
+@paths
+def test_the_inverse_of_an_extreme_snr_is_an_end(path: Path) -> None:
+    got = path.snr_inverse(torch.tensor([0.0, math.inf]))
+    torch.testing.assert_close(got, torch.tensor([0.0, 1.0]))
+
+
+def test_a_module_with_a_parameter_called_weight_is_a_callable_weight() -> None:
+    class Learned(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.tensor(3.0))
+
+        def forward(self, t):
+            return self.weight * t
+
+    t = torch.rand(4)
+    torch.testing.assert_close(weightings.resolve(Learned(), CondOT(), t), 3 * t)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: CondOT().coefficients("0.5"), TypeError, "t: expected a tensor or a number"),
+        (lambda: CondOT().snr(None), TypeError, "t: expected a tensor or a number"),
+        (lambda: times.Shift.dynamic(800.0), ValueError, "mu: expected a finite number"),
+        (lambda: weightings.Sigmoid(800.0), ValueError, "bias: expected a finite number"),
+    ],
+)
+def test_bad_input(call, error, message) -> None:
+    with pytest.raises(error, match=message):
+        call()
