@@ -1,0 +1,1 @@
+"""Solvers: tableaus as data, fixed-grid programs of linear updates, per-sample adaptive steps."""
