@@ -92,8 +92,10 @@ def check_number(
         raise value_error(name, f"a finite number {' and '.join(filter(None, bounds))}".rstrip(), value)
 
 
-def check_int(name: str, value: Any, *, low: int | None = None) -> None:
+def check_int(name: str, value: Any, *, low: int | None = None, high: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise type_error(name, "an int", value)
+    if high is not None and value > high:
+        raise value_error(name, f"an int <= {high}", value)
     if low is not None and value < low:
         raise value_error(name, f"an int >= {low}", value)

@@ -4,6 +4,7 @@
 
 #include "combine/combine.h"
 #include "regression_loss/regression_loss.h"
+#include "row_dots/row_dots.h"
 
 namespace py = pybind11;
 
@@ -191,6 +192,22 @@ py::object call(PyObject* function, PyObject* argument) {
   return py::reinterpret_steal<py::object>(PyObject_CallOneArg(function, argument));
 }
 
+py::object empty(PyObject* shape, fm::Dtype dtype) {
+  PyObject* arguments[] = {shape, torch().dtypes[static_cast<int>(dtype)]};
+  return py::reinterpret_steal<py::object>(PyObject_Vectorcall(torch().empty, arguments, 1, torch().dtype_name));
+}
+
+bool is_sequence(PyObject* x) { return PyList_CheckExact(x) || PyTuple_CheckExact(x); }
+
+// An index of one of `count` tensors, or -1.
+bool index(PyObject* x, int count, int& out) {
+  if (!PyLong_CheckExact(x)) return false;
+  int overflow = 0;
+  const long value = PyLong_AsLongAndOverflow(x, &overflow);
+  out = static_cast<int>(value);
+  return overflow == 0 && value >= -1 && value < count;
+}
+
 }  // namespace
 
 py::object combine_plain(py::handle operands, py::handle coefficients, bool store_noise) {
@@ -220,6 +237,22 @@ py::object combine_plain(py::handle operands, py::handle coefficients, bool stor
   return fm::combine_cpu(a) == fm::Status::ok ? py::object(results) : py::none();
 }
 
+bool combine_into_plain(py::handle out, py::handle operands, py::handle coefficients) {
+  View data;
+  fm::CombineArguments a{};
+  if (!view(out.ptr(), false, data)) return false;
+  const fm::Dtype accumulate = data.dtype == fm::Dtype::f64 ? fm::Dtype::f64 : fm::Dtype::f32;
+  if (!fill(operands, coefficients, data, data.dtype, accumulate, fm::max_operands - 1, a.operands, a.count, a.inner))
+    return false;
+  for (int i = 1; i < a.count; ++i)
+    if (a.operands[i].data == data.data) return false;
+  a.dtype = data.dtype;
+  a.out = data.data;
+  a.rows = data.elements / a.inner;
+  a.samples = 1;
+  return fm::combine_cpu(a) == fm::Status::ok;
+}
+
 py::object regression_loss_plain(py::handle pred, py::handle operands, py::handle coefficients, int kind, double delta,
                                  bool mean, bool need_grad) {
   View data, target;
@@ -235,8 +268,7 @@ py::object regression_loss_plain(py::handle pred, py::handle operands, py::handl
     return py::none();
   const Torch& t = torch();
   py::object grad = need_grad ? call(t.empty_like, pred.ptr()) : py::none();
-  PyObject* arguments[] = {t.scalar_shape, t.dtypes[static_cast<int>(accumulate)]};
-  py::object loss = py::reinterpret_steal<py::object>(PyObject_Vectorcall(t.empty, arguments, 1, t.dtype_name));
+  py::object loss = empty(t.scalar_shape, accumulate);
   if (!grad || !loss) throw py::error_already_set();
   a.pred_dtype = data.dtype;
   a.pred = data.data;
@@ -252,6 +284,42 @@ py::object regression_loss_plain(py::handle pred, py::handle operands, py::handl
   a.groups = 1;
   if (fm::regression_loss_cpu(a) != fm::Status::ok) return py::none();
   return py::make_tuple(loss, grad);
+}
+
+py::object row_dots_plain(py::handle tensors, py::handle pairs) {
+  if (!is_sequence(tensors.ptr()) || !is_sequence(pairs.ptr())) return py::none();
+  fm::RowDotsArguments a{};
+  const Py_ssize_t count = PySequence_Fast_GET_SIZE(tensors.ptr());
+  const Py_ssize_t pair_count = PySequence_Fast_GET_SIZE(pairs.ptr());
+  if (count < 1 || count > fm::max_dot_tensors || pair_count < 1 || pair_count > fm::max_dot_pairs) return py::none();
+  View data;
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    View operand;
+    if (!view(PySequence_Fast_GET_ITEM(tensors.ptr(), i), false, operand)) return py::none();
+    a.tensors[i] = operand.data;
+    if (i == 0)
+      data = std::move(operand);
+    else if (operand.dtype != data.dtype || !same_shape(operand, data))
+      return py::none();
+  }
+  if (data.dim() == 0) return py::none();
+  a.count = static_cast<int>(count);
+  a.pairs = static_cast<int>(pair_count);
+  for (int p = 0; p < a.pairs; ++p) {
+    PyObject* pair = PySequence_Fast_GET_ITEM(pairs.ptr(), p);
+    if (!PyTuple_CheckExact(pair) || PyTuple_GET_SIZE(pair) != 2 ||
+        !index(PyTuple_GET_ITEM(pair, 0), a.count, a.first[p]) ||
+        !index(PyTuple_GET_ITEM(pair, 1), a.count, a.second[p]))
+      return py::none();
+  }
+  a.dtype = data.dtype;
+  a.rows = data.size(0);
+  a.inner = data.elements / a.rows;
+  const py::tuple shape = py::make_tuple(a.rows, a.pairs);
+  py::object out = empty(shape.ptr(), data.dtype == fm::Dtype::f64 ? fm::Dtype::f64 : fm::Dtype::f32);
+  if (!out) throw py::error_already_set();
+  a.out = address_of(out);
+  return fm::row_dots_cpu(a) == fm::Status::ok ? out : py::none();
 }
 
 }  // namespace fm_python

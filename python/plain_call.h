@@ -12,9 +12,15 @@ namespace fm_python {
 // combine(operands, coefficients): [the new tensor, *noise drawn (if stored)], or None.
 pybind11::object combine_plain(pybind11::handle operands, pybind11::handle coefficients, bool store_noise);
 
+// combine(operands, coefficients, out=out) where no operand but the first is out: whether it was done.
+bool combine_into_plain(pybind11::handle out, pybind11::handle operands, pybind11::handle coefficients);
+
 // regression_loss(pred, operands, coefficients, kind, delta, scale_value, need_grad) with one scale: (loss, gradient or
 // None), or None.
 pybind11::object regression_loss_plain(pybind11::handle pred, pybind11::handle operands, pybind11::handle coefficients,
                                        int kind, double delta, bool mean, bool need_grad);
+
+// row_dots(tensors, pairs): the new tensor, or None.
+pybind11::object row_dots_plain(pybind11::handle tensors, pybind11::handle pairs);
 
 }  // namespace fm_python

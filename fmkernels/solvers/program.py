@@ -1,0 +1,361 @@
+r"""Fixed-grid samplers as programs of linear updates.
+
+Every fixed-grid sampler is :math:`x' = a x + \sum_j b_j m_j + c z` with numbers known before the solve. A method
+therefore writes its step down in expressions: linear combinations of states, network outputs and noise, whose
+coefficients are numbers (float64, one for all or one a sample or token). The builder turns an expression into one
+update where a tensor is needed, so that predictions, schedules, guidance and multistep terms never cost a launch of
+their own, and the program that comes out is a list of network calls and updates that one executor runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._checks import value_error
+from ..paths import Path
+from ..paths.targets import conversion_coefficients
+
+# A number for all samples, or an array whose shape is a leading part of the state's.
+Number = float | np.ndarray
+
+
+class Expr:
+    """A linear combination of bases: states, network outputs and noises, by their register."""
+
+    __slots__ = ("terms",)
+
+    def __init__(self, terms: dict[int, Number]) -> None:
+        self.terms = terms
+
+    def __add__(self, other: Expr) -> Expr:
+        terms = dict(self.terms)
+        for base, coefficient in other.terms.items():
+            terms[base] = terms[base] + coefficient if base in terms else coefficient
+        return Expr(terms)
+
+    def __sub__(self, other: Expr) -> Expr:
+        return self + other * -1.0
+
+    def __mul__(self, number: Number) -> Expr:
+        return Expr({base: coefficient * number for base, coefficient in self.terms.items()})
+
+    __rmul__ = __mul__
+    # numpy must not take `array * expr` apart
+    __array_ufunc__ = None
+
+    def __truediv__(self, number: Number) -> Expr:
+        return self * (1.0 / number)
+
+    def __neg__(self) -> Expr:
+        return self * -1.0
+
+
+ZERO = Expr({})
+
+
+class Evaluate(NamedTuple):
+    """Network outputs ``results`` = the call ``branch`` at the state ``source`` and time number ``time``."""
+
+    branch: str
+    source: int
+    time: int
+    results: tuple[int, ...]
+
+
+class Update(NamedTuple):
+    """The state ``result`` = the sum of ``coefficients`` times ``sources``; a source below 0 is noise -1 - stream."""
+
+    result: int
+    sources: tuple[int, ...]
+    coefficients: tuple[Number, ...]
+
+
+class Compute(NamedTuple):
+    """Small or nonlinear work: registers ``results`` = function(*sources), a function of tensors."""
+
+    function: Callable[..., tuple[Tensor, ...]]
+    sources: tuple[int, ...]
+    results: tuple[int, ...]
+
+
+class EndStep(NamedTuple):
+    """The state after step ``number`` is ``state``."""
+
+    number: int
+    state: int
+
+
+Instruction = Evaluate | Update | Compute | EndStep
+
+
+class Step(NamedTuple):
+    """One interval of the grid: from time t to time u, and its number."""
+
+    number: int
+    t: Number
+    u: Number
+
+
+@dataclass(eq=False)
+class Program:
+    """What a method does on a grid: instructions over registers (0 is the initial state), and evaluation times."""
+
+    instructions: tuple[Instruction, ...]
+    times: tuple[Number, ...]
+    registers: int
+    steps: int
+    result: int
+    streams: int
+    extras: dict[str, list[int]]
+    last_use: tuple[int, ...] = ()
+    releases: tuple[tuple[int, ...], ...] = ()
+    slots: dict[int, int] = field(default_factory=dict)
+    slot_count: int = 0
+    cache: dict[Any, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._find_last_uses()
+        self._assign_slots()
+
+    @property
+    def evaluations(self) -> int:
+        return sum(len(i.results) for i in self.instructions if isinstance(i, Evaluate))
+
+    @property
+    def calls(self) -> int:
+        return sum(isinstance(i, Evaluate) for i in self.instructions)
+
+    def _find_last_uses(self) -> None:
+        last = [-1] * self.registers
+        for at, instruction in enumerate(self.instructions):
+            for register in reads(instruction):
+                last[register] = at
+        kept = [self.result, *(r for registers in self.extras.values() for r in registers)]
+        for register in kept:
+            last[register] = len(self.instructions)
+        self.last_use = tuple(last)
+        self.releases = tuple(
+            tuple(r for r in set(reads(instruction)) if last[r] == at)
+            for at, instruction in enumerate(self.instructions)
+        )
+
+    def _assign_slots(self) -> None:
+        """Buffers for the results of updates: one is free again after the last use of what it held."""
+        free: list[int] = []
+        for at, instruction in enumerate(self.instructions):
+            if isinstance(instruction, Update):
+                if not free:
+                    free.append(self.slot_count)
+                    self.slot_count += 1
+                self.slots[instruction.result] = free.pop()
+            free += [self.slots[register] for register in self.releases[at] if register in self.slots]
+
+
+def reads(instruction: Instruction) -> tuple[int, ...]:
+    """The registers that an instruction reads."""
+    if isinstance(instruction, Evaluate):
+        return (instruction.source,)
+    if isinstance(instruction, EndStep):
+        return (instruction.state,)
+    if isinstance(instruction, (Update, Compute)):
+        return tuple(s for s in instruction.sources if s >= 0)
+    raise AssertionError(instruction)
+
+
+class Guidance(Protocol):
+    """How network outputs make the guided velocity: see :mod:`fmkernels.guidance`."""
+
+    def velocity(self, builder: Builder, x: Expr, t: Number) -> Expr: ...
+
+
+class Method(Protocol):
+    """A fixed-grid method: writes its steps down in a builder."""
+
+    def __call__(self, builder: Builder) -> None: ...
+
+
+class Builder:
+    """What a method sees: times, the state, and the model as a function from expressions to expressions.
+
+    Args:
+        grid: times t_0, ..., t_n, each a number or an array of the leading shape.
+        path: the probability path, for conversions between predictions.
+        prediction: what the network returns, a target of :mod:`fmkernels.paths.targets`.
+        guidance: how its outputs are combined; None takes the one output.
+    """
+
+    def __init__(
+        self,
+        grid: Sequence[Number],
+        path: Path,
+        prediction: str = "velocity",
+        guidance: Guidance | None = None,
+    ) -> None:
+        self.grid, self.path, self.prediction, self.guidance = list(grid), path, prediction, guidance
+        self.memory: dict[Any, Any] = {}  # what a guidance or method keeps from step to step
+        self.step = Step(0, self.grid[0], self.grid[-1])
+        self._instructions: list[Instruction] = []
+        self._times: list[Number] = []
+        self._registers = 1
+        self._streams = 0
+        self._state = 0
+        self._steps = 0
+        self._extras: dict[str, list[int]] = {}
+        self._known: dict[Any, int] = {}
+        self._conversions: dict[Any, tuple[Number, Number]] = {}
+
+    # ------------------------------------------------------------------ what a method writes
+
+    @property
+    def x(self) -> Expr:
+        """The current state."""
+        return Expr({self._state: 1.0})
+
+    def steps(self) -> Iterator[Step]:
+        """The intervals of the grid in order; each must end in :meth:`advance`."""
+        for i, (t, u) in enumerate(zip(self.grid[:-1], self.grid[1:], strict=True)):
+            self.step = Step(i, t, u)
+            yield self.step
+
+    @property
+    def is_last(self) -> bool:
+        return self.step.number == len(self.grid) - 2
+
+    def advance(self, x: Expr) -> Expr:
+        """Ends the step with the state x."""
+        self._state = self.register(x)
+        self._instructions.append(EndStep(self.step.number, self._state))
+        self._steps += 1
+        return self.x
+
+    def model(self, x: Expr, t: Number) -> Expr:
+        """The (guided) velocity at the state x and time t."""
+        if self.guidance is None:
+            return self.evaluate(x, t)
+        return self.guidance.velocity(self, self.keep(x), t)
+
+    def noise(self) -> Expr:
+        """Fresh standard normal noise."""
+        self._streams += 1
+        return Expr({-self._streams: 1.0})
+
+    def convert(self, x: Expr, v: Expr, t: Number, target: str, source: str = "velocity") -> Expr:
+        """The target (x_1, x_0, score, ...) that a prediction v means at the state x and time t."""
+        if target == source:
+            return v
+        a, b = self.conversion(t, source, target)
+        return a * x + b * v
+
+    def keep(self, x: Expr) -> Expr:
+        """The expression as one state: a single update, or none where it is one already."""
+        return Expr({self.register(x): 1.0})
+
+    # ------------------------------------------------------------------ what a guidance writes
+
+    def evaluate(self, x: Expr, t: Number, branch: str = "") -> Expr:
+        """The velocity from one call of the network."""
+        return self.evaluate_all(x, t, branch, 1)[0]
+
+    def evaluate_all(self, x: Expr, t: Number, branch: str, count: int) -> list[Expr]:
+        """The velocities from one call that returns ``count`` outputs."""
+        state = self.keep(x)
+        results = tuple(range(self._registers, self._registers + count))
+        self._registers += count
+        self._times.append(t)
+        (source,) = state.terms
+        self._instructions.append(Evaluate(branch, source, len(self._times) - 1, results))
+        return [self.convert(state, Expr({r: 1.0}), t, "velocity", self.prediction) for r in results]
+
+    def compute(self, function: Callable[..., tuple[Tensor, ...]], sources: Sequence[Expr], count: int) -> list[Expr]:
+        """Registers from a function of tensors: row reductions and what is not linear with known coefficients."""
+        registers = tuple(self.register(x) for x in sources)
+        results = tuple(range(self._registers, self._registers + count))
+        self._registers += count
+        self._instructions.append(Compute(function, registers, results))
+        return [Expr({r: 1.0}) for r in results]
+
+    def output(self, name: str, x: Expr) -> None:
+        """Keeps a register for the caller, as one more entry of result.extras[name]."""
+        self._extras.setdefault(name, []).append(self.register(x))
+
+    # ------------------------------------------------------------------ the rest
+
+    def conversion(self, t: Number, source: str, target: str) -> tuple[Number, Number]:
+        """(a, b) with target = a x_t + b prediction at time t."""
+        key = (t if isinstance(t, float) else t.tobytes(), source, target)
+        if key not in self._conversions:
+            times = torch.as_tensor(t, dtype=torch.float64)
+            a, b = conversion_coefficients(self.path, times, source, target)
+            self._conversions[key] = (as_number(a), as_number(b))
+        return self._conversions[key]
+
+    def register(self, x: Expr) -> int:
+        """The register that holds the expression, by an update unless it is there."""
+        terms = {base: c for base, c in x.terms.items() if not (isinstance(c, float) and c == 0.0)}
+        if len(terms) == 1:
+            ((base, coefficient),) = terms.items()
+            if base >= 0 and isinstance(coefficient, float) and coefficient == 1.0:
+                return base
+        if not terms:
+            terms = {self._state: 0.0}
+        if all(isinstance(c, float) for c in terms.values()):
+            known = self._known.get(key := tuple(sorted(terms.items())))
+            if known is not None:
+                return known
+        else:
+            key = None
+        # the state first: it decides dtype and layout, and an update may be nothing but noise
+        bases = sorted(terms, key=lambda base: (base < 0, base))
+        if bases[0] < 0:
+            bases.insert(0, self._state)
+            terms[self._state] = 0.0
+        result = self._registers
+        self._registers += 1
+        self._instructions.append(Update(result, tuple(bases), tuple(terms[base] for base in bases)))
+        if key is not None:
+            self._known[key] = result
+        return result
+
+    def program(self) -> Program:
+        """The program of what was written."""
+        if self._steps != max(len(self.grid) - 1, 0):
+            raise AssertionError(f"a method must end each of its {len(self.grid) - 1} steps, ended {self._steps}")
+        return Program(
+            tuple(self._instructions),
+            tuple(self._times),
+            self._registers,
+            self._steps,
+            self._state,
+            self._streams,
+            self._extras,
+        )
+
+
+def as_number(value: Tensor) -> Number:
+    """A coefficient on the host: a float where it is one number."""
+    return float(value) if value.dim() == 0 else value.double().cpu().numpy()
+
+
+def as_grid(grid: Tensor | np.ndarray | Sequence[float]) -> list[Number]:
+    """Times as numbers: finite, strictly monotone along dimension 0.
+
+    Raises:
+        ValueError: the times are not that.
+    """
+    if isinstance(grid, Tensor):
+        grid = grid.detach().double().cpu().numpy()
+    times = np.asarray(grid, dtype=np.float64)
+    if times.ndim == 0 or times.shape[0] == 0:
+        raise value_error("time_grid", "at least one time along dimension 0", grid)
+    if not np.isfinite(times).all():
+        raise value_error("time_grid", "finite times", grid)
+    steps = np.diff(times, axis=0)
+    if not ((steps > 0).all() or (steps < 0).all()):
+        raise value_error("time_grid", "strictly monotone times", grid)
+    return [float(t) for t in times] if times.ndim == 1 else list(times)
