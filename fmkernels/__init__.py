@@ -7,6 +7,7 @@ from .ops.combine.op import combine
 from .ops.interpolate.op import Interpolation, interpolate
 from .ops.random.op import rand, randn, random_words
 from .ops.regression_loss.op import regression_loss
+from .ops.row_dots.op import row_dots
 from .paths.targets import convert
 from .random import Noise, draw_seed
 from .version import __version__
@@ -25,6 +26,7 @@ __all__ = [
     "randn",
     "random_words",
     "regression_loss",
+    "row_dots",
     "set_cpu_pool_limit",
     "testing",
     "times",

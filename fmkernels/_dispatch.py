@@ -24,7 +24,7 @@ from . import _native
 from ._checks import check_choice
 
 IMPLS = ("auto", "reference", "native", "triton")
-OPS = ("combine", "regression_loss", "random")
+OPS = ("combine", "regression_loss", "random", "row_dots")
 
 # Preference of "auto", first available wins. One row an operation and device type.
 _PREFERENCE: dict[tuple[str, str], tuple[str, ...]] = {

@@ -53,9 +53,9 @@ def launch(function: Callable[..., None], tensor: torch.Tensor, *args: Any) -> N
         function(*args, 0)
 
 
-def workspace(data: torch.Tensor, groups: int) -> torch.Tensor | None:
-    """Scratch for the partial sums of a reduction of data in equal groups; the CPU kernels need none."""
+def workspace(data: torch.Tensor, groups: int, sums: int = 1) -> torch.Tensor | None:
+    """Scratch for the partial sums of reductions of data in equal groups; the CPU kernels need none."""
     if data.is_cpu:
         return None
-    count = library().cuda_workspace_elements(data.numel(), groups)
+    count = sums * library().cuda_workspace_elements(data.numel(), groups)
     return torch.empty(count, dtype=torch.float64, device=data.device)

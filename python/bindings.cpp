@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -14,6 +15,7 @@
 #include "plain_call.h"
 #include "random/random.h"
 #include "regression_loss/regression_loss.h"
+#include "row_dots/row_dots.h"
 
 namespace py = pybind11;
 
@@ -139,6 +141,30 @@ void random_numbers(int device, int dtype, int kind, Address out, int64_t count,
   }
 }
 
+void row_dots(int device, int dtype, int64_t rows, int64_t inner, const std::vector<Address>& tensors,
+              const std::vector<int>& first, const std::vector<int>& second, Address out, Address workspace,
+              Address stream) {
+  if (tensors.size() > fm::max_dot_tensors || first.size() > fm::max_dot_pairs || second.size() != first.size())
+    check(fm::Status::bad_argument);
+  fm::RowDotsArguments a{};
+  a.dtype = static_cast<fm::Dtype>(dtype);
+  a.rows = rows;
+  a.inner = inner;
+  a.count = static_cast<int>(tensors.size());
+  for (size_t i = 0; i < tensors.size(); ++i) a.tensors[i] = pointer(tensors[i]);
+  a.pairs = static_cast<int>(first.size());
+  std::copy(first.begin(), first.end(), a.first);
+  std::copy(second.begin(), second.end(), a.second);
+  a.out = pointer(out);
+  a.workspace = pointer(workspace);
+  py::gil_scoped_release release;
+  const fm::Status status = device == cpu ? fm::row_dots_cpu(a) : fm::row_dots_cuda(a, pointer(stream));
+  if (status != fm::Status::ok) {
+    py::gil_scoped_acquire acquire;
+    check(status);
+  }
+}
+
 // A block of the pool behind Python's buffer protocol: torch.frombuffer keeps it alive as long as the
 // tensor's storage.
 class Block {
@@ -165,8 +191,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("combine", &combine);
   m.def("regression_loss", &regression_loss);
   m.def("random", &random_numbers);
+  m.def("row_dots", &row_dots);
   m.def("combine_plain", &fm_python::combine_plain);
+  m.def("combine_into_plain", &fm_python::combine_into_plain);
   m.def("regression_loss_plain", &fm_python::regression_loss_plain);
+  m.def("row_dots_plain", &fm_python::row_dots_plain);
   m.def("cuda_workspace_elements", &fm::workspace_elements_cuda);
   m.def("cuda_architectures", &fm::cuda_architectures, "CUDA architectures that were built, e.g. ['80', '90'].");
   py::class_<Block>(m, "Block", py::buffer_protocol()).def(py::init<int64_t>()).def_buffer(&Block::buffer);

@@ -11,7 +11,7 @@ import torch
 from fmkernels import _dispatch
 from fmkernels.testing import Case, assert_within_budget, poisoned_empty, select, to_float64
 
-OPS = ("combine", "interpolate", "random", "regression_loss")
+OPS = ("combine", "interpolate", "random", "regression_loss", "row_dots")
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "f64": torch.float64}
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 # FMKERNELS_TEST_TRITON=1 with TRITON_INTERPRET=1 runs the Triton kernels here too; test_triton.py does it with fewer.

@@ -11,6 +11,7 @@
 #include "../combine/combine.h"
 #include "../random/random.h"
 #include "../regression_loss/regression_loss.h"
+#include "../row_dots/row_dots.h"
 #endif
 
 namespace fm {
@@ -56,6 +57,7 @@ std::string cuda_error_text(int code) {
 Status combine_cuda(const CombineArguments&, void*) { return Status::no_cuda; }
 Status regression_loss_cuda(const RegressionLossArguments&, void*) { return Status::no_cuda; }
 Status random_cuda(const RandomArguments&, void*) { return Status::no_cuda; }
+Status row_dots_cuda(const RowDotsArguments&, void*) { return Status::no_cuda; }
 int64_t workspace_elements_cuda(int64_t, int64_t) { return 0; }
 #endif
 

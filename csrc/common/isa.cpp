@@ -59,8 +59,9 @@ const char* isa_name() {
 
 Status combine_cpu(const CombineArguments& arguments){FM_RUN(combine, arguments)} Status
     regression_loss_cpu(const RegressionLossArguments& arguments){FM_RUN(regression_loss, arguments)} Status
-    random_cpu(const RandomArguments& arguments) {
-  FM_RUN(random, arguments)
+    random_cpu(const RandomArguments& arguments){FM_RUN(random, arguments)} Status
+    row_dots_cpu(const RowDotsArguments& arguments) {
+  FM_RUN(row_dots, arguments)
 }
 
 }  // namespace fm

@@ -4,6 +4,7 @@
 #include "../combine/combine.h"
 #include "../random/random.h"
 #include "../regression_loss/regression_loss.h"
+#include "../row_dots/row_dots.h"
 
 namespace fm {
 
@@ -12,6 +13,7 @@ namespace fm {
   Status combine(const CombineArguments&);                \
   Status regression_loss(const RegressionLossArguments&); \
   Status random(const RandomArguments&);                  \
+  Status row_dots(const RowDotsArguments&);               \
   }
 FM_DECLARE_ISA(baseline)
 #if defined(FM_HAS_X86_VARIANTS)
