@@ -1,6 +1,7 @@
-"""Compiles the Triton kernels for GPUs that are not here and prints, as JSON, what the machine code shows.
+"""Compiles the Triton kernels for GPUs that are not here and prints, as JSON, what the code shows.
 
-Run by test_triton.py in a process of its own: the driver is replaced by one that only names a target.
+Run by test_triton.py in a process of its own: the driver is replaced by one that only names a target. The launchers
+themselves say what to compile, called with tensors that have no memory; each launch becomes a compilation.
 """
 
 from __future__ import annotations
@@ -10,66 +11,113 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import MockTensor
+from triton.runtime.jit import JITFunction
 
-from fmkernels.ops._triton import BLOCK, WARPS
+from fmkernels.ops._operands import TENSOR
 from fmkernels.ops.combine import triton as combine
 from fmkernels.ops.random import triton as random
 from fmkernels.ops.regression_loss import triton as regression_loss
+from fmkernels.ops.regression_loss.kinds import KINDS
 
-F32, BF16, F64, SEED = (MockTensor(d) for d in (torch.float32, torch.bfloat16, torch.float64, torch.int64))
-N = 1 << 24
-
-
-def table(count: int, given: bool) -> tuple[Any, ...]:
-    return (F32,) * count, (N // 256,) * count, (1,) * count, (0.5,) * count, (given,) * count, (given,) * count
+ROWS, INNER = 4096, 4096
+F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 
 
-def combine_arguments(data: Any, count: int, noise: bool = False, norm: bool = False) -> tuple[Any, ...]:
-    drawn = tuple(noise and k == count - 1 for k in range(count))
-    pointers, covered, strides, values, given, uniform = table(count, True)
-    return (
-        data, data, tuple(SEED if z else data for z in drawn), (0,) * count, (0,) * count, (data,) * count,
-        pointers, covered, strides, values, pointers, covered, strides, values, F32, 1e-3, 1e-3, N, N // BLOCK,
-        drawn, (True,) * count, (False,) * count, given, uniform, given, uniform, norm, norm, False, False, BLOCK,
+def empty(dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def accumulation(dtype: torch.dtype) -> torch.dtype:
+    return F64 if dtype is F64 else F32
+
+
+def operands(dtype: torch.dtype, inner: int, count: int, noise: bool) -> tuple[list[Tensor], list[int], list[int]]:
+    """``count`` operands, the last one noise if wanted: tensors, streams, offsets."""
+    tensors = [empty(dtype, ROWS, inner) for _ in range(count)]
+    if noise:
+        tensors[-1] = empty(torch.int64)
+    return tensors, [TENSOR] * (count - noise) + [0] * noise, [0] * count
+
+
+def combined(
+    dtype: torch.dtype, count: int, covered: int = 1, inner: int = INNER, noise: bool = False, norm: bool = False
+) -> None:
+    """With coefficients that cover so many rows each, and an error estimate where the norm is wanted."""
+    coefs = [empty(accumulation(dtype), ROWS // covered) for _ in range(count)]
+    combine.run(
+        *operands(dtype, inner, count, noise), coefs, [0.0] * count, coefs if norm else [],
+        [0.0] * count if norm else [], 1e-3, 1e-3, norm, False,
     )  # fmt: skip
 
 
-def loss_arguments(pred: Any, data: Any, noise: bool = False) -> tuple[Any, ...]:
-    drawn = (False, noise)
-    pointers, covered, strides, values, _, _ = table(4, False)
-    return (
-        pred, pred, data, (data, SEED if noise else data), (0, 0), (0, 0), (data, data), pointers, covered, strides,
-        values, F32, 1, F32, 1.0, N, N // BLOCK, drawn, (True, True), (False, False), (False,) * 4, (False,) * 4,
-        False, True, True, 0, False, False, BLOCK,
+def loss(
+    dtype: torch.dtype, inner: int = INNER, kind: str = "squared", noise: bool = False, rows: bool = False
+) -> None:
+    """With constant coefficients and one loss, or with ``rows`` weights, a mask and a loss a sample."""
+    double = accumulation(dtype)
+    regression_loss.run(
+        empty(dtype, ROWS, inner), *operands(dtype, inner, 2, noise), [None, None], [1.0, -1.0], dtype,
+        empty(double, ROWS) if rows else None, None, 1.0, empty(torch.bool, ROWS, inner) if rows else None,
+        KINDS[kind], 0.1, rows, True, True,
     )  # fmt: skip
 
 
-KERNELS = {
-    "path_f32": (combine._kernel, combine_arguments(F32, 2)),
-    "path_bf16": (combine._kernel, combine_arguments(BF16, 2)),
-    "path_noise_f32": (combine._kernel, combine_arguments(F32, 2, noise=True)),
-    "path_noise_bf16": (combine._kernel, combine_arguments(BF16, 2, noise=True)),
-    "step_norm_f32": (combine._kernel, combine_arguments(F32, 8, norm=True)),
-    "loss_f32": (regression_loss._kernel, loss_arguments(F32, F32)),
-    "loss_bf16": (regression_loss._kernel, loss_arguments(BF16, BF16)),
-    "loss_noise_f32": (regression_loss._kernel, loss_arguments(F32, F32, noise=True)),
-    "randn_f32": (random._kernel, (F32, SEED, 0, 0, N, 2, 32, True, False, BLOCK)),
+CASES: dict[str, Callable[[], object]] = {
+    "path_f32": lambda: combined(F32, 2),
+    "path_bf16": lambda: combined(BF16, 2),
+    "path_f64": lambda: combined(F64, 2),
+    "path_noise_f32": lambda: combined(F32, 2, noise=True),
+    "path_noise_bf16": lambda: combined(BF16, 2, noise=True),
+    "path_noise_f64": lambda: combined(F64, 2, noise=True),
+    "path_small_rows_f32": lambda: combined(F32, 2, inner=48),
+    "step_norm_f32": lambda: combined(F32, 8, norm=True),
+    "step_norm_f64": lambda: combined(F64, 2, norm=True),
+    "step_norm_one_tile_f32": lambda: combined(F32, 8, inner=1024, norm=True),
+    "loss_f32": lambda: loss(F32),
+    "loss_bf16": lambda: loss(BF16),
+    "loss_noise_f32": lambda: loss(F32, noise=True),
+    "loss_noise_bf16": lambda: loss(BF16, noise=True),
+    "loss_rows_bf16": lambda: loss(BF16, inner=1024, rows=True),
+    "loss_huber_f64": lambda: loss(F64, kind="huber"),
+    "randn_f32": lambda: random.run([ROWS, INNER], empty(torch.int64), 2, 0, 0, F32),
 }
 
 
-def disassembler() -> Path:
-    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+class Compiler:
+    """Stands in for JITFunction.run: compiles what would be launched, and keeps it."""
+
+    def __init__(self) -> None:
+        self.compiled: list[tuple[str, Any]] = []
+        run = JITFunction.run
+
+        def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+            kernel.device_caches.clear()
+            found = run(kernel, *args, grid=grid, warmup=True, **options)
+            self.compiled.append((kernel.fn.__name__, found))
+            return found
+
+        JITFunction.run = compile_only
+
+
+def disassembled(cubin: bytes) -> str:
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([program, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def main() -> None:
+    compiler = Compiler()
     for capability in map(int, sys.argv[1:]):
         target = GPUTarget("cuda", capability, 32)
         triton.runtime.driver.set_active(
@@ -79,24 +127,25 @@ def main() -> None:
                 get_current_target=lambda target=target: target,
             )
         )
-        for name, (kernel, arguments) in KERNELS.items():
-            kernel.device_caches.clear()
-            compiled = kernel.warmup(*arguments, grid=(1,), num_warps=WARPS)
-            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-                file.write(compiled.asm["cubin"])
-                file.flush()
-                code = subprocess.run([disassembler(), file.name], capture_output=True, text=True, check=True).stdout
-            registers = re.search(r"REG:(\d+)|SHI_REGISTERS=(\d+)", code)
-            found = {
-                "kernel": name,
-                "capability": capability,
-                "local": len(re.findall(r"\b(?:LDL|STL)\b", code)),
-                "loads_128": len(re.findall(r"LDG\.E\S*\.128", code)),
-                "stores_128": len(re.findall(r"STG\.E\S*\.128", code)),
-                "atomics": len(re.findall(r"\b(?:ATOMG?|RED)\b", code)),
-                "registers": next(filter(None, registers.groups())) if registers else None,
-            }
-            print(json.dumps(found), flush=True)
+        for case, launch in CASES.items():
+            compiler.compiled.clear()
+            launch()
+            for kernel, compiled in compiler.compiled:
+                code = disassembled(compiled.asm["cubin"])
+                registers = re.search(r"REG:(\d+)|SHI_REGISTERS=(\d+)", code)
+                found = {
+                    "case": case,
+                    "kernel": kernel,
+                    "capability": capability,
+                    "local": len(re.findall(r"\b(?:LDL|STL)\b", code)),
+                    "loads_128": len(re.findall(r"LDG\.E\S*\.128", code)),
+                    "stores_128": len(re.findall(r"STG\.E\S*\.128", code)),
+                    "atomics": len(re.findall(r"\b(?:ATOMG?|RED)\b", code)),
+                    "registers": next(filter(None, registers.groups())) if registers else None,
+                    "widened": len(re.findall(r"cvt\.f64\.f32", compiled.asm["ptx"])),
+                    "float_arguments": len(re.findall(r"\.param \.f(?:32|64)", compiled.asm["ptx"])),
+                }
+                print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

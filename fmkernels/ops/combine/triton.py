@@ -1,4 +1,4 @@
-"""`combine` in Triton: one pass over the tensors, and a second small kernel for the norm."""
+"""`combine` in Triton: one pass over the tensors, and a second small kernel for the norm of more than one tile."""
 
 from __future__ import annotations
 
@@ -11,67 +11,84 @@ from torch import Tensor
 
 from ... import _memory
 from .._operands import TENSOR, compute_dtype, in_one_order
-from .._triton import WARPS, block_of, device_of, entry, operand, rounded, table, terms
+from .._triton import (
+    BY_GROUP,
+    BY_TILE,
+    ELEMENT_TYPE,
+    NUMBER,
+    SHARED,
+    WARPS,
+    add_term,
+    device_of,
+    entry,
+    number,
+    number_argument,
+    operand,
+    ordered_sum,
+    plan,
+    rounded,
+    table,
+    terms,
+    tile,
+)
 
 
-@triton.jit
+@triton.jit(
+    # streams, offsets and numbers change from call to call: 0, 1 and multiples of 16 are no kernels of their own
+    do_not_specialize=["streams", "offsets", "covered", "numbers", "e_covered", "e_numbers", "atol", "rtol"]
+)
 def _kernel(
-    out, like, pointers, streams, offsets, stores, coefs, covered, strides, values, e_coefs, e_covered, e_strides,
-    e_values, partials, atol, rtol, group, tiles,
-    NOISE: tl.constexpr, ALIGNED: tl.constexpr, STORED: tl.constexpr, GIVEN: tl.constexpr, UNIFORM: tl.constexpr,
-    E_GIVEN: tl.constexpr, E_UNIFORM: tl.constexpr, NORM: tl.constexpr, ERROR: tl.constexpr, LEAVE: tl.constexpr,
-    DOUBLE: tl.constexpr, BLOCK: tl.constexpr,
+    out, pointers, streams, offsets, stores, coefs, covered, strides, numbers, e_coefs, e_covered, e_strides, e_numbers,
+    norm, partials, atol, rtol, group, tiles,
+    DTYPE: tl.constexpr, NOISE: tl.constexpr, ALIGNED: tl.constexpr, STORED: tl.constexpr, MODES: tl.constexpr,
+    E_MODES: tl.constexpr, NORM: tl.constexpr, ERROR: tl.constexpr, LEAVE: tl.constexpr, ONE_GROUP: tl.constexpr,
+    ONE_TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    inner = program % tiles * BLOCK
-    base = program // tiles * group + inner
-    i = base + tl.arange(0, BLOCK)
-    inside = inner + tl.arange(0, BLOCK) < group
+    DOUBLE: tl.constexpr = DTYPE == tl.float64  # noqa: SIM300
+    program, sample, base, inside = tile(group, tiles, BLOCK, ONE_GROUP)
     if DOUBLE:
         y = tl.zeros((BLOCK,), tl.float64)
-        error = tl.zeros((BLOCK,), tl.float64)
-        first = tl.zeros((BLOCK,), tl.float64)
     else:
         y = tl.zeros((BLOCK,), tl.float32)
-        error = tl.zeros((BLOCK,), tl.float32)
-        first = tl.zeros((BLOCK,), tl.float32)
+    error = y
+    first = y
     leave = False
-    if LEAVE:  # in place with one shared coefficient: nothing to do where that is 1
-        leave = tl.load(coefs[0]) == 1.0
+    if LEAVE:  # in place with one coefficient for the tile: nothing to read or write where that is 1
+        leave = entry(coefs[0], covered[0], strides[0], program, sample, base, inside, BLOCK, MODES[0]) == 1.0
     if not leave:
         for k in tl.static_range(len(pointers)):
             value = operand(
-                pointers[k], streams[k], offsets[k], stores[k], i, base, inside, like, BLOCK, NOISE[k], ALIGNED[k],
-                STORED[k], DOUBLE,
+                pointers[k], streams[k], offsets[k], stores[k], base, inside, BLOCK, DTYPE, NOISE[k], ALIGNED[k],
+                STORED[k],
             ).to(y.dtype)  # fmt: skip
-            if GIVEN[k]:
-                y += entry(coefs[k], covered[k], strides[k], base, BLOCK, UNIFORM[k], inside) * value
-            else:
-                y += values[k] * value
+            y = add_term(
+                y, value, coefs[k], covered[k], strides[k], numbers[k], program, sample, base, inside, BLOCK, MODES[k],
+                DOUBLE,
+            )  # fmt: skip
             if ERROR:
-                if E_GIVEN[k]:
-                    error += entry(e_coefs[k], e_covered[k], e_strides[k], base, BLOCK, E_UNIFORM[k], inside) * value
-                else:
-                    error += e_values[k] * value
+                error = add_term(
+                    error, value, e_coefs[k], e_covered[k], e_strides[k], e_numbers[k], program, sample, base, inside,
+                    BLOCK, E_MODES[k], DOUBLE,
+                )  # fmt: skip
             if NORM and k == 0:
                 first = value
-        tl.store(out + i, rounded(y, out.dtype.element_ty), mask=inside)
+        tl.store(out + base + tl.arange(0, BLOCK), rounded(y, DTYPE), mask=inside)
         if NORM:
             e = error if ERROR else y
             a, b = tl.abs(first), tl.abs(y)
             larger = tl.where((a > b) | (a != a), a, b)  # keeps a NaN of either
-            ratio = e / (atol + rtol * larger)
-            tl.store(partials + program, tl.sum(tl.where(inside, ratio * ratio, 0.0), axis=0))
+            ratio = e / (number(atol, DOUBLE) + number(rtol, DOUBLE) * larger)
+            total = tl.sum(tl.where(inside, ratio * ratio, 0.0), axis=0)
+            if ONE_TILE:
+                tl.store(norm + sample, tl.sqrt(total / group))
+            else:
+                tl.store(partials + program, total)
 
 
 @triton.jit
-def _finish(partials, norm, tiles, group, BLOCK: tl.constexpr):
+def _finish(partials, norm, tiles, group, SUM_BLOCK: tl.constexpr):
     sample = tl.program_id(0).to(tl.int64)
-    total = tl.zeros((BLOCK,), partials.dtype.element_ty)
-    for start in range(0, tiles, BLOCK):
-        j = start + tl.arange(0, BLOCK)
-        total += tl.load(partials + sample * tiles + j, mask=j < tiles, other=0.0)
-    tl.store(norm + sample, tl.sqrt(tl.sum(total, axis=0) / group))
+    tl.store(norm + sample, tl.sqrt(ordered_sum(partials, sample, tiles, SUM_BLOCK) / group))
 
 
 def run(
@@ -96,36 +113,42 @@ def run(
         _memory.empty(data.shape, data.dtype, data.device) if store_noise and s != TENSOR else None for s in streams
     ]
     results = [y, *(z for z in stores if z is not None)]
-    groups = data.shape[0] if want_norm else 1
-    norm = torch.zeros(groups, dtype=dtype, device=data.device)
-    if want_norm:
-        results.append(norm)
     elements = data.numel()
+    groups = data.shape[0] if want_norm else 1
+    if want_norm:
+        results.append(torch.empty(groups, dtype=dtype, device=data.device))
     if elements == 0:
+        if want_norm:
+            results[-1].zero_()
         return results
 
     plain = [t for t, s in zip(tensors, streams, strict=True) if s == TENSOR]
     *plain, target = in_one_order([*plain, y], [*coefs, *error_coefs], len(plain) < len(tensors))
     rest = iter(plain)
     operands = [next(rest) if s == TENSOR else t for t, s in zip(tensors, streams, strict=True)]
-    group = elements // groups
-    block = block_of(group)
-    tiles = triton.cdiv(group, block)
-    t = terms(operands, streams, offsets, stores, group)
-    c = table(coefs, values, elements, group, block, data, dtype)
-    e = table(error_coefs, error_values, elements, group, block, data, dtype) if error_values else c
-    partials = torch.empty(groups * tiles if want_norm else 0, dtype=dtype, device=data.device)
-    leave = len(operands) == 1 and target.data_ptr() == operands[0].data_ptr() and c.given[0] and coefs[0] is not None
-    leave = leave and coefs[0].numel() == 1 and not want_norm  # type: ignore[union-attr]
+    tiling = plan(elements, groups)
+    t = terms(operands, streams, offsets, stores, tiling)
+    c = table(coefs, values, data, dtype, tiling)
+    e = table(error_coefs, error_values, data, dtype, tiling) if error_values else c
+    lone_in_place = len(operands) == 1 and not want_norm and target.data_ptr() == operands[0].data_ptr()
+    if lone_in_place and c.modes[0] == NUMBER.value and values[0] == 1.0:
+        return results
+    leave = lone_in_place and c.modes[0] in (SHARED.value, BY_TILE.value, BY_GROUP.value)
+    one_tile = tiling.tiles == 1
+    norm = results[-1] if want_norm else y
+    partials = norm if one_tile or not want_norm else torch.empty(groups * tiling.tiles, dtype=dtype, device=y.device)
     with device_of(data):
-        _kernel[(groups * tiles,)](
-            target, data, t.pointers, t.streams, t.offsets, t.stores, c.pointers, c.covered, c.strides, c.values,
-            e.pointers, e.covered, e.strides, e.values, partials, atol, rtol, group, tiles,
-            t.noise, t.aligned, t.stored, c.given, c.uniform, e.given, e.uniform, want_norm, bool(error_values), leave,
-            dtype == torch.float64, block, num_warps=WARPS,
+        _kernel[(groups * tiling.tiles,)](
+            target, t.pointers, t.streams, t.offsets, t.stores, c.pointers, c.covered, c.strides, c.numbers,
+            e.pointers, e.covered, e.strides, e.numbers, norm, partials, number_argument(atol, dtype),
+            number_argument(rtol, dtype), tiling.group, tiling.tiles, ELEMENT_TYPE[data.dtype], t.noise, t.aligned,
+            t.stored, c.modes, e.modes, want_norm, bool(error_values), leave, groups == 1, one_tile, tiling.block,
+            num_warps=WARPS,
         )  # fmt: skip
-        if want_norm:
-            _finish[(groups,)](partials, norm, tiles, group, 256, num_warps=WARPS)
+        if want_norm and not one_tile:
+            _finish[(groups,)](
+                partials, norm, tiling.tiles, tiling.group, tiling.sum_block, num_warps=tiling.sum_warps
+            )  # fmt: skip
     if target is not y:
         y.copy_(target)
     return results

@@ -11,29 +11,28 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import _memory
-from .._triton import BLOCK, WARPS, device_of, normals, rounded, words
+from .._triton import BLOCK, WARPS, device_of, normals, rounded, uniform, words
 from . import kinds
 
-_BITS = {torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
+# Bits of a uniform: no more than the significand holds; float64 takes the whole word.
+_BITS = {torch.float64: 32, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
+_WORDS, _UNIFORM = tl.constexpr(kinds.WORDS), tl.constexpr(kinds.UNIFORM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stream", "offset"])  # they change from call to call
 def _kernel(
     out, seed, stream, offset, count, KIND: tl.constexpr, BITS: tl.constexpr, ALIGNED: tl.constexpr,
-    DOUBLE: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
+    DOUBLE: tl.constexpr = out.dtype.element_ty == tl.float64
     base = tl.program_id(0).to(tl.int64) * BLOCK
     i = base + tl.arange(0, BLOCK)
-    if KIND == 2:
-        value = normals(tl.load(seed), stream, offset + base, BLOCK, ALIGNED, DOUBLE)
+    if KIND == _WORDS:
+        value = words(tl.load(seed), stream, offset + base, BLOCK, ALIGNED).to(tl.int64)
+    elif KIND == _UNIFORM:
+        value = uniform(words(tl.load(seed), stream, offset + base, BLOCK, ALIGNED), BITS, DOUBLE)
     else:
-        word = words(tl.load(seed), stream, offset + base, BLOCK, ALIGNED)
-        if KIND == 0:
-            value = word.to(tl.int64)
-        elif DOUBLE:
-            value = word.to(tl.float64) * 2.3283064365386963e-10
-        else:
-            value = (word >> (32 - BITS)).to(tl.float32) * (1.0 / (1 << BITS))
+        value = normals(tl.load(seed), stream, offset + base, BLOCK, ALIGNED, DOUBLE)
     tl.store(out + i, rounded(value, out.dtype.element_ty), mask=i < count)
 
 
@@ -41,10 +40,9 @@ def run(size: Sequence[int], seed: Tensor, kind: int, stream: int, offset: int, 
     out = _memory.empty(torch.Size(size), dtype, seed.device)
     count = math.prod(size)
     if count:
-        double = dtype == torch.float64
         with device_of(out):
             _kernel[(triton.cdiv(count, BLOCK),)](
-                out, seed, stream, offset, count, kind, _BITS.get(dtype, 32) if kind == kinds.UNIFORM else 32,
-                offset % 4 == 0, double, BLOCK, num_warps=WARPS,
+                out, seed, stream, offset, count, kind, _BITS.get(dtype, 32), offset % 4 == 0, BLOCK,
+                num_warps=WARPS,
             )  # fmt: skip
     return out

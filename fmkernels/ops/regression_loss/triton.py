@@ -1,4 +1,5 @@
-"""`regression_loss` in Triton: loss and gradient in one pass, and a small kernel that sums the partial losses."""
+"""`regression_loss` in Triton: loss and gradient in one pass, and a small kernel that sums the partial losses of more
+than one tile."""
 
 from __future__ import annotations
 
@@ -11,75 +12,113 @@ from torch import Tensor
 
 from ... import _memory
 from .._operands import TENSOR, in_one_order
-from .._triton import WARPS, block_of, device_of, entry, operand, penalty, rounded, table, terms
+from .._triton import (
+    ELEMENT_TYPE,
+    NUMBER,
+    WARPS,
+    Table,
+    add_term,
+    device_of,
+    entry,
+    number,
+    number_argument,
+    operand,
+    ordered_sum,
+    plan,
+    rounded,
+    table,
+    terms,
+    tile,
+)
+from .kinds import KINDS
 from .op import loss_dtype
+
+_SQUARED, _HUBER, _PSEUDO_HUBER = (tl.constexpr(KINDS[k]) for k in ("squared", "huber", "pseudo_huber"))
 
 
 @triton.jit
+def penalty(d, delta, KIND: tl.constexpr):
+    """rho(d) and its derivative."""
+    if KIND == _SQUARED:
+        value, slope = d * d, d + d
+    elif KIND == _HUBER:
+        size = tl.abs(d)
+        value = tl.where(size <= delta, 0.5 * d * d, delta * (size - 0.5 * delta))
+        slope = tl.where(size <= delta, d, tl.where(d < 0, -delta, tl.where(d > 0, delta, d)))  # a NaN stays one
+    elif KIND == _PSEUDO_HUBER:
+        root = tl.sqrt(d * d + delta * delta)
+        value, slope = d * d / (root + delta), d / root  # root - delta without the cancellation next to 0
+    else:
+        value, slope = tl.abs(d), tl.where(d < 0, -1.0, tl.where(d > 0, 1.0, d))
+    return value, slope
+
+
+@triton.jit
+def scale_of(scale, stride, scale_number, sample, GIVEN: tl.constexpr, DOUBLE: tl.constexpr):
+    """The factor of a group's loss: its entry, or a number."""
+    if GIVEN:
+        result = tl.load(scale + sample * stride)
+    else:
+        result = number(scale_number, DOUBLE)
+    return result
+
+
+@triton.jit(
+    # streams, offsets and numbers change from call to call: 0, 1 and multiples of 16 are no kernels of their own
+    do_not_specialize=["streams", "offsets", "covered", "numbers", "mask_covered", "scale_number", "delta"]
+)
 def _kernel(
-    pred, grad, like, pointers, streams, offsets, stores, coefs, covered, strides, values, mask, mask_covered, partials,
-    delta, group, tiles,
-    NOISE: tl.constexpr, ALIGNED: tl.constexpr, STORED: tl.constexpr, GIVEN: tl.constexpr, UNIFORM: tl.constexpr,
-    MASKED: tl.constexpr, GRAD: tl.constexpr, SCALE_GRAD: tl.constexpr, KIND: tl.constexpr, DOUBLE: tl.constexpr,
-    NOISE_DOUBLE: tl.constexpr, BLOCK: tl.constexpr,
+    pred, grad, pointers, streams, offsets, stores, coefs, covered, strides, numbers, mask, mask_covered, mask_stride,
+    scale, scale_stride, scale_number, delta, loss, partials, group, tiles,
+    DTYPE: tl.constexpr, NOISE: tl.constexpr, ALIGNED: tl.constexpr, STORED: tl.constexpr, MODES: tl.constexpr,
+    MASK_MODE: tl.constexpr, SCALED: tl.constexpr, GRAD: tl.constexpr, SCALE_GRAD: tl.constexpr, KIND: tl.constexpr,
+    DOUBLE: tl.constexpr, ONE_GROUP: tl.constexpr, ONE_TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # the last two coefficients are the weight and the scale
-    count: tl.constexpr = len(pointers)
-    program = tl.program_id(0).to(tl.int64)
-    inner = program % tiles * BLOCK
-    base = program // tiles * group + inner
+    COUNT: tl.constexpr = len(pointers)  # the coefficient after the operands' is the weight
+    program, sample, base, inside = tile(group, tiles, BLOCK, ONE_GROUP)
     i = base + tl.arange(0, BLOCK)
-    inside = inner + tl.arange(0, BLOCK) < group
     d = tl.load(pred + i, mask=inside, other=0.0)
     if DOUBLE:
         d = d.to(tl.float64)
     else:
         d = d.to(tl.float32)
-    # subtracted as a whole, as the reference does: u first
-    u = tl.zeros_like(d)
-    for k in tl.static_range(count):
+    u = tl.zeros_like(d)  # subtracted as a whole, as the reference does
+    for k in tl.static_range(COUNT):
         value = operand(
-            pointers[k], streams[k], offsets[k], stores[k], i, base, inside, like, BLOCK, NOISE[k], ALIGNED[k],
-            STORED[k], NOISE_DOUBLE,
-        ).to(d.dtype)  # fmt: skip
-        if GIVEN[k]:
-            u += entry(coefs[k], covered[k], strides[k], base, BLOCK, UNIFORM[k], inside) * value
-        else:
-            u += values[k] * value
-    weight = tl.zeros_like(d) + 1.0
-    if GIVEN[count]:
-        weight = tl.zeros_like(d) + entry(
-            coefs[count], covered[count], strides[count], base, BLOCK, UNIFORM[count], inside
-        )
+            pointers[k], streams[k], offsets[k], stores[k], base, inside, BLOCK, DTYPE, NOISE[k], ALIGNED[k], STORED[k]
+        ).to(d.dtype)
+        u = add_term(
+            u, value, coefs[k], covered[k], strides[k], numbers[k], program, sample, base, inside, BLOCK, MODES[k],
+            DOUBLE,
+        )  # fmt: skip
     kept = inside
-    if MASKED:
-        kept = inside & (tl.load(mask + i // mask_covered, mask=inside, other=0) != 0)
-    rho, slope = penalty(d - u, tl.zeros_like(d) + delta, KIND)
-    tl.store(partials + program, tl.sum(tl.where(kept, weight * rho, 0.0), axis=0))
+    if MASK_MODE != NUMBER:
+        kept = kept & (entry(mask, mask_covered, mask_stride, program, sample, base, inside, BLOCK, MASK_MODE) != 0)
+    rho, slope = penalty(d - u, number(delta, DOUBLE), KIND)
+    if MODES[COUNT] != NUMBER:
+        weight = entry(coefs[COUNT], covered[COUNT], strides[COUNT], program, sample, base, inside, BLOCK, MODES[COUNT])
+        rho, slope = weight * rho, weight * slope
+    factor = scale_of(scale, scale_stride, scale_number, sample, SCALED, DOUBLE)
     if GRAD:
         if SCALE_GRAD:
-            if GIVEN[count + 1]:
-                weight *= entry(
-                    coefs[count + 1], covered[count + 1], strides[count + 1], base, BLOCK, UNIFORM[count + 1], inside
-                )
-            else:
-                weight *= values[count + 1]
-        tl.store(grad + i, rounded(tl.where(kept, weight * slope, 0.0), grad.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _finish(partials, loss, scale, stride, value, tiles, GIVEN: tl.constexpr, BLOCK: tl.constexpr):
-    sample = tl.program_id(0).to(tl.int64)
-    total = tl.zeros((BLOCK,), partials.dtype.element_ty)
-    for start in range(0, tiles, BLOCK):
-        j = start + tl.arange(0, BLOCK)
-        total += tl.load(partials + sample * tiles + j, mask=j < tiles, other=0.0)
-    result = tl.sum(total, axis=0)
-    if GIVEN:
-        result *= tl.load(scale + sample * stride)
+            slope = slope * factor
+        # selected, not multiplied: what is masked out may be NaN
+        tl.store(grad + i, rounded(tl.where(kept, slope, 0.0), grad.dtype.element_ty), mask=inside)
+    total = tl.sum(tl.where(kept, rho, 0.0), axis=0)
+    if ONE_TILE:
+        tl.store(loss + sample, total * factor)
     else:
-        result *= value
-    tl.store(loss + sample, result)
+        tl.store(partials + program, total)
+
+
+@triton.jit(do_not_specialize=["scale_number"])
+def _finish(
+    partials, loss, scale, scale_stride, scale_number, tiles,
+    SCALED: tl.constexpr, DOUBLE: tl.constexpr, SUM_BLOCK: tl.constexpr,
+):  # fmt: skip
+    sample = tl.program_id(0).to(tl.int64)
+    factor = scale_of(scale, scale_stride, scale_number, sample, SCALED, DOUBLE)
+    tl.store(loss + sample, ordered_sum(partials, sample, tiles, SUM_BLOCK) * factor)
 
 
 def run(
@@ -109,33 +148,35 @@ def run(
     if elements == 0:
         return loss.zero_(), grad
 
-    leading = [*coefs, weight, scale]
+    leading = [*coefs, weight]
     plain = [t for t, s in zip(tensors, streams, strict=True) if s == TENSOR]
     wanted = [pred, *plain, *([grad] if need_grad else [])]
     ordered = in_one_order(wanted, leading if mask is None else [*leading, mask], len(plain) < len(tensors))
     source, target = ordered[0], ordered[-1] if need_grad else grad
     rest = iter(ordered[1:])
     operands = [next(rest) if s == TENSOR else t for t, s in zip(tensors, streams, strict=True)]
-    group = elements // groups
-    block = block_of(group)
-    tiles = triton.cdiv(group, block)
-    like = torch.empty(0, dtype=noise_dtype, device=pred.device)
-    t = terms(operands, streams, offsets, [None] * len(operands), group)
-    c = table(leading, [*values, 1.0, scale_value], elements, group, block, pred, dtype)
-    partials = torch.empty(groups * tiles, dtype=dtype, device=pred.device)
-    mask = pred if mask is None else mask.contiguous()
-    masked = mask is not pred
+    tiling = plan(elements, groups)
+    t = terms(operands, streams, offsets, [None] * len(operands), tiling)
+    c = table(leading, [*values, 1.0], pred, dtype, tiling)
+    m: Table = table([None if mask is None else mask.contiguous().view(torch.uint8)], [1.0], pred, dtype, tiling)
+    scale_stride = 0 if scale is None or scale.numel() == 1 else scale.stride(0)
+    factor = (pred if scale is None else scale, scale_stride, number_argument(scale_value, dtype))
+    double = dtype == torch.float64
+    one_tile = tiling.tiles == 1
+    partials = loss if one_tile else torch.empty(groups * tiling.tiles, dtype=dtype, device=pred.device)
     with device_of(pred):
-        _kernel[(groups * tiles,)](
-            source, target, like, t.pointers, t.streams, t.offsets, t.stores, c.pointers, c.covered, c.strides,
-            c.values, mask.view(torch.uint8) if masked else mask, elements // mask.numel(), partials, delta, group,
-            tiles,
-            t.noise, t.aligned, t.stored, c.given, c.uniform, masked, need_grad, scale_grad, kind,
-            dtype == torch.float64, noise_dtype == torch.float64, block, num_warps=WARPS,
+        _kernel[(groups * tiling.tiles,)](
+            source, target, t.pointers, t.streams, t.offsets, t.stores, c.pointers, c.covered, c.strides, c.numbers,
+            m.pointers[0], m.covered[0], m.strides[0], *factor, number_argument(delta, dtype), loss, partials,
+            tiling.group, tiling.tiles, ELEMENT_TYPE[noise_dtype], t.noise, t.aligned, t.stored, c.modes, m.modes[0],
+            scale is not None, need_grad, scale_grad, kind, double, groups == 1, one_tile, tiling.block,
+            num_warps=WARPS,
         )  # fmt: skip
-        _finish[(groups,)](
-            partials, loss, c.pointers[-1], c.strides[-1], c.values[-1], tiles, c.given[-1], 256, num_warps=WARPS
-        )  # fmt: skip
+        if not one_tile:
+            _finish[(groups,)](
+                partials, loss, *factor, tiling.tiles, scale is not None, double, tiling.sum_block,
+                num_warps=tiling.sum_warps,
+            )  # fmt: skip
     if need_grad and target is not grad:
         grad.copy_(target)
     return loss, grad
