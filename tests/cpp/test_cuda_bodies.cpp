@@ -1,77 +1,12 @@
 // Runs the bodies of the CUDA kernels on the host, thread after thread for a whole grid, on random shapes,
 // and compares with plain loops in double. Proves lookups, noise phases, tails, masks and conversions without
 // a GPU.
-#include <algorithm>
-#include <cstdio>
-#include <cstdlib>
-#include <memory>
-#include <random>
-#include <vector>
-
+#include "bodies.h"
 #include "common/combine_body.cuh"
 #include "common/loss_body.cuh"
 #include "common/random_body.cuh"
 
 namespace {
-
-using namespace fm;
-
-std::mt19937_64 generator(20240607);
-int failures = 0;
-
-#define CHECK(condition, ...)                               \
-  do {                                                      \
-    if (!(condition)) {                                     \
-      if (++failures <= 15) {                               \
-        std::printf("line %d: %s: ", __LINE__, #condition); \
-        std::printf(__VA_ARGS__);                           \
-        std::printf("\n");                                  \
-      }                                                     \
-    }                                                       \
-  } while (0)
-
-int64_t pick(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(generator); }
-bool coin() { return pick(0, 1) == 1; }
-double normal() { return std::normal_distribution<double>()(generator); }
-
-constexpr Dtype dtypes[] = {Dtype::f32, Dtype::bf16, Dtype::f16, Dtype::f64};
-double epsilon(Dtype dtype) {
-  return dtype == Dtype::f64 ? 1e-15 : dtype == Dtype::f32 ? 1.2e-7 : dtype == Dtype::bf16 ? 8e-3 : 1e-3;
-}
-
-// A device array: misaligned on demand, with guards on both sides that nobody may touch.
-class Array {
- public:
-  Array() = default;
-  Array(int64_t elements, int element_bytes, bool misaligned)
-      : bytes_(elements * element_bytes), start_(64 + (misaligned ? element_bytes : 0)) {
-    const size_t size = static_cast<size_t>((start_ + bytes_ + 64 + 63) / 64 * 64);
-    memory_.reset(static_cast<unsigned char*>(std::aligned_alloc(64, size)));
-    size_ = static_cast<int64_t>(size);
-    std::memset(memory_.get(), 0xFF, size);  // a NaN in every dtype
-  }
-  void* data() const { return memory_ ? memory_.get() + start_ : nullptr; }
-  bool guarded() const {
-    for (int64_t i = 0; i < size_; ++i)
-      if ((i < start_ || i >= start_ + bytes_) && memory_.get()[i] != 0xFF) return false;
-    return true;
-  }
-
- private:
-  struct Free {
-    void operator()(unsigned char* p) const { std::free(p); }
-  };
-  std::unique_ptr<unsigned char, Free> memory_;
-  int64_t bytes_ = 0, start_ = 0, size_ = 0;
-};
-
-Array random_tensor(int64_t elements, Dtype dtype, bool misaligned) {
-  Array array(elements, bytes_of(dtype), misaligned);
-  for (int64_t i = 0; i < elements; ++i) store_scalar(array.data(), dtype, i, normal());
-  return array;
-}
-
-double at(const void* data, Dtype dtype, int64_t i) { return load_scalar<double>(data, dtype, i); }
 
 uint32_t naive_word(uint64_t seed, uint64_t stream, int64_t index) {
   const Words w = philox4x32(seed, static_cast<uint64_t>(index / 4), stream);
@@ -89,12 +24,6 @@ double naive_normal(Dtype dtype, uint64_t seed, uint64_t stream, int64_t index) 
   float z[2];
   box_muller(a, b, z[0], z[1]);
   return round_scalar(dtype, z[index % 2]);
-}
-
-bool same(double a, double b) { return a == b || (a != a && b != b); }
-
-bool near(double value, double expected, double tolerance) {
-  return same(value, expected) || std::fabs(value - expected) <= tolerance;
 }
 
 // Coefficient tables, kept alive for a case.
@@ -124,28 +53,6 @@ struct Tables {
     return wide ? coefficient_at<double>(c, row) : static_cast<double>(coefficient_at<float>(c, row));
   }
 };
-
-struct Sizes {
-  int64_t samples, sample_rows, inner, rows, elements;
-
-  static Sizes random() {
-    static const int64_t inners[] = {1, 2, 3, 4, 5, 7, 8, 12, 16, 31, 64, 77, 257, 1000, 1024, 2883, 4099, 9001};
-    Sizes s{};
-    s.inner = inners[pick(0, 17)];
-    s.sample_rows = pick(0, 2) == 0 ? pick(1, 40) : 1;
-    s.samples = pick(1, std::max<int64_t>(1, std::min<int64_t>(3000, 40000 / (s.inner * s.sample_rows))));
-    s.rows = s.samples * s.sample_rows;
-    s.elements = s.rows * s.inner;
-    return s;
-  }
-};
-
-// Calls thread(t) for all threads of a block, from either end: they may not depend on each other.
-template <typename Thread>
-void each_thread(Thread thread) {
-  const bool backwards = coin();
-  for (int t = 0; t < block_threads; ++t) thread(backwards ? block_threads - 1 - t : t);
-}
 
 // What finish_block and finish_kernel do, with `block(b, t, values)` for the threads' share.
 template <typename A, typename Block>
@@ -469,6 +376,5 @@ int main(int argc, char** argv) {
     test_loss();
     test_random();
   }
-  std::printf("%s: %d rounds, %d failures\n", failures == 0 ? "ok" : "FAILED", rounds, failures);
-  return failures == 0 ? 0 : 1;
+  return verdict(rounds);
 }
