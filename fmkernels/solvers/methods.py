@@ -8,6 +8,7 @@ from .._checks import type_error, value_error
 from . import tableaus
 from .program import Method
 from .runge_kutta import AdamsBashforth, AdamsMoulton, RungeKutta
+from .stochastic import SDE
 
 METHODS: dict[str, Callable[[], Method]] = {
     "ab2": lambda: AdamsBashforth(2),
@@ -16,6 +17,9 @@ METHODS: dict[str, Callable[[], Method]] = {
     "am2": lambda: AdamsMoulton(2),
     "am3": lambda: AdamsMoulton(3),
     "am4": lambda: AdamsMoulton(4),
+    "euler_maruyama": lambda: SDE(),
+    "heun_sde": lambda: SDE(method="heun"),
+    "exponential_sde": lambda: SDE(method="exponential"),
 }
 
 
