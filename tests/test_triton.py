@@ -47,6 +47,10 @@ def test_random_cases_in_the_interpreter(operation: str) -> None:
     interpreted("tests/test_ops_random.py", "-k", f"{operation} and triton")
 
 
+def test_row_dots_in_the_interpreter() -> None:
+    interpreted("tests/test_row_dots.py", "-k", "triton")
+
+
 def test_noise_in_the_interpreter() -> None:
     code = """
 import torch, fmkernels as fm
@@ -138,20 +142,20 @@ def test_compiles_for_every_architecture_without_spills_stack_or_atomics(machine
 def test_global_accesses_are_128_bits_wide(machine_code) -> None:
     for found in machine_code:
         if found["kernel"] == "_kernel":
-            assert found["stores_128"] > 0, found
+            assert found["stores_128"] > 0 or "dots" in found["case"], found
             assert found["loads_128"] > 0 or "randn" in found["case"], found
 
 
 def test_one_tile_a_sample_needs_no_second_kernel(machine_code) -> None:
     finished = {found["case"] for found in machine_code if found["kernel"] == "_finish"}
-    assert {"step_norm_f32", "step_norm_f64", "loss_f32"} <= finished
-    assert not {"step_norm_one_tile_f32", "loss_rows_bf16"} & finished
+    assert {"step_norm_f32", "step_norm_f64", "loss_f32", "dots_f32"} <= finished
+    assert not {"step_norm_one_tile_f32", "loss_rows_bf16", "dots_one_tile_bf16", "dots_short_f32"} & finished
 
 
 def test_numbers_keep_float64_precision_in_the_generated_code(machine_code) -> None:
     """Triton passes a Python float as float32: float64 kernels take none, and widen nothing but noise's uniforms."""
     double = [found for found in machine_code if found["case"].endswith("f64")]
-    assert len({found["case"] for found in double}) == 4
+    assert len({found["case"] for found in double}) == 5
     for found in double:
         assert found["float_arguments"] == 0, found
         assert found["widened"] == 0 or "noise" in found["case"], found

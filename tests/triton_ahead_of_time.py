@@ -27,6 +27,7 @@ from fmkernels.ops.combine import triton as combine
 from fmkernels.ops.random import triton as random
 from fmkernels.ops.regression_loss import triton as regression_loss
 from fmkernels.ops.regression_loss.kinds import KINDS
+from fmkernels.ops.row_dots import triton as row_dots
 
 ROWS, INNER = 4096, 4096
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
@@ -71,6 +72,12 @@ def loss(
     )  # fmt: skip
 
 
+def dots(dtype: torch.dtype, count: int, inner: int = INNER) -> None:
+    """Every tensor with itself and with the next, as many pairs as a call takes, and a row sum."""
+    pairs = [(k, k) for k in range(count)] + [(k, k + 1) for k in range(count - 1)] + [(0, -1)]
+    row_dots.run([empty(dtype, ROWS, inner) for _ in range(count)], *map(list, zip(*pairs, strict=True)))
+
+
 CASES: dict[str, Callable[[], object]] = {
     "path_f32": lambda: combined(F32, 2),
     "path_bf16": lambda: combined(BF16, 2),
@@ -88,6 +95,12 @@ CASES: dict[str, Callable[[], object]] = {
     "loss_noise_bf16": lambda: loss(BF16, noise=True),
     "loss_rows_bf16": lambda: loss(BF16, inner=1024, rows=True),
     "loss_huber_f64": lambda: loss(F64, kind="huber"),
+    "dots_f32": lambda: dots(F32, 2),
+    "dots_bf16": lambda: dots(BF16, 2),
+    "dots_most_f32": lambda: dots(F32, 6),
+    "dots_most_f64": lambda: dots(F64, 6),
+    "dots_one_tile_bf16": lambda: dots(BF16, 2, inner=1024),
+    "dots_short_f32": lambda: dots(F32, 2, inner=64),
     "randn_f32": lambda: random.run([ROWS, INNER], empty(torch.int64), 2, 0, 0, F32),
 }
 
