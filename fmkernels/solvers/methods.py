@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from .._checks import type_error, value_error
 from . import tableaus
+from .diffusion import DDIM, DEIS, LCM, LMS, Ancestral, DPMSolverPP, DPMSolverPP2S, UniPC
+from .edm import EDM, Restart
 from .program import Method
 from .runge_kutta import AdamsBashforth, AdamsMoulton, RungeKutta
 from .stochastic import SDE
@@ -17,6 +19,28 @@ METHODS: dict[str, Callable[[], Method]] = {
     "am2": lambda: AdamsMoulton(2),
     "am3": lambda: AdamsMoulton(3),
     "am4": lambda: AdamsMoulton(4),
+    "ddim": lambda: DDIM(),
+    "ddim_sde": lambda: DDIM(eta=1.0),
+    "ancestral": lambda: Ancestral(),
+    "lcm": lambda: LCM(),
+    "dpmpp_1s": lambda: DPMSolverPP(1),
+    "dpmpp_2s": lambda: DPMSolverPP2S(),
+    "dpmpp_2m": lambda: DPMSolverPP(2),
+    "dpmpp_3m": lambda: DPMSolverPP(3),
+    "dpmpp_1s_sde": lambda: DPMSolverPP(1, eta=1.0),
+    "dpmpp_2s_sde": lambda: DPMSolverPP2S(eta=1.0),
+    "dpmpp_2m_sde": lambda: DPMSolverPP(2, eta=1.0),
+    "dpmpp_3m_sde": lambda: DPMSolverPP(3, eta=1.0),
+    "unipc": lambda: UniPC(),
+    "unipc_bh1": lambda: UniPC(variant="bh1"),
+    "unipc_3": lambda: UniPC(3),
+    "deis": lambda: DEIS(),
+    "deis_t": lambda: DEIS(variable="t"),
+    "lms": lambda: LMS(),
+    "edm_euler": lambda: EDM(heun=False),
+    "edm_heun": lambda: EDM(),
+    "edm_churn": lambda: EDM(s_churn=40.0),
+    "restart": lambda: Restart(),
     "euler_maruyama": lambda: SDE(),
     "heun_sde": lambda: SDE(method="heun"),
     "exponential_sde": lambda: SDE(method="exponential"),

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .._checks import value_error
+from ..ops._operands import MAX_TENSORS
 from ..paths import Path
 from ..paths.targets import conversion_coefficients
 
@@ -304,6 +305,10 @@ class Builder:
                 return base
         if not terms:
             terms = {self._state: 0.0}
+        if len(terms) > MAX_TENSORS:  # more than one launch takes
+            bases = sorted(terms)
+            head, tail = bases[:MAX_TENSORS], bases[MAX_TENSORS:]
+            return self.register(self.keep(Expr({b: terms[b] for b in head})) + Expr({b: terms[b] for b in tail}))
         if all(isinstance(c, float) for c in terms.values()):
             known = self._known.get(key := tuple(sorted(terms.items())))
             if known is not None:
