@@ -4,10 +4,7 @@ Along dx/dt = v(x, t) the density of x changes by :math:`d \log p / dt = -\opera
 
 .. math:: \log p_1(x_1) = \log p_0(x_0) - \int_0^1 \operatorname{div} v(x_t, t)\, dt.
 
-On a fixed grid, every Runge-Kutta and Adams method is x' = x + sum_i c_i v_i, and the same method's integral of the
-divergence is sum_i c_i div_i: the divergences of all evaluations are kept, B numbers each, and one product with
-the weights at the end of the solve gives the integral, without a pass over the states. Adaptive methods carry the
-integral as one more column of the state, so that its error is controlled too.
+See :mod:`fmkernels.solvers.log_det` for how the integral is taken along with the state.
 """
 
 from __future__ import annotations
@@ -24,17 +21,18 @@ from torch import Tensor
 from ._checks import check_choice, check_float_tensor, check_int, check_number, type_error, value_error
 from .ops._operands import compute_dtype
 from .ops.row_dots.op import row_dots
+from .ops.step_control.op import Status
 from .paths import CondOT, Path
-from .paths.targets import TARGETS, conversion_coefficients
+from .paths.targets import TARGETS
 from .random import Noise, draw_seed
 from .solvers import grids, methods
+from .solvers.adaptive import AdaptiveOptions
+from .solvers.controllers import Controller, IController
 from .solvers.divergence import Divergence
-from .solvers.log_det import plan, weight_table
+from .solvers.log_det import Flow, Model, solve_adaptively, solve_fixed
 from .solvers.program import Method, Number
-from .solvers.run import Buffers, Run, coefficients_of, time_rows
 from .times import Shift
 
-Model = Callable[..., Tensor]
 LogDensity = Callable[[Tensor], Tensor]
 
 DEFAULT_STEPS = 50
@@ -97,72 +95,6 @@ def standard_normal(x: Tensor) -> Tensor:
 
 
 @dataclass
-class _Flow:
-    """The velocity and divergence of a model's prediction, and the probes of a solve."""
-
-    model: Model
-    path: Path
-    prediction: str
-    how: Divergence
-    noise: Noise | None
-    fresh: bool
-    gradient: bool
-    kwargs: dict[str, Any]
-    evaluations: int = 0
-
-    def probes(self, x: Tensor) -> list[Tensor]:
-        """The probes of the next evaluation."""
-        return [] if self.noise is None else self.how.draw(x, self.noise, self.evaluations if self.fresh else 0)
-
-    def __call__(self, t: Tensor, x: Tensor, probes: Sequence[Tensor], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        if self.fresh:
-            probes = self.probes(x)
-        self.evaluations += 1
-        output, div = self.how(self._at, t, x, probes, self.gradient, kwargs)
-        if TARGETS[self.prediction] is TARGETS["velocity"]:
-            return output, div
-        # v = a x + b output, so that div v = a D + b div output
-        times = t.to(div.dtype)
-        a, b = conversion_coefficients(self.path, times, self.prediction, "velocity")
-        v = self.path.convert(output, x, t, self.prediction, "velocity")
-        return v, a * math.prod(x.shape[1:]) + b * div
-
-    def _at(self, t: Tensor, x: Tensor, **kwargs: Any) -> Tensor:
-        return self.model(x, t, **kwargs)
-
-
-def _fixed(
-    flow: _Flow, method: Method, grid: list[Number], x: Tensor, time_shape: str, time_dtype: torch.dtype
-) -> tuple[Tensor, Tensor, int]:
-    """The state at the end of the grid, the integral of the divergence along it, and the evaluations."""
-    program = plan(method, grid)
-    like = torch.zeros(0, dtype=compute_dtype(x), device=x.device)
-    weights = weight_table(program, like)
-    divergences: list[Tensor] = []
-    probes = [] if flow.fresh else flow.probes(x)
-
-    def call(state: Tensor, t: Tensor) -> Tensor:
-        v, div = flow(t, state, probes, flow.kwargs)
-        divergences.append(div)
-        return v
-
-    times = time_rows(program, x, time_dtype, time_shape)
-    run = Run(
-        program,
-        {"": call},
-        x,
-        times,
-        coefficients_of(program, x),
-        buffers=None if flow.gradient else Buffers(),
-    )
-    run.all()
-    if not divergences:
-        return run.result.clone(), like.new_zeros(x.shape[0]), 0
-    table = torch.stack(divergences)
-    return run.result, (table * (weights if weights.dim() == 2 else weights[:, None])).sum(0), program.evaluations
-
-
-@dataclass
 class _Problem:
     """The arguments that both directions share, checked."""
 
@@ -178,6 +110,7 @@ class _Problem:
     log_p0: LogDensity | None
     rtol: float
     atol: float
+    controller: Controller | None
     max_steps: int
     how: Divergence
     fresh: bool
@@ -225,7 +158,7 @@ class _Problem:
         noise = None
         if self.how.method != "exact":
             noise = Noise(draw_seed(x.device, self.generator), row_offset=self.row_offset)
-        flow = _Flow(
+        flow = Flow(
             self.model,
             CondOT() if self.path is None else self.path,
             self.prediction,
@@ -235,27 +168,36 @@ class _Problem:
             with_gradient,
             self.kwargs,
         )
-        time_dtype = self.time_dtype or compute_dtype(x)
-        end, integral, nfe = _fixed(
-            flow, methods.resolve(self.method), self.grid(backward), x, self.time_shape, time_dtype
-        )
-        x_0, x_1 = (end, x) if backward else (x, end)
+        grid = self.grid(backward)
+        tableau = None
+        if self.steps is None and isinstance(self.method, str):
+            tableau = methods.adaptive_tableau(self.method)
+        if tableau is None:
+            method, time_dtype = methods.resolve(self.method), self.time_dtype or compute_dtype(x)
+            solution = solve_fixed(flow, method, grid, x, self.time_shape, time_dtype)
+        else:
+            options = AdaptiveOptions(
+                rtol=self.rtol,
+                atol=self.atol,
+                controller=IController() if self.controller is None else self.controller,
+                max_steps=self.max_steps,
+                time_shape=self.time_shape,
+                time_dtype=self.time_dtype,
+                record=with_gradient,
+            )
+            solution = solve_adaptively(flow, tableau, options, grid[0], grid[-1], x)
+        x_0, x_1 = (solution.x, x) if backward else (x, solution.x)
         # the integral runs from where the solve began
-        delta = integral if backward else -integral
+        delta = solution.integral if backward else -solution.integral
         log_p0 = standard_normal(x_0) if self.log_p0 is None else self.log_p0(x_0)
         if not isinstance(log_p0, Tensor) or log_p0.shape != delta.shape:
             raise value_error(
                 "log_p0", f"a function from states to log-densities of shape {tuple(delta.shape)}", log_p0
             )
-        log_prob = log_p0.to(delta.dtype) + delta
-        status = _status(end, log_prob)
-        return LogProb(log_prob, x_0, x_1, delta, nfe, status)
-
-
-def _status(end: Tensor, log_prob: Tensor) -> Tensor:
-    states = end.detach().reshape(end.shape[0], math.prod(end.shape[1:]))
-    finite = torch.isfinite(log_prob.detach()) & torch.isfinite(states).all(1)
-    return torch.where(finite, 0, 4)
+        # what did not reach the other end has no log-density
+        reached = solution.status == int(Status.SUCCESS)
+        log_prob = torch.where(reached, log_p0.to(delta.dtype) + delta, math.nan)
+        return LogProb(log_prob, x_0, x_1, delta, solution.nfe, solution.status)
 
 
 def log_prob(
@@ -273,6 +215,7 @@ def log_prob(
     prediction: str = "velocity",
     rtol: float = 1e-5,
     atol: float = 1e-5,
+    controller: Controller | None = None,
     max_steps: int = 10_000,
     divergence: str = "exact",
     probes: int = 1,
@@ -306,13 +249,14 @@ def log_prob(
         t_0, t_1: the interval, 0 <= t_0 < t_1: log_p0 is the density at t_0, and the result that at t_1. Predictions
             whose velocity is singular at an end need one inside: t_1 < 1 for "x_1".
         path, prediction: what the model predicts, as in :func:`fmkernels.sample`.
-        rtol, atol, max_steps: of an adaptive method, whose error control covers the log-density.
+        rtol, atol, controller, max_steps: of an adaptive method, as in :func:`fmkernels.sample`. Each sample's error
+            norm is the larger one of its state's and its log-determinant's. What fails has NaN and its status.
         divergence: "exact", one derivative for each dimension at each evaluation, or "hutchinson", one for each probe:
             an unbiased estimate of log p.
         probes, distribution, mode, chunk: see :func:`fmkernels.solvers.divergence.divergence`.
-        fresh: draw probes anew at each evaluation. The default keeps a sample's probes over the solve, so that the
-            estimate is the integral of a smooth function (Grathwohl et al. 2019); fresh ones average over the steps of
-            a fixed grid but leave an adaptive method nothing smooth.
+        fresh: draw probes anew at each evaluation. The default keeps a sample's probes over the solve (as many states
+            of memory as there are probes), so that the estimate is the integral of a smooth function (Grathwohl et al.
+            2019); fresh ones average over the steps of a fixed grid but leave an adaptive method nothing smooth.
         gradient: record the solve, for derivatives with respect to x_1 and to the model's parameters.
         generator: torch.Generator of the probes' seed.
         row_offset: x_1's place in a larger batch, so that shards draw the probes that the whole would.
@@ -340,6 +284,7 @@ def log_prob(
         log_p0,
         rtol,
         atol,
+        controller,
         max_steps,
         how,
         fresh,
@@ -368,6 +313,7 @@ def sample_with_log_prob(
     prediction: str = "velocity",
     rtol: float = 1e-5,
     atol: float = 1e-5,
+    controller: Controller | None = None,
     max_steps: int = 10_000,
     divergence: str = "exact",
     probes: int = 1,
@@ -411,6 +357,7 @@ def sample_with_log_prob(
         log_p0,
         rtol,
         atol,
+        controller,
         max_steps,
         how,
         fresh,

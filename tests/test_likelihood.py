@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fmkernels as fm
 from fmkernels.likelihood import bits_per_dim, log_prob, sample_with_log_prob, standard_normal
+from fmkernels.ops.step_control.op import Status
 from fmkernels.paths import CondOT, Cosine
 from fmkernels.solvers import methods
 from fmkernels.solvers.divergence import divergence, draw_probes
@@ -198,7 +199,7 @@ def test_memory_of_exact_divergence_does_not_grow_with_the_number_of_dimensions(
             return tensor
 
         with Largest() as largest, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            _, div = divergence(lambda t, x: torch.tanh(x * scale), 0.0, x, mode=mode)
+            _, div = divergence(lambda t, x, scale=scale: torch.tanh(x * scale), 0.0, x, mode=mode)
         torch.testing.assert_close(div, (scale * (1 - torch.tanh(x * scale) ** 2)).sum(1))
         assert largest.size <= max(x.numel(), 1 << 14)
         saved[dims] = count
@@ -302,7 +303,7 @@ def test_normal_to_normal_flow_on_a_fixed_grid(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(result.delta_log_p, expected - standard_normal(result.x_0))
     dims = math.prod(shape[1:])
     torch.testing.assert_close(result.bits_per_dim(256.0), 8.0 - result.log_prob / (dims * math.log(2.0)))
-    assert torch.equal(result.status, torch.zeros(shape[0], dtype=result.status.dtype))
+    assert (result.status == Status.SUCCESS).all()
     assert result.nfe == 160
     assert torch.equal(result.x_1, x_1)
     assert not result.log_prob.requires_grad
@@ -314,7 +315,7 @@ def test_every_sum_of_velocities_integrates_the_divergence_as_it_does_the_state(
     shape = (3, 2)
     model, x = network(shape), data(shape)
     grid = [1.0, 0.8, 0.65, 0.3, 0.0]
-    result = log_prob(model, x, method=method, time_grid=grid, divergence="exact")
+    result = log_prob(model, x, method=methods.resolve(method), time_grid=grid)
 
     from fmkernels.solvers.run import Run, coefficients_of, time_rows
 
@@ -414,6 +415,87 @@ def test_bits_per_dimension() -> None:
         bits_per_dim(log_p, (0,))
     with pytest.raises(ValueError, match="scale"):
         bits_per_dim(log_p, (1,), 0.0)
+
+
+# ---------------------------------------------------------------------- adaptive steps
+
+
+@shapes
+@pytest.mark.parametrize("method", ["dopri5", "tsit5", "bosh3"])
+def test_adaptive_normal_to_normal_flow(shape: tuple[int, ...], method: str) -> None:
+    mean, std = 0.7, 0.2
+    x_1 = mean + std * data(shape)
+    target = torch.distributions.Normal(torch.tensor(mean, dtype=DTYPE), std)
+    expected = target.log_prob(x_1).reshape(shape[0], -1).sum(1)
+    for estimate in ("exact", "hutchinson"):  # Rademacher is exact here
+        result = log_prob(
+            normal_flow(mean, std), x_1, method=method, rtol=1e-7, atol=1e-7, divergence=estimate, generator=rng()
+        )
+        torch.testing.assert_close(result.log_prob, expected, rtol=2e-6, atol=2e-6)
+        assert (result.status == Status.SUCCESS).all()
+        back, forward = sample_with_log_prob(normal_flow(mean, std), result.x_0, method=method, rtol=1e-7, atol=1e-7)
+        torch.testing.assert_close(back, x_1, rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(forward.log_prob, expected, rtol=4e-6, atol=4e-6)
+
+
+def test_adaptive_steps_bound_the_error_of_the_log_density_in_many_dimensions() -> None:
+    """A state at rest with a large divergence: only control of the integral itself takes small steps."""
+    dims = 400
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        return torch.cos(20.0 * expand(t, x)) * x
+
+    x = torch.zeros(2, dims, dtype=DTYPE)
+    for tolerance in (1e-4, 1e-7):
+        result = log_prob(model, x, rtol=0.0, atol=tolerance)
+        exact = -dims * math.sin(20.0) / 20.0
+        assert (result.delta_log_p - exact).abs().max() < 20.0 * tolerance
+
+
+def test_samples_with_their_keyword_arguments_and_probes_leave_the_batch_as_they_finish() -> None:
+    """A stiff sample does not change the others, whose probes and conditions move with them."""
+    base, x = network((6, 3)), data((6, 3))
+    scale = torch.tensor([40.0, 1.0, 0.2, 1.0, 0.5, 30.0], dtype=DTYPE)
+
+    def model(x: Tensor, t: Tensor, scale: Tensor) -> Tensor:
+        return base(x, t) * scale[:, None]
+
+    options = {"divergence": "hutchinson", "probes": 2, "distribution": "gaussian", "rtol": 1e-6, "atol": 1e-6}
+    whole = log_prob(model, x, scale=scale, generator=rng(3), **options)
+    for i in range(6):
+        own = slice(i, i + 1)
+        one = log_prob(model, x[own], scale=scale[own], generator=rng(3), row_offset=i, **options)
+        torch.testing.assert_close(one.log_prob, whole.log_prob[own], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(one.x_0, whole.x_0[own], rtol=1e-9, atol=1e-9)
+    fixed = log_prob(model, x, scale=scale, generator=rng(3), **(options | {"method": "rk4", "steps": 400}))
+    torch.testing.assert_close(whole.log_prob, fixed.log_prob, rtol=1e-3, atol=1e-3)
+
+
+def test_gradients_through_adaptive_steps() -> None:
+    model, x = network((3, 2)), data((3, 2)).requires_grad_()
+    inputs = (x, *model.parameters())
+    for prediction in ("exact", "hutchinson"):
+        options = {"divergence": prediction, "gradient": True}
+        adaptive = log_prob(model, x, rtol=1e-8, atol=1e-8, generator=rng(1), **options)
+        fixed = log_prob(model, x, method="rk4", steps=40, generator=rng(1), **options)
+        torch.testing.assert_close(adaptive.log_prob, fixed.log_prob, rtol=1e-6, atol=1e-6)
+        plain = log_prob(model, x, rtol=1e-8, atol=1e-8, generator=rng(1), divergence=prediction)
+        torch.testing.assert_close(adaptive.log_prob, plain.log_prob, rtol=1e-12, atol=1e-12)
+        for ours, theirs in zip(
+            torch.autograd.grad(adaptive.log_prob.sum(), inputs),
+            torch.autograd.grad(fixed.log_prob.sum(), inputs),
+            strict=True,
+        ):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_adaptive_steps_of_half_precision_data() -> None:
+    mean, std = 0.7, 0.4
+    x_1 = (mean + std * data((5, 4))).to(torch.bfloat16)
+    result = log_prob(normal_flow(mean, std), x_1, time_dtype=torch.bfloat16, rtol=1e-2, atol=1e-2)
+    assert (result.x_0.dtype, result.log_prob.dtype) == (torch.bfloat16, torch.float32)
+    target = torch.distributions.Normal(torch.tensor(mean, dtype=DTYPE), std)
+    torch.testing.assert_close(result.log_prob.double(), target.log_prob(x_1.double()).sum(1), rtol=0.1, atol=0.3)
 
 
 # ---------------------------------------------------------------------- probes over a solve
@@ -578,9 +660,16 @@ def test_status_of_samples_that_are_not_finite() -> None:
 
     x = torch.tensor([[0.1, 0.2], [9.0, 0.0], [math.nan, 0.0]], dtype=DTYPE)
     result = log_prob(model, x, method="rk4", steps=4)
-    assert result.status.tolist()[0] == 0
-    assert (result.status[1:] != 0).all()
-    assert torch.isfinite(result.log_prob[0])
+    assert result.status.tolist() == [Status.SUCCESS, Status.NON_FINITE, Status.NON_FINITE]
+    assert torch.isfinite(result.log_prob).tolist() == [True, False, False]
+    with pytest.warns(UserWarning, match="not finite"):
+        adaptive = log_prob(model, x)
+    assert adaptive.status.tolist() == [Status.SUCCESS, Status.NON_FINITE, Status.NON_FINITE]
+    assert torch.isfinite(adaptive.log_prob).tolist() == [True, False, False]
+    with pytest.warns(UserWarning, match="max_steps"):
+        short = log_prob(network((2, 2)), data((2, 2)), max_steps=2, rtol=1e-10, atol=1e-10)
+    assert short.status.tolist() == [Status.MAX_STEPS] * 2
+    assert short.log_prob.isnan().all()
 
 
 def test_other_methods_and_arguments_are_rejected() -> None:

@@ -129,7 +129,7 @@ class _Forward:
 
     def products(self, e: Tensor) -> Tensor:
         def product(direction: Tensor) -> tuple[Tensor, Tensor]:
-            pair = torch.func.jvp(self._at, (self.x,), (direction,))
+            pair = torch.func.jvp(self._at, (self.x,), (direction,), strict=True)
             return pair[0], pair[1]
 
         with torch.set_grad_enabled(self.gradient):
@@ -164,6 +164,7 @@ class Divergence:
     mode: str = "reverse"
     chunk: int | None = None
     _loops: bool = field(default=False, init=False)
+    _identity: Tensor | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         check_choice("divergence", self.method, METHODS)
@@ -225,14 +226,25 @@ class Divergence:
         size = self._size(x, dims)
         for start in range(0, dims if batch else 0, size):
             stop = min(start + size, dims)
-            # one row of an identity matrix a direction, the same memory for all samples
-            rows = torch.zeros(stop - start, dims, dtype=x.dtype, device=x.device)
-            rows.diagonal(start).fill_(1.0)
-            e = rows[:, None].expand(-1, batch, -1).unflatten(-1, x.shape[1:]) if x.dim() > 1 else rows.expand(1, batch)
-            products = self._products(jacobian, e, stop == dims).reshape(stop - start, batch, dims)
-            columns = products[:, :, start:stop].diagonal(dim1=0, dim2=2)
-            total = total + columns.sum(-1, dtype=total.dtype)
+            e = self._rows(x, start, stop, dims)[:, None].expand(-1, batch, -1).view(stop - start, *x.shape)
+            products = self._products(jacobian, e, stop == dims)
+            if len(products) == 1:
+                total = total + products[0].reshape(batch, dims)[:, start]
+            else:
+                columns = products.reshape(-1, batch, dims)[:, :, start:stop].diagonal(dim1=0, dim2=2)
+                total = total + columns.sum(-1, dtype=total.dtype)
         return total
+
+    def _rows(self, x: Tensor, start: int, stop: int, dims: int) -> Tensor:
+        """Rows of an identity matrix: unit directions, the same memory for all samples."""
+        if dims * dims <= _PASS["cpu"]:
+            kept = self._identity
+            if kept is None or (kept.shape[0], kept.dtype, kept.device) != (dims, x.dtype, x.device):
+                self._identity = kept = torch.eye(dims, dtype=x.dtype, device=x.device)
+            return kept[start:stop]
+        rows = torch.zeros(stop - start, dims, dtype=x.dtype, device=x.device)
+        rows.diagonal(start).fill_(1.0)
+        return rows
 
     def _estimate(self, jacobian: _Reverse | _Forward, x: Tensor, probes: Sequence[Tensor]) -> Tensor:
         batch, count = x.shape[0], len(probes)
