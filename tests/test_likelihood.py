@@ -440,16 +440,17 @@ def test_adaptive_normal_to_normal_flow(shape: tuple[int, ...], method: str) -> 
 
 def test_adaptive_steps_bound_the_error_of_the_log_density_in_many_dimensions() -> None:
     """A state at rest with a large divergence: only control of the integral itself takes small steps."""
-    dims = 400
+    dims = 2500
 
     def model(x: Tensor, t: Tensor) -> Tensor:
         return torch.cos(20.0 * expand(t, x)) * x
 
     x = torch.zeros(2, dims, dtype=DTYPE)
     for tolerance in (1e-4, 1e-7):
-        result = log_prob(model, x, rtol=0.0, atol=tolerance)
+        # Rademacher probes are exact for this diagonal Jacobian
+        result = log_prob(model, x, rtol=0.0, atol=tolerance, divergence="hutchinson")
         exact = -dims * math.sin(20.0) / 20.0
-        assert (result.delta_log_p - exact).abs().max() < 20.0 * tolerance
+        assert (result.delta_log_p - exact).abs().max() < 5.0 * tolerance
 
 
 def test_samples_with_their_keyword_arguments_and_probes_leave_the_batch_as_they_finish() -> None:
@@ -742,4 +743,3 @@ def test_against_flow_matching() -> None:
         torch.testing.assert_close(result.x_0, x_0, rtol=1e-10, atol=1e-10)
         # its time runs in float32 or float64 as torchdiffeq decides
         torch.testing.assert_close(result.log_prob, theirs.to(DTYPE), rtol=1e-6, atol=1e-6)
-        print(method, (result.log_prob - theirs).abs().max().item())
