@@ -75,7 +75,7 @@ def sdeint(
     grid, stops = _subdivide([float(time) for time in times], dt)
     builder = Builder(grid, CondOT())  # linear expressions in the drift's values: no path is asked for anything
     builder.output("y", builder.x)
-    _AdditiveNoise(diffusion, method, stops, y0)(builder)
+    AdditiveNoise(diffusion, method, stops, y0)(builder)
     program = builder.program()
     dtype = torch.float64 if y0.dtype == torch.float64 else torch.float32
     run = Run(
@@ -97,8 +97,8 @@ def _subdivide(times: list[float], dt: float | None) -> tuple[list[Number], set[
     grid: list[Number] = [times[0]]
     stops = set()
     for start, end in itertools.pairwise(times):
-        # the quotient of a whole number of steps may be a rounding error above it
-        count = 1 if dt is None else max(1, math.ceil((end - start) / dt * (1.0 - 1e-12)))
+        # times in float32 may make a whole number of steps a rounding error more
+        count = 1 if dt is None else max(1, math.ceil((end - start) / dt * (1.0 - 1e-6)))
         grid += [start + (end - start) * (i / count) for i in range(1, count)]
         grid.append(end)
         stops.add(len(grid) - 2)
@@ -106,7 +106,7 @@ def _subdivide(times: list[float], dt: float | None) -> tuple[list[Number], set[
 
 
 @final
-class _AdditiveNoise:
+class AdditiveNoise:
     """The method of :func:`sdeint`."""
 
     def __init__(self, diffusion: NoiseLevel, method: str, stops: set[int], y0: Tensor) -> None:
@@ -141,8 +141,9 @@ class _AdditiveNoise:
         if callable(g):
             g = g(torch.tensor(t, dtype=torch.float64, device=self.y0.device))
         if isinstance(g, Tensor):
-            if torch.broadcast_shapes(g.shape, self.y0.shape) != self.y0.shape:
-                raise value_error("diffusion", f"a tensor that broadcasts to y0's shape, {tuple(self.y0.shape)}", g)
+            shape = self.y0.shape
+            if g.dim() > len(shape) or any(a not in (1, b) for a, b in zip(g.shape[::-1], shape[::-1], strict=False)):
+                raise value_error("diffusion", f"a tensor that broadcasts to y0's shape, {tuple(shape)}", g)
             return g
         check_number("diffusion", g)
         return torch.tensor(float(g), dtype=torch.float64)
