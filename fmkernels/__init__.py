@@ -10,23 +10,30 @@ from .ops.regression_loss.op import regression_loss
 from .ops.row_dots.op import row_dots
 from .paths.targets import convert
 from .random import Noise, draw_seed
+from .solvers.ode import odeint
+from .solvers.sample import SampleResult, Solver, Status, sample
 from .version import __version__
 
 __all__ = [
     "Interpolation",
     "Noise",
+    "SampleResult",
+    "Solver",
+    "Status",
     "__version__",
     "cfm_loss",
     "combine",
     "convert",
     "draw_seed",
     "interpolate",
+    "odeint",
     "paths",
     "rand",
     "randn",
     "random_words",
     "regression_loss",
     "row_dots",
+    "sample",
     "set_cpu_pool_limit",
     "testing",
     "times",

@@ -91,7 +91,8 @@ def pack_coefficient(name: str, value: Coefficient, data: Tensor, dtype: torch.d
             check_float_tensor(name, value)
         leading_shape(name, value, "the data", data)
         return (value if value.dtype is dtype else value.to(dtype)), 0.0
-    if type(value) is not float or not -math.inf < value < math.inf:
+    # under torch.compile a number may be symbolic: it has no value to check
+    if not torch.compiler.is_compiling() and (type(value) is not float or not -math.inf < value < math.inf):
         check_number(name, value)
     return None, float(value)
 

@@ -52,6 +52,18 @@ def method_names() -> list[str]:
     return [*tableaus.TABLEAUS, *METHODS]
 
 
+# Names that mean step control where no number of steps is given: heun2 is a fixed-grid name, heun_euler is not.
+ADAPTIVE = ("heun_euler", "adaptive_heun", "bosh3", "fehlberg", "fehlberg2", "dopri5", "tsit5", "dopri8")
+
+
+def adaptive_tableau(method: str) -> tableaus.Tableau | None:
+    """The tableau of an adaptive method's name, or None."""
+    return tableaus.tableau(method) if method in ADAPTIVE else None
+
+
+IMPLICIT: tuple[str, ...] = ()
+
+
 def resolve(method: str | Method) -> Method:
     """A method by its name, or as it is given."""
     if not isinstance(method, str):

@@ -22,8 +22,9 @@ from ..ops._operands import MAX_TENSORS
 from ..paths import Path
 from ..paths.targets import conversion_coefficients
 
-# A number for all samples, or an array whose shape is a leading part of the state's.
-Number = float | np.ndarray
+# A number for all samples, an array whose shape is a leading part of the state's, or a 0-dim float64 tensor where the
+# gradient with respect to times is wanted.
+Number = Any  # float | np.ndarray | Tensor
 
 
 class Expr:
@@ -113,9 +114,10 @@ class Program:
     steps: int
     result: int
     streams: int
-    extras: dict[str, list[int]]
+    extras: tuple[tuple[str, tuple[int, ...]], ...]
     last_use: tuple[int, ...] = ()
     releases: tuple[tuple[int, ...], ...] = ()
+    prepared: tuple[tuple[int, str, Any, tuple[int, ...]], ...] = ()
     slots: dict[int, int] = field(default_factory=dict)
     slot_count: int = 0
     cache: dict[Any, Any] = field(default_factory=dict)
@@ -123,6 +125,10 @@ class Program:
     def __post_init__(self) -> None:
         self._find_last_uses()
         self._assign_slots()
+        # what the executor reads in its loop: (index, kind, instruction, registers that are free afterwards)
+        self.prepared = tuple(
+            (at, type(i).__name__, tuple(i), self.releases[at]) for at, i in enumerate(self.instructions)
+        )
 
     @property
     def evaluations(self) -> int:
@@ -137,7 +143,7 @@ class Program:
         for at, instruction in enumerate(self.instructions):
             for register in reads(instruction):
                 last[register] = at
-        kept = [self.result, *(r for registers in self.extras.values() for r in registers)]
+        kept = [self.result, *(r for _, registers in self.extras for r in registers)]
         for register in kept:
             last[register] = len(self.instructions)
         self.last_use = tuple(last)
@@ -289,6 +295,8 @@ class Builder:
 
     def conversion(self, t: Number, source: str, target: str) -> tuple[Number, Number]:
         """(a, b) with target = a x_t + b prediction at time t."""
+        if isinstance(t, Tensor):
+            return conversion_coefficients(self.path, t, source, target)
         key = (t if isinstance(t, float) else t.tobytes(), source, target)
         if key not in self._conversions:
             times = torch.as_tensor(t, dtype=torch.float64)
@@ -338,7 +346,7 @@ class Builder:
             self._steps,
             self._state,
             self._streams,
-            self._extras,
+            tuple((name, tuple(registers)) for name, registers in self._extras.items()),
         )
 
 

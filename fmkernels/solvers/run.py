@@ -14,7 +14,7 @@ from .. import _dispatch
 from .._checks import type_error, value_error
 from ..ops.combine.op import combine
 from ..random import Noise
-from .program import Compute, EndStep, Evaluate, Program, Update
+from .program import EndStep, Program, Update
 
 _is_alias_of: Callable[[Tensor, Tensor], bool] = torch._C._is_alias_of  # type: ignore[attr-defined]
 
@@ -23,36 +23,59 @@ Call = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, ...]]
 OnStep = Callable[[int, Tensor], None]
 
 
-def times_of(program: Program, x: Tensor, dtype: torch.dtype, shape: str) -> Sequence[Tensor]:
-    """The program's evaluation times as tensors for the network: () or (B,), or of the grid's leading shape."""
-    batch = x.shape[0] if shape == "batch" and x.dim() else None
-    key = ("times", x.device, dtype, batch)
+def cached(program: Program, key: Any, make: Callable[[], Any]) -> Any:
+    """What a program keeps, made at its first use; under torch.compile nothing is kept."""
+    if torch.compiler.is_compiling():
+        return make()
     if key not in program.cache:
-        numbers = program.times
-        table = torch.from_numpy(np.asarray(numbers, dtype=np.float64)).to(dtype=dtype)
-        if table.dim() == 1 and batch is not None:
-            # few numbers are laid out in full, as a network may want to view them
-            table = table[:, None].expand(-1, batch)
-            table = table.contiguous() if table.numel() <= 1 << 20 else table
-        program.cache[key] = table.to(x.device, non_blocking=True).unbind(0) if numbers else ()
+        program.cache[key] = make()
     return program.cache[key]
+
+
+def time_table(program: Program, x: Tensor, dtype: torch.dtype, shape: str) -> Tensor:
+    """The program's evaluation times for the network, one a row: () or (B,), or of the grid's leading shape."""
+    batch = x.shape[0] if shape == "batch" else None
+
+    def make() -> Tensor:
+        times = program.times
+        if all(isinstance(t, float) for t in times):
+            table = torch.tensor(times, dtype=torch.float64).to(dtype)
+        elif any(isinstance(t, Tensor) for t in times):
+            table = torch.stack([torch.as_tensor(t, dtype=dtype) for t in times])
+        else:
+            table = torch.from_numpy(np.stack(np.broadcast_arrays(*times))).to(dtype)
+        if table.dim() == 1 and batch is not None:
+            table = table[:, None].expand(-1, batch)
+            # laid out in full where that is cheap, as a network may want to view them
+            table = table.contiguous() if table.numel() <= 1 << 20 else table
+        return table.to(x.device, non_blocking=True)
+
+    return cached(program, ("times", x.device, dtype, batch), make)
+
+
+def time_rows(program: Program, x: Tensor, dtype: torch.dtype, shape: str) -> Sequence[Tensor]:
+    """The rows of the time table: one tensor for each evaluation."""
+    key = ("rows", x.device, dtype, x.shape[0] if shape == "batch" else None)
+    return cached(program, key, lambda: time_table(program, x, dtype, shape).unbind(0))
+
+
+def accumulator(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def coefficients_of(program: Program, x: Tensor) -> list[list[Any]]:
     """The coefficients of each update as numbers, or as tensors where they have a leading shape."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    key = ("coefficients", x.device, dtype)
-    if key not in program.cache:
-        program.cache[key] = [
-            [
-                c if isinstance(c, float) else torch.from_numpy(np.asarray(c, np.float64)).to(dtype).to(x.device)
-                for c in i.coefficients
-            ]
+    dtype = accumulator(x)
+
+    def make() -> list[list[Any]]:
+        return [
+            [c if isinstance(c, float) else torch.as_tensor(c).to(x.device, dtype) for c in i.coefficients]
             if isinstance(i, Update)
             else []
             for i in program.instructions
         ]
-    return program.cache[key]
+
+    return cached(program, ("coefficients", x.device, dtype), make)
 
 
 def table_of(program: Program, x: Tensor) -> tuple[Tensor, list[Any]]:
@@ -60,7 +83,7 @@ def table_of(program: Program, x: Tensor) -> tuple[Tensor, list[Any]]:
 
     A captured graph reads them from there: other numbers need no new capture.
     """
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = accumulator(x)
     rows = [np.stack(np.broadcast_arrays(*i.coefficients), -1) for i in program.instructions if isinstance(i, Update)]
     flat = np.concatenate([row.ravel() for row in rows]) if rows else np.zeros(0)
     table = torch.from_numpy(flat).to(dtype).to(x.device)
@@ -101,6 +124,10 @@ class Buffers:
         while len(kept) < count:
             kept.append(torch.empty_like(like))
         return kept[:count]
+
+    def give_away(self, tensor: Tensor) -> None:
+        """Forgets a tensor that its new owner keeps."""
+        self._tensors = [kept for kept in self._tensors if kept is not tensor]
 
 
 class Run:
@@ -151,51 +178,59 @@ class Run:
         self.execute(0, len(self.program.instructions))
 
     def execute(self, start: int, stop: int) -> None:
-        program, registers, calls, times = self.program, self.registers, self.calls, self.times
-        outs, slots, native = self.outs, program.slots, self.native
-        instructions, coefficients, releases = program.instructions, self.coefficients, program.releases
-        for at in range(start, stop):
-            instruction = instructions[at]
-            if isinstance(instruction, Evaluate):
-                branch, source, time, results = instruction
-                x = registers[source]
-                output = calls[branch](x, times[time])
-                outputs = (output,) if len(results) == 1 and not isinstance(output, tuple) else output
-                if not isinstance(outputs, (tuple, list)) or len(outputs) != len(results):
-                    raise type_error("model", f"{len(results)} outputs", output)
-                for result, v in zip(results, outputs, strict=True):
-                    if not isinstance(v, Tensor) or v.shape != x.shape or v.dtype is not x.dtype:
-                        check_output(v, x)
-                    # what the network returns must not change when the state's buffer is written again
-                    registers[result] = v.clone() if outs is not None and _is_alias_of(v, x) else v
-            elif isinstance(instruction, Update):
+        """Runs instructions start .. stop - 1."""
+        registers, calls, times, coefficients = self.registers, self.calls, self.times, self.coefficients
+        outs, native = self.outs, self.native
+        watched = self.trajectory is not None or self.on_step is not None
+        for at, kind, instruction, released in self.program.prepared[start:stop]:
+            if kind == "Update":
                 result, sources, _ = instruction
                 operands = [registers[s] if s >= 0 else self.noises[-1 - s] for s in sources]
                 if outs is None:
                     registers[result] = combine(operands, coefficients[at])
                 else:
-                    out = outs[slots[result]]
+                    registers[result] = out = outs[self.program.slots[result]]
                     if native is None or not native.combine_into_plain(out, operands, coefficients[at]):
                         combine(operands, coefficients[at], out=out)
-                    registers[result] = out
-            elif isinstance(instruction, Compute):
-                values = instruction.function(*[registers[s] for s in instruction.sources])
-                for result, value in zip(instruction.results, values, strict=True):
+            elif kind == "Evaluate":
+                branch, source, time, results = instruction
+                x = registers[source]
+                output = calls[branch](x, times[time])
+                if len(results) == 1:
+                    registers[results[0]] = self._checked(output, x)
+                else:
+                    if not isinstance(output, (tuple, list)) or len(output) != len(results):
+                        raise type_error("model", f"{len(results)} outputs", output)
+                    for result, v in zip(results, output, strict=True):
+                        registers[result] = self._checked(v, x)
+            elif kind == "Compute":
+                function, sources, results = instruction
+                values = function(*[registers[s] for s in sources])
+                for result, value in zip(results, values, strict=True):
                     registers[result] = value
-            else:
-                number, state = instruction
-                if self.trajectory is not None:
-                    self.trajectory[number + 1].copy_(registers[state])
-                if self.on_step is not None:
-                    self.on_step(number, registers[state])
-            for register in releases[at]:
+            elif watched:
+                self._end_step(*instruction)
+            for register in released:
                 registers[register] = None
+
+    def _checked(self, v: Any, x: Tensor) -> Tensor:
+        if not isinstance(v, Tensor) or v.shape != x.shape or v.dtype is not x.dtype or v.device != x.device:
+            check_output(v, x)
+        # what the network returns must not change when the state's buffer is written again
+        return v.clone() if self.outs is not None and _is_alias_of(v, x) else v
+
+    def _end_step(self, number: int, state: int) -> None:
+        if self.trajectory is not None:
+            self.trajectory[number + 1].copy_(self.registers[state])
+        if self.on_step is not None:
+            self.on_step(number, self.registers[state])
 
     def checkpointed(self, segments: int) -> None:
         """Runs in segments that keep only the states between them and are computed again for the gradient."""
         ends = [at + 1 for at, i in enumerate(self.program.instructions) if isinstance(i, EndStep)]
         if not ends:
-            return
+            return self.all()
+        ends[-1] = len(self.program.instructions)  # what is put out after the last step belongs to it
         per_segment = -(-len(ends) // max(1, min(segments, len(ends))))
         start = 0
         for stop in [*ends[per_segment - 1 : -1 : per_segment], ends[-1]]:
@@ -227,4 +262,4 @@ class Run:
         return self.registers[self.program.result]
 
     def extras(self) -> dict[str, list[Tensor]]:
-        return {name: [self.registers[r] for r in registers] for name, registers in self.program.extras.items()}
+        return {name: [self.registers[r] for r in registers] for name, registers in self.program.extras}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -41,13 +42,14 @@ class RungeKutta:
         for c, row in zip(tableau.c[1 : self.used], tableau.a[1 : self.used], strict=True):
             # exact at the ends, where schedules may be singular
             time = t if c == 0.0 else u if c == 1.0 else t + c * h
-            ks.append(builder.model(_combined(x, h, row, ks), time))
-        return _combined(x, h, tableau.b, ks)
+            ks.append(builder.model(combination(x, h, row, ks), time))
+        return combination(x, h, tableau.b, ks)
 
 
-def _combined(x: Expr, h: Number, weights: tuple[float, ...], ks: list[Expr]) -> Expr:
+def combination(x: Expr, h: Number, weights: Sequence[Number], ks: list[Expr]) -> Expr:
+    """x + h sum_i w_i k_i; weights beyond the last k are 0."""
     for weight, k in zip(weights, ks, strict=False):
-        if weight != 0.0:
+        if not (isinstance(weight, float) and weight == 0.0):
             x = x + (h * weight) * k
     return x
 

@@ -114,7 +114,8 @@ class CombineFunction(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]
         count, grad = ctx.count, grads[0]
-        tensors, coefs = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        saved = ctx.saved_tensors  # once: what checkpoints recompute is unpacked at each access
+        tensors, coefs = saved[:count], saved[count:]
         needs = ctx.needs_input_grad[5:]
         results: list[Tensor | None] = [None] * len(needs)
         for i in range(count) if grad is not None else ():

@@ -1,0 +1,473 @@
+"""`fm.sample`: from noise to data by any method; `fm.Solver` keeps plans, buffers and graphs between calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._checks import check_choice, check_float_tensor, check_int, check_number, type_error, value_error
+from ..ops.random.op import randn
+from ..paths import CondOT, Path
+from ..random import draw_seed
+from ..times import Shift
+from . import grids, methods
+from .adaptive import AdaptiveOptions, Status, solve_adaptive
+from .controllers import Controller, IController
+from .graph import graphs_of
+from .program import Builder, Guidance, Method, Number, Program
+from .run import Buffers, Call, Run, coefficients_of, time_rows
+from .tableaus import Tableau
+
+Model = Callable[..., Tensor]
+Callback = Callable[[int, float, Tensor], object]
+GRADIENTS = ("none", "direct", "checkpoint")
+DEFAULT_STEPS = 50
+_COND_OT, _I_CONTROLLER = CondOT(), IController()
+
+
+@final
+@dataclass(frozen=True)
+class SampleResult:
+    """What a solve tells besides its samples.
+
+    Args:
+        nfe: network evaluations a sample, the branches of guidance counted each; of an adaptive solve the calls made.
+        steps: steps taken: an int, or of an adaptive solve an int tensor (B,) of accepted and rejected ones.
+        status: int tensor (B,) of :class:`fmkernels.Status`; None for a fixed grid, which cannot fail.
+        times: the times of ``trajectory``, or of the grid.
+        trajectory: (T, B, ...) states, if asked for.
+        log_prob: (steps, B) log-probability of each step of an SDE, if asked for.
+        graph: how the solve ran: "eager", "captured", "replayed", or "eager: " and why no graph was used.
+    """
+
+    nfe: int
+    steps: int | Tensor
+    status: Tensor | None = None
+    times: Tensor | None = None
+    trajectory: Tensor | None = None
+    log_prob: Tensor | None = None
+    graph: str = "eager"
+
+
+@dataclass
+class Solver:
+    """A model with a method, kept for repeated use: the plan, the buffers and the captured graph stay between calls.
+
+    All arguments are those of :func:`fmkernels.sample`.
+
+    Example:
+        >>> solver = fm.Solver(model, method="heun2", steps=20)
+        >>> x_1, result = solver.sample((64, 2))
+    """
+
+    model: Model
+    steps: int | None = None
+    method: str | Method = "euler"
+    path: Path = _COND_OT
+    prediction: str = "velocity"
+    guidance: Any = None
+    sde: Any = None
+    schedule: str | Shift | grids.Schedule = "uniform"
+    time_grid: Tensor | np.ndarray | Sequence[float] | None = None
+    rtol: float = 1e-5
+    atol: float = 1e-5
+    controller: Controller = _I_CONTROLLER
+    max_steps: int = 10_000
+    dtype: torch.dtype | None = None
+    device: torch.device | str | None = None
+    cuda_graph: bool | Literal["auto"] = "auto"
+    gradient: str = "none"
+    time_shape: str = "batch"
+    time_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        if not callable(self.model):
+            raise type_error("model", "a callable model(x, t, **model_kwargs)", self.model)
+        if not isinstance(self.path, Path):
+            raise type_error("path", "a path of fm.paths", self.path)
+        check_choice("time_shape", self.time_shape, ("batch", "scalar"))
+        check_choice("gradient", self.gradient, GRADIENTS)
+        if self.cuda_graph not in (True, False, "auto"):
+            raise value_error("cuda_graph", "True, False or 'auto'", self.cuda_graph)
+        check_int("max_steps", self.max_steps, low=1)
+        for name in ("rtol", "atol"):
+            check_number(name, getattr(self, name), low=0.0)
+        if self.steps is not None:
+            check_int("steps", self.steps, low=0)
+            if self.time_grid is not None:
+                raise ValueError("steps, time_grid: expected at most one of them, got both")
+        if self.sde is not None and self.method != "euler":
+            raise value_error("method", "none beside sde=, which has its own", self.method)
+        self._adaptive = self._adaptive_tableau()
+        if self._adaptive is None and self.sde is None and not torch.compiler.is_compiling():
+            methods.resolve(self.method)  # a wrong name is told here
+        self._buffers = Buffers()
+
+    def _adaptive_tableau(self) -> Tableau | None:
+        if self.sde is not None or self.steps is not None or not isinstance(self.method, str):
+            return None
+        return methods.adaptive_tableau(self.method)
+
+    def _start(self, x_0: Tensor | Sequence[int], generator: torch.Generator | None) -> Tensor:
+        if not isinstance(x_0, Tensor):
+            if not isinstance(x_0, Sequence) or not all(isinstance(n, int) for n in x_0):
+                raise type_error("x_0", "a tensor or a shape", x_0)
+            device = self.device
+            if device is None:
+                parameter = next(self.model.parameters(), None) if isinstance(self.model, torch.nn.Module) else None
+                device = parameter.device if parameter is not None else getattr(generator, "device", None)
+            return randn(x_0, dtype=self.dtype or torch.float32, device=device, generator=generator)
+        check_float_tensor("x_0", x_0)
+        return x_0.to(device=self.device, dtype=self.dtype)
+
+    def sample(
+        self,
+        x_0: Tensor | Sequence[int],
+        *,
+        generator: torch.Generator | None = None,
+        row_offset: int = 0,
+        return_trajectory: bool = False,
+        callback: Callback | None = None,
+        progress: bool = False,
+        **model_kwargs: Any,
+    ) -> tuple[Tensor, SampleResult]:
+        """Samples: see :func:`fmkernels.sample`."""
+        x = self._start(x_0, generator)
+        if x.dim() == 0:
+            raise value_error("x_0", "at least one dimension, of samples", x)
+        if self._adaptive is not None:
+            return self._sample_adaptive(self._adaptive, x, return_trajectory, callback, progress, model_kwargs)
+        program = self.plan()
+        watcher = _watcher(program, self, callback, progress)
+        if self.gradient != "none" and torch.is_grad_enabled():
+            return self._sample_fixed(program, x, generator, row_offset, return_trajectory, watcher, model_kwargs)
+        with torch.no_grad():
+            graph = self._graph_refusal(x, generator, return_trajectory, watcher, program)
+            if graph is None:
+                samples, how = graphs_of(self.model).run(self, program, x, generator, row_offset, model_kwargs)
+                if samples is not None:
+                    return samples, SampleResult(program.evaluations, program.steps, graph=how)
+                graph = how
+            return self._sample_fixed(
+                program, x, generator, row_offset, return_trajectory, watcher, model_kwargs, graph=graph
+            )
+
+    def grid(self) -> list[Number]:
+        steps = DEFAULT_STEPS if self.steps is None else self.steps
+        return grids.make_grid(steps, self.schedule, self.time_grid)
+
+    def plan(self) -> Program:
+        """The program of the fixed-grid method; the same object for the same settings."""
+        method = self.method if self.sde is None else self.sde
+        steps = DEFAULT_STEPS if self.steps is None else self.steps
+        return _plan(method, steps, self.schedule, self.time_grid, self.path, self.prediction, self.guidance)
+
+    def calls(self, model_kwargs: dict[str, Any]) -> dict[str, Call]:
+        """The network calls of each branch."""
+        if self.guidance is not None:
+            return self.guidance.calls(self.model, model_kwargs)
+        model = self.model
+        return {"": (lambda x, t: model(x, t, **model_kwargs)) if model_kwargs else model}
+
+    def new_run(self, program: Program, x: Tensor, coefficients: Any, times: Any, kwargs: dict, **options: Any) -> Run:
+        return Run(program, self.calls(kwargs), x, times, coefficients, **options)
+
+    def time_dtype_of(self, x: Tensor) -> torch.dtype:
+        return self.time_dtype or (torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+    def _graph_refusal(self, x: Tensor, generator: Any, trajectory: bool, watcher: Any, program: Program) -> str | None:
+        """Why no graph is used, or None where one may be."""
+        if self.cuda_graph is False:
+            return "eager"
+        if not x.is_cuda:
+            reason = f"the state is on {x.device.type}"
+        elif trajectory or watcher is not None:
+            reason = "a trajectory, callback or progress bar wants the states between"
+        elif program.extras:
+            reason = "the method returns more than the samples"
+        elif torch.compiler.is_compiling():
+            reason = "torch.compile is tracing"
+        else:
+            return None
+        if self.cuda_graph is True:
+            raise RuntimeError(f"cuda_graph: expected a solve that can be captured, but {reason}")
+        return f"eager: {reason}"
+
+    def _sample_fixed(
+        self,
+        program: Program,
+        x: Tensor,
+        generator: torch.Generator | None,
+        row_offset: int,
+        return_trajectory: bool,
+        watcher: Any,
+        model_kwargs: dict[str, Any],
+        graph: str = "eager",
+    ) -> tuple[Tensor, SampleResult]:
+        with_gradient = torch.is_grad_enabled() and self.gradient != "none"
+        states: list[Tensor] = [x]
+
+        def on_step(number: int, state: Tensor) -> None:
+            if return_trajectory and with_gradient:
+                states.append(state)
+            if watcher is not None:
+                watcher(number, state)
+
+        kept = None if with_gradient or torch.compiler.is_compiling() else self._buffers
+        trajectory = None
+        if return_trajectory and not with_gradient:
+            trajectory = x.new_empty((program.steps + 1, *x.shape))
+            trajectory[0].copy_(x)
+        run = self.new_run(
+            program,
+            x,
+            coefficients_of(program, x),
+            time_rows(program, x, self.time_dtype_of(x), self.time_shape),
+            model_kwargs,
+            seed=draw_seed(x.device, generator) if program.streams else None,
+            row_offset=row_offset,
+            buffers=kept,
+            trajectory=trajectory,
+            on_step=on_step if watcher is not None or (return_trajectory and with_gradient) else None,
+        )
+        if self.gradient == "checkpoint" and with_gradient:
+            run.checkpointed(max(1, round(program.steps**0.5)))
+        else:
+            run.all()
+        samples = run.result
+        if samples is x:
+            samples = x.clone()
+        elif kept is not None:
+            kept.give_away(samples)
+        if return_trajectory and with_gradient:
+            trajectory = torch.stack(states)
+        extras = run.extras()
+        log_prob = torch.stack(extras["log_prob"]) if "log_prob" in extras else None
+        times = None
+        if return_trajectory:
+            times = torch.as_tensor(np.asarray(self.grid())).to(x.device)
+        return samples, SampleResult(program.evaluations, program.steps, None, times, trajectory, log_prob, graph=graph)
+
+    def _sample_adaptive(
+        self,
+        tableau: Tableau,
+        x: Tensor,
+        return_trajectory: bool,
+        callback: Callback | None,
+        progress: bool,
+        model_kwargs: dict[str, Any],
+    ) -> tuple[Tensor, SampleResult]:
+        if callback is not None or progress:
+            raise value_error("callback", "none with adaptive steps, which differ between samples", callback)
+        grid = grids.make_grid(1, "uniform", self.time_grid)
+        options = AdaptiveOptions(
+            rtol=self.rtol,
+            atol=self.atol,
+            controller=self.controller,
+            max_steps=self.max_steps,
+            time_shape=self.time_shape,
+            time_dtype=self.time_dtype,
+        )
+        t_eval = torch.as_tensor(np.asarray(grid)).to(x.device) if return_trajectory else None
+        result = solve_adaptive(
+            self.field(), x, *(grid[0], grid[-1]), tableau, options, t_eval=t_eval, model_kwargs=model_kwargs
+        )
+        return result.y, SampleResult(
+            result.n_f_evals, result.n_steps, result.status, t_eval, result.ys if return_trajectory else None
+        )
+
+    def field(self) -> Callable[..., Tensor]:
+        """The guided velocity as a function (t, x, **model_kwargs), as adaptive solvers call it."""
+        model, guidance, path, prediction = self.model, self.guidance, self.path, self.prediction
+
+        def velocity(t: Tensor, x: Tensor, **kwargs: Any) -> Tensor:
+            return model(x, t, **kwargs)
+
+        def guided(t: Tensor, x: Tensor, **kwargs: Any) -> Tensor:
+            return guidance.at(model, kwargs)(x, t)
+
+        if prediction == "velocity":
+            return velocity if guidance is None else guided
+
+        def converted(x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
+            return path.convert(model(x, t, **kwargs), x, t, prediction, "velocity")
+
+        if guidance is None:
+            return lambda t, x, **kwargs: converted(x, t, **kwargs)
+        return lambda t, x, **kwargs: guidance.at(converted, kwargs)(x, t)
+
+
+_PLANS: dict[Any, Program] = {}
+_MAX_PLANS = 128
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch.compile unrolls the program
+def _plan(
+    method: str | Method,
+    steps: int,
+    schedule: Any,
+    time_grid: Any,
+    path: Path,
+    prediction: str,
+    guidance: Guidance | None,
+) -> Program:
+    method, grid = methods.resolve(method), grids.make_grid(steps, schedule, time_grid)
+    key: Any = None
+    if all(type(t) is float for t in grid):
+        try:
+            key = (method, tuple(grid), _value_of(path), prediction, guidance)
+            if key in _PLANS:
+                return _PLANS[key]
+        except TypeError:  # something holds a tensor
+            key = None
+    builder = Builder(grid, path, prediction, guidance)
+    method(builder)
+    program = builder.program()
+    if key is not None:
+        if len(_PLANS) >= _MAX_PLANS:
+            del _PLANS[next(iter(_PLANS))]
+        _PLANS[key] = program
+    return program
+
+
+def _value_of(path: Path) -> Any:
+    """A path by its kind and parameters."""
+    return (type(path), *sorted(vars(path).items())) if hasattr(path, "__dict__") else path
+
+
+def _watcher(
+    program: Program, solver: Solver, callback: Callback | None, progress: bool
+) -> Callable[[int, Tensor], None] | None:
+    """What is told of each step."""
+    if callback is None and not progress:
+        return None
+    bar, grid = None, solver.grid()
+    if progress:
+        from tqdm.auto import tqdm  # an optional dependency
+
+        bar = tqdm(total=program.steps)
+
+    def watch(number: int, state: Tensor) -> None:
+        if callback is not None:
+            callback(number, grid[number + 1], state)  # type: ignore[arg-type]
+        if bar is not None:
+            bar.update()
+            if number + 1 == program.steps:
+                bar.close()
+
+    return watch
+
+
+def sample(
+    model: Model,
+    x_0: Tensor | Sequence[int],
+    *,
+    steps: int | None = None,
+    method: str | Method = "euler",
+    path: Path | None = None,
+    prediction: str = "velocity",
+    guidance: Any = None,
+    sde: Any = None,
+    schedule: str | Shift | grids.Schedule = "uniform",
+    time_grid: Tensor | np.ndarray | Sequence[float] | None = None,
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+    controller: Controller | None = None,
+    max_steps: int = 10_000,
+    generator: torch.Generator | None = None,
+    row_offset: int = 0,
+    return_trajectory: bool = False,
+    callback: Callback | None = None,
+    progress: bool = False,
+    cuda_graph: bool | Literal["auto"] = "auto",
+    gradient: str = "none",
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    time_shape: str = "batch",
+    time_dtype: torch.dtype | None = None,
+    **model_kwargs: Any,
+) -> tuple[Tensor, SampleResult]:
+    r"""Solves dx/dt = v(x, t) (or an SDE with the same marginals) from x_0 at t = 0, noise, to t = 1, data.
+
+    Fixed grids run as one program of linear updates, one launch each; adaptive methods control each sample's steps on
+    the device.
+
+    Args:
+        model: any callable model(x, t, **model_kwargs) that returns a tensor of x's shape and dtype.
+        x_0: initial states (B, ...), or a shape, for which standard normal noise is drawn.
+        steps: steps of a fixed grid; 50 if None. An adaptive method takes adaptive steps where None.
+        method: a name or a method object. Fixed grid: "euler", "midpoint", "heun2", "ralston", "heun3", "rk4",
+            "rk4_38", "ab2" to "ab4", "am2" to "am4", flow and diffusion solvers ("ddim", "dpmpp_2m", "unipc", ...: see
+            :mod:`fmkernels.solvers.methods`). Adaptive where steps is None: "heun_euler", "bosh3", "fehlberg",
+            "dopri5", "tsit5", "dopri8".
+        path: the probability path, for predictions other than the velocity and for methods that use the schedule;
+            CondOT() if None.
+        prediction: what the model returns: "velocity", "x_1", "x_0", "score", "v", "edm".
+        guidance: an object of :mod:`fmkernels.guidance`.
+        sde: an :class:`fmkernels.SDE`, in the place of a method.
+        schedule: "uniform", "power", "cosine", "log", "karras", an :class:`fmkernels.times.Shift`, or any function of
+            the number of steps to its times.
+        time_grid: times instead: (S + 1,) strictly monotone, from the start to the end; or (S + 1, B) or
+            (S + 1, B, T) for times of each sample or token. With an adaptive method its ends are the interval, and
+            its times those of ``trajectory``.
+        rtol, atol, controller, max_steps: of an adaptive method; each sample's error norm is kept at 1, see
+            :func:`fmkernels.combine`. A sample that reaches ``max_steps`` is returned as it is, with its status.
+        generator: torch.Generator of what is drawn.
+        row_offset: the first sample's index in a larger batch, so that shards draw what the whole would.
+        return_trajectory: also return the states at all times.
+        callback: called as callback(step, t, x) after each step of a fixed grid; x is written again later.
+        progress: show a bar (needs tqdm).
+        cuda_graph: True captures the whole solve of a fixed grid, the network included, and replays it at the next
+            calls; "auto" does so from the second call with the same model and shapes on; False does not.
+        gradient: "none" runs without gradients; "direct" records the solve; "checkpoint" keeps sqrt(steps) states and
+            computes the rest again in the backward pass. For the adjoint method see :func:`fmkernels.odeint_adjoint`.
+        dtype, device: of the state; x_0's, and for a shape float32 and the model's device, if None.
+        time_shape: the shape of t for the model: "batch", (B,), or "scalar", ().
+        time_dtype: of t; float32 (float64 for a float64 state) if None.
+        model_kwargs: handed to the model at each call. Those of an adaptive method whose first dimension is the batch
+            follow their samples when finished ones leave the batch.
+
+    Returns:
+        (samples, result): x at the last time, and a :class:`SampleResult`.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or value; a model output unlike the state.
+    """
+    solver = Solver(
+        model,
+        steps=steps,
+        method=method,
+        path=_COND_OT if path is None else path,
+        prediction=prediction,
+        guidance=guidance,
+        sde=sde,
+        schedule=schedule,
+        time_grid=time_grid,
+        rtol=rtol,
+        atol=atol,
+        controller=_I_CONTROLLER if controller is None else controller,
+        max_steps=max_steps,
+        dtype=dtype,
+        device=device,
+        cuda_graph=cuda_graph,
+        gradient=gradient,
+        time_shape=time_shape,
+        time_dtype=time_dtype,
+    )
+    return solver.sample(
+        x_0,
+        generator=generator,
+        row_offset=row_offset,
+        return_trajectory=return_trajectory,
+        callback=callback,
+        progress=progress,
+        **model_kwargs,
+    )
+
+
+__all__ = ["SampleResult", "Solver", "Status", "sample"]
