@@ -9,6 +9,7 @@ gives w / sigma, in which the sigma of most choices cancels: the drift has its f
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,10 +25,13 @@ from ..paths import Coefficients, Path
 # Coefficients are evaluated no nearer to t = 1, where quotients by sigma would be 0 / 0.
 _END = 1.0 - 1e-6
 
+
 # Nodes and weights on [0, 1] of the integral below. They need not resolve singular ends: any value of it belongs to an
 # SDE with the right marginals.
-_POINTS, _MASSES = np.polynomial.legendre.leggauss(16)
-_NODES, _WEIGHTS = 0.5 * (_POINTS + 1.0), 0.5 * _MASSES
+@functools.lru_cache
+def _quadrature(device: torch.device) -> tuple[Tensor, Tensor]:
+    points, masses = np.polynomial.legendre.leggauss(16)
+    return torch.from_numpy(0.5 * (points + 1.0)).to(device), torch.from_numpy(0.5 * masses).to(device)
 
 
 @runtime_checkable
@@ -181,7 +185,7 @@ def renewed(diffusion: Diffusion, path: Path, t: Tensor, u: Tensor) -> Tensor:
     """The integral of w / sigma^2 between times t and u: by how many factors of e the noise in a state is renewed."""
     if isinstance(diffusion, SBDM):
         return torch.where(t == u, 0.0, 0.5 * (path.log_snr(u) - path.log_snr(t)).abs())
-    nodes, weights = (torch.from_numpy(a).to(t.device).reshape(-1, *[1] * t.dim()) for a in (_NODES, _WEIGHTS))
+    nodes, weights = (a.reshape(-1, *[1] * t.dim()) for a in _quadrature(t.device))
     inside = t + nodes * (u - t)
     rate = over_sigma(diffusion, path, inside, inside) / path.coefficients(inside).sigma_t
     return (u - t).abs() * (weights * rate).sum(0)

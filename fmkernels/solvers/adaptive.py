@@ -1,0 +1,423 @@
+r"""Adaptive Runge-Kutta steps: every sample its own step size, error control and status, all of it on the device.
+
+A step of the whole batch is, for each stage, one linear combination and one network call; then one combination that
+gives the error norms, the control (:mod:`fmkernels.ops.step_control`), and a copy of the rows that accept. Finished
+rows have step 0 and stay as they are; where enough have finished, the others move together into a smaller batch. The
+host learns who has finished from a copy of the statuses that it looks at later, so that the device never waits for it.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from .._checks import check_choice, check_float_tensor, check_int, check_number, type_error, value_error
+from ..ops.step_control.op import Clock, Count, Rules, Status, new_state
+from .controllers import Controller, IController
+from .stepper import AdaptiveStep, Batch, Dense, Field, Norm, Problem, Stepper
+from .tableaus import Tableau
+
+OnStep = Callable[[AdaptiveStep], Any]
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class AdaptiveOptions:
+    """How an adaptive solve is controlled.
+
+    Args:
+        rtol, atol: tolerances of the error norm, see :func:`fmkernels.combine`; tensors that broadcast against the
+            state take a slower path.
+        controller: the rule of the step size.
+        shared: one step size for the whole batch, from the norm over all of it.
+        first_step: size of the first step; None takes Hairer's rule, one more network call.
+        min_step: a row that rejects a step of this size ends with Status.MIN_STEP.
+        force_min_step: it accepts such a step instead, as torchdiffeq does.
+        max_step: bound of the step size.
+        max_steps: of a row, accepted or not; beyond it ends with Status.MAX_STEPS.
+        compact: moves the running rows into a smaller batch where they are at most this share of it; True is one
+            half, False never.
+        chunk: steps between two looks at who has finished.
+        time_shape: the shape of t for func: "batch", (B,), or "scalar", () (only where shared).
+        time_dtype: of t; None for float32 (float64 for a float64 state).
+        record: keep the accepted steps, see :class:`AdaptiveResult`.
+        impl: of the operations.
+    """
+
+    rtol: float | Tensor = 1e-5
+    atol: float | Tensor = 1e-5
+    controller: Controller = field(default_factory=IController)
+    shared: bool = False
+    first_step: float | None = None
+    min_step: float = 0.0
+    force_min_step: bool = False
+    max_step: float = math.inf
+    max_steps: int = 10_000
+    compact: bool | float = True
+    chunk: int = 1
+    time_shape: str = "batch"
+    time_dtype: torch.dtype | None = None
+    record: bool = False
+    impl: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, tolerance in (("rtol", self.rtol), ("atol", self.atol)):
+            if not isinstance(tolerance, Tensor):
+                check_number(name, tolerance, low=0.0)
+        if not isinstance(self.controller, Controller):
+            raise type_error("controller", "an IController, PIController or PIDController", self.controller)
+        if self.first_step is not None:
+            check_number("first_step", self.first_step, above=0.0)
+        check_number("min_step", self.min_step, low=0.0)
+        if self.max_step != math.inf:
+            check_number("max_step", self.max_step, above=0.0, low=self.min_step)
+        check_int("max_steps", self.max_steps, low=0)
+        check_number("compact", float(self.compact), low=0.0, high=1.0)
+        check_int("chunk", self.chunk, low=1)
+        check_choice("time_shape", self.time_shape, ("batch", "scalar"))
+        if self.time_shape == "scalar" and not self.shared:
+            raise value_error("time_shape", "'batch' with step sizes of each sample, whose times differ", "scalar")
+
+    @property
+    def compact_below(self) -> float:
+        """The share of running rows at which a batch shrinks."""
+        return 0.0 if self.shared or self.record else 0.5 if self.compact is True else float(self.compact)
+
+    def problem(self, func: Field, tableau: Tableau, dtype: torch.dtype, norm: Norm | None = None) -> Problem:
+        tableau = tableau.adaptive()
+        if tableau.error is None:
+            raise value_error("method", "a tableau with an error estimate", tableau.name)
+        rules = Rules(
+            self.controller.exponents(tableau.order),
+            self.controller.safety,
+            self.controller.ifactor,
+            self.controller.dfactor,
+            self.controller.least_growth,
+            float(self.min_step),
+            float(self.max_step),
+            self.max_steps,
+            self.force_min_step,
+            tableau.c,
+        )
+        return Problem(
+            func,
+            tableau,
+            rules,
+            self.atol,
+            self.rtol,
+            self.shared,
+            self.time_shape == "scalar",
+            self.time_dtype or (torch.float64 if dtype is torch.float64 else torch.float32),
+            norm,
+            self.impl,
+        )
+
+
+class AdaptiveResult(NamedTuple):
+    """What a solve gives.
+
+    Attributes:
+        y: the state of each sample where it ended, at t1 if its status is SUCCESS.
+        ys: (T, *y0.shape), states at the requested times; NaN at those that a sample did not reach. None without.
+        t: (B,) float64, the times reached.
+        status: (B,) int32, of :class:`Status`.
+        n_steps: (B,) int32, steps tried.
+        n_accepted: (B,) int32.
+        n_f_evals: calls of func.
+        n_row_evals: samples that these calls had, all together.
+        next_step: (B,) float64, the signed step size that would have been next.
+        steps: with ``record``, accepted step number i of each row as (t, h), float64 (R,) tensors; h = 0 for a row that
+            has no such step. None without.
+    """
+
+    y: Tensor
+    ys: Tensor | None
+    t: Tensor
+    status: Tensor
+    n_steps: Tensor
+    n_accepted: Tensor
+    n_f_evals: int
+    n_row_evals: int
+    next_step: Tensor
+    steps: list[tuple[Tensor, Tensor]] | None
+
+
+def solve_adaptive(
+    func: Field,
+    y0: Tensor,
+    t0: float | Tensor,
+    t1: float | Tensor,
+    tableau: Tableau,
+    options: AdaptiveOptions,
+    *,
+    t_eval: Tensor | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    on_step: OnStep | None = None,
+    norm: Norm | None = None,
+) -> AdaptiveResult:
+    """Solves dy/dt = func(t, y, **model_kwargs) from y0 at t0 to t1, without gradients.
+
+    Args:
+        func: returns a tensor of y's shape and dtype. y is a buffer that is written again later.
+        y0: (B, ...); any shape where ``options.shared``.
+        t0, t1: numbers, or (B,) tensors (not where shared); forward and backward samples may stand in one batch.
+        tableau: with an error estimate.
+        t_eval: times of ``ys`` in the order of the solve, from t0 to t1 each: (T,), or (B, T).
+        model_kwargs: handed to func; tensors whose first dimension is B follow their samples.
+        on_step: called with an :class:`AdaptiveStep` after each step was judged; a true answer ends the solve. Rows
+            then keep their places.
+        norm: of the tensor of error ratios, to () where shared, else (B,); None for the root mean square.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or value; an output of func unlike y.
+    """
+    check_float_tensor("y0", y0)
+    if not options.shared and y0.dim() == 0:
+        raise value_error("y0", "at least one dimension, of samples", y0)
+    with torch.no_grad():
+        rows = 1 if options.shared else y0.shape[0]
+        start, end = (_times(name, t, rows, y0.device) for name, t in (("t0", t0), ("t1", t1)))
+        y = own_copy(y0)
+        dense = None if t_eval is None else _dense(t_eval, start, end, y)
+        problem = options.problem(func, tableau, y0.dtype, norm)
+        batch = Batch(y, *new_state(start, end), dict(model_kwargs or {}), dense)
+        return _Solve(problem, options, batch, on_step).run()
+
+
+def own_copy(y: Tensor) -> Tensor:
+    """A copy in dense memory whose rows are dense too."""
+    layout = torch.contiguous_format
+    for dims, candidate in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if y.dim() == dims and not y.is_contiguous() and y.is_contiguous(memory_format=candidate):
+            layout = candidate
+    return torch.empty_like(y, memory_format=layout).copy_(y)
+
+
+def _times(name: str, t: float | Tensor, rows: int, device: torch.device) -> Tensor:
+    """(R,) float64."""
+    if not isinstance(t, Tensor):
+        check_number(name, t)
+        return torch.full((rows,), float(t), dtype=torch.float64, device=device)
+    if t.dim() > 1 or (t.dim() == 1 and t.shape[0] != rows):
+        raise value_error(name, f"a number or a tensor of shape () or ({rows},)", t)
+    return t.detach().to(device, torch.float64).expand(rows).clone()
+
+
+def _dense(t_eval: Tensor, start: Tensor, end: Tensor, y0: Tensor) -> Dense:
+    """y0: in dense memory."""
+    rows = start.shape[0]
+    if not isinstance(t_eval, Tensor):
+        raise type_error("t_eval", "a tensor of times", t_eval)
+    if t_eval.dim() not in (1, 2) or (t_eval.dim() == 2 and t_eval.shape[0] != rows):
+        raise value_error("t_eval", f"shape (T,) or ({rows}, T)", t_eval)
+    wanted = t_eval.detach().double()
+    if not wanted.is_cuda:  # looking would make the host wait
+        low, high = (x.to(wanted.device)[:, None] for x in (torch.minimum(start, end), torch.maximum(start, end)))
+        steps = wanted.diff(dim=-1) * (end - start).sign().to(wanted.device)[:, None]
+        if not bool(((wanted >= low) & (wanted <= high)).all()) or not bool((steps >= 0).all()):
+            raise value_error("t_eval", "times from t0 to t1, in the order of the solve", t_eval)
+    wanted = wanted.to(y0.device)
+    wanted = wanted.contiguous() if wanted.dim() == 2 else wanted.contiguous().expand(rows, -1)
+    # each time's states laid out like the state
+    size, strides = (wanted.shape[1], *y0.shape), (y0.numel(), *y0.stride())
+    return Dense(wanted, None, torch.empty_strided(size, strides, dtype=y0.dtype, device=y0.device))
+
+
+def first_outputs(batch: Batch) -> None:
+    """The requested times at which the solve begins."""
+    if batch.dense is None:
+        return
+    wanted, ids, out = batch.dense
+    at_start = wanted == batch.clock[Clock.T][:, None]
+    batch.count[Count.NEXT_OUTPUT].copy_(at_start.sum(1))
+    mask = at_start.t().reshape(out.shape[:1] + (-1,) + (1,) * max(batch.y.dim() - 1, 0))
+    mask = mask if batch.y.dim() else mask.reshape(-1)
+    assert ids is None
+    torch.where(mask, batch.y, batch.y.new_zeros(()), out=out)
+
+
+class Watch:
+    """Statuses on the host, as they were when the copy was asked for: on a GPU nobody waits for them."""
+
+    def __init__(self, delay: int) -> None:
+        self._delay = delay
+        self._pending: list[tuple[Tensor, Any]] = []
+
+    def look(self, count: Tensor) -> Tensor | None:
+        """Asks for a copy; returns the one asked for ``delay`` looks ago, if there is one."""
+        status = count[Count.STATUS]
+        if not status.is_cuda:
+            return status
+        copy = torch.empty(status.shape, dtype=status.dtype, pin_memory=True)
+        copy.copy_(status, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._pending.append((copy, event))
+        if len(self._pending) <= self._delay:
+            return None
+        copy, event = self._pending.pop(0)
+        event.synchronize()
+        return copy
+
+    def forget(self) -> None:
+        self._pending.clear()
+
+
+def gather(batch: Batch, keep: Tensor, places: Tensor) -> Batch:
+    """The rows ``keep`` as a batch of their own; ``places`` are their rows in the results."""
+    dense = batch.dense
+    if dense is not None:
+        wanted = dense.wanted
+        shared_times = wanted.stride(0) == 0
+        wanted = wanted[:1].expand(keep.shape[0], -1) if shared_times else wanted.index_select(0, keep)
+        dense = Dense(wanted, places, dense.out)
+    return Batch(
+        own_copy(batch.y.index_select(0, keep)),
+        batch.clock.index_select(1, keep),
+        batch.count.index_select(1, keep),
+        gather_kwargs(batch.kwargs, keep, batch.rows),
+        dense,
+    )
+
+
+def gather_kwargs(kwargs: Mapping[str, Any], keep: Tensor, rows: int) -> dict[str, Any]:
+    return {
+        name: value.index_select(0, keep.to(value.device)) if follows(value, rows) else value
+        for name, value in kwargs.items()
+    }
+
+
+def follows(value: Any, rows: int) -> bool:
+    """Whether a keyword argument has an entry for each sample."""
+    return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == rows
+
+
+class _Solve:
+    """One solve: the loop over steps, the batch that shrinks, and the results."""
+
+    def __init__(self, problem: Problem, options: AdaptiveOptions, batch: Batch, on_step: OnStep | None) -> None:
+        self.problem, self.options, self.batch, self.on_step = problem, options, batch, on_step
+        self.whole = batch
+        self.size = batch.y.shape[0] if batch.y.dim() else 1
+        self.places: Tensor | None = None  # of the batch's rows, where it is not the whole any more
+        self.calls = self.row_calls = 0
+        self.record: list[tuple[Tensor, Tensor]] = []
+
+    def run(self) -> AdaptiveResult:
+        batch, options = self.batch, self.options
+        first_outputs(batch)
+        if batch.y.numel() == 0:
+            batch.clock[Clock.T].copy_(batch.clock[Clock.T_END])
+            batch.count[Count.STATUS].fill_(Status.SUCCESS)
+            return self.result()
+        stepper = Stepper(self.problem, batch)
+        self._count(stepper.begin(options.first_step))
+        watch = Watch(delay=1)
+        answer: Any = None
+        while not answer:
+            status = watch.look(self.batch.count)
+            if status is not None:
+                running = int((status == Status.RUNNING).sum())
+                if running == 0:
+                    break
+                if running <= self.batch.rows * options.compact_below and self.on_step is None:
+                    stepper = self._compact(stepper, (status == Status.RUNNING).nonzero()[:, 0])
+                    watch.forget()
+            for _ in range(options.chunk):
+                answer = stepper.step(self.on_step)
+                self._count(self.problem.tableau.stages - 1)
+                if options.record:
+                    clock, count = self.batch.clock, self.batch.count
+                    self.record.append((clock[Clock.T_FROM].clone(), clock[Clock.H_TAKEN] * count[Count.ACCEPT]))
+                if answer:
+                    break
+        return self.result()
+
+    def _count(self, calls: int) -> None:
+        self.calls += calls
+        self.row_calls += calls * (self.batch.y.shape[0] if self.batch.y.dim() else 1)
+
+    def _compact(self, stepper: Stepper, keep: Tensor) -> Stepper:
+        device = self.batch.y.device
+        if device.type == "cuda":
+            keep = keep.pin_memory().to(device, non_blocking=True)
+        self._scatter()
+        self.places = keep if self.places is None else self.places.index_select(0, keep)
+        self.batch = gather(self.batch, keep, self.places)
+        smaller = Stepper(self.problem, self.batch, copy=stepper.copies_outputs)
+        smaller.resume(stepper, keep)
+        return smaller
+
+    def _scatter(self) -> None:
+        """Writes the batch to its places in the results."""
+        if self.places is None:
+            return
+        whole, batch = self.whole, self.batch
+        whole.y.index_copy_(0, self.places, batch.y)
+        whole.clock.index_copy_(1, self.places, batch.clock)
+        whole.count.index_copy_(1, self.places, batch.count)
+
+    def result(self) -> AdaptiveResult:
+        self._scatter()
+        clock, count, dense = self.whole.clock, self.whole.count, self.whole.dense
+        status = count[Count.STATUS]
+        host_status = status.cpu()  # the solve is over
+        ys = None
+        if dense is not None:
+            ys = dense.out
+            if not bool((host_status == Status.SUCCESS).all()):
+                number = torch.arange(ys.shape[0], device=ys.device)[:, None]
+                missing = number >= count[Count.NEXT_OUTPUT]
+                ys.masked_fill_(missing.reshape(missing.shape + (1,) * (ys.dim() - 2)), math.nan)
+        _warn(host_status, self.options)
+        rows = self.size if self.problem.shared else count.shape[1]
+        return AdaptiveResult(
+            self.whole.y,
+            ys,
+            clock[Clock.T].expand(rows).clone(),
+            status.expand(rows).clone(),
+            count[Count.STEPS].expand(rows).clone(),
+            count[Count.ACCEPTED].expand(rows).clone(),
+            self.calls,
+            self.row_calls,
+            clock[Clock.H_NEXT].expand(rows).clone(),
+            packed_steps(self.record) if self.options.record else None,
+        )
+
+
+def packed_steps(record: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """The accepted steps (h != 0) of each row moved together, so that there are as many as of the row with most."""
+    if not record:
+        return []
+    t, h = (torch.stack(values) for values in zip(*record, strict=True))
+    order = (h == 0.0).to(torch.int8).sort(dim=0, stable=True).indices
+    t, h = t.gather(0, order), h.gather(0, order)
+    most = int((h != 0.0).sum(0).max())
+    return list(zip(t[:most].unbind(0), h[:most].unbind(0), strict=True))
+
+
+_ENDINGS = {
+    Status.MAX_STEPS: "reached max_steps={0.max_steps}",
+    Status.NON_FINITE: "met values that are not finite",
+    Status.MIN_STEP: "need steps below min_step={0.min_step} or what float64 time resolves",
+}
+
+
+def _warn(status: Tensor, options: AdaptiveOptions) -> None:
+    parts = [
+        f"{number} of {status.numel()} rows of the batch {text.format(options)}"
+        for ending, text in _ENDINGS.items()
+        if (number := int((status == ending).sum()))
+    ]
+    if parts:
+        text = ", ".join(parts)
+        warnings.warn(f"fmkernels: adaptive solve: {text}; they are returned as they are", stacklevel=4)
+
+
+__all__ = ["AdaptiveOptions", "AdaptiveResult", "AdaptiveStep", "Status", "solve_adaptive"]

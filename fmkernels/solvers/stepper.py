@@ -1,0 +1,386 @@
+"""One adaptive step of a batch after another, on buffers that are made once, with all decisions on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from .._checks import describe
+from ..ops._operands import compute_dtype
+from ..ops.combine.op import combine
+from ..ops.step_control.op import Clock, Count, Rules, step_control
+from ..ops.step_control.rows import copy_rows, dense_output, dense_weights, expand_rows
+from .tableaus import Tableau
+
+Field = Callable[..., Tensor]
+Norm = Callable[[Tensor], Tensor]
+
+
+class Restart(Exception):
+    """A network output lies in the memory of an earlier one of the same step."""
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """What stays when samples come and go.
+
+    Attributes:
+        func: func(t, y, **kwargs).
+        tableau: in its adaptive form.
+        shared: one row of control for the whole batch.
+        scalar_time: func takes t of shape ().
+        norm: of the tensor of error ratios; None for the root mean square of each row.
+    """
+
+    func: Field
+    tableau: Tableau
+    rules: Rules
+    atol: float | Tensor
+    rtol: float | Tensor
+    shared: bool
+    scalar_time: bool
+    time_dtype: torch.dtype
+    norm: Norm | None = None
+    impl: str = "auto"
+
+    @cached_property
+    def columns(self) -> list[list[int]]:
+        """For each stage but the first, the earlier stages that it uses; last, those of the solution and its error."""
+        a, b, error = self.tableau.a, self.tableau.b, self.tableau.error or ()
+        used = [[j for j, weight in enumerate(row) if weight != 0.0] for row in a[1:]]
+        return [*used, [j for j in range(len(b)) if b[j] != 0.0 or error[j] != 0.0]]
+
+    @property
+    def slow_norm(self) -> bool:
+        """Whether the error norm is formed by single operations."""
+        return self.norm is not None or isinstance(self.atol, Tensor) or isinstance(self.rtol, Tensor)
+
+
+class Dense(NamedTuple):
+    """States at requested times.
+
+    Attributes:
+        wanted: float64 (R, T); one row of it may stand for all.
+        ids: int64 (R,), each row's place in ``out``; None where it is its own.
+        out: (T, B, ...).
+    """
+
+    wanted: Tensor
+    ids: Tensor | None
+    out: Tensor
+
+
+@final
+@dataclass(eq=False)
+class Batch:
+    """Samples on their way.
+
+    Attributes:
+        y: states; only ever written here.
+        clock, count: the state of the control, a column a row.
+        kwargs: of func.
+        k0: the derivative at y, set by :func:`begin`.
+        dense: where states at requested times go.
+    """
+
+    y: Tensor
+    clock: Tensor
+    count: Tensor
+    kwargs: Mapping[str, Any]
+    dense: Dense | None = None
+    k0: Tensor | None = field(default=None)
+
+    @property
+    def rows(self) -> int:
+        return self.clock.shape[1]
+
+
+class AdaptiveStep:
+    """What a caller may look at after a step was judged and before it is taken: see ``on_step``.
+
+    Attributes:
+        t: (R,) float64, where the step began.
+        h: (R,) float64, its signed size; 0 for a row that takes none.
+        accepted: (R,) bool.
+        y, y_new: states at both ends; buffers, which are written again.
+    """
+
+    def __init__(self, stepper: Stepper) -> None:
+        self._stepper = stepper
+        batch = stepper.batch
+        self.t, self.h = batch.clock[Clock.T_FROM], batch.clock[Clock.H_TAKEN]
+        self.accepted = batch.count[Count.ACCEPT] == 1
+        self.y, self.y_new = batch.y, stepper.y1
+
+    def interpolate(self, t: Tensor | float) -> Tensor:
+        """The states at times within the step, a number or one a row."""
+        theta = (torch.as_tensor(t, dtype=torch.float64, device=self.t.device) - self.t) / self.h
+        theta = torch.where(self.h == 0.0, 0.0, theta)
+        polynomials = self._stepper.problem.tableau.interpolant
+        weights = [w.to(compute_dtype(self.y)) for w in dense_weights(theta, self.h, polynomials)]
+        flat = [self._stepper.flat(x) for x in (self.y, *self._stepper.stages)]
+        return combine(flat, [1.0, *weights], impl=self._stepper.problem.impl).reshape(self.y.shape)
+
+
+def check_output(k: Any, y: Tensor) -> None:
+    """A network output must look like the state."""
+    if type(k) is Tensor and k.dtype is y.dtype and k.shape == y.shape and k.device == y.device:
+        return
+    if not isinstance(k, Tensor):
+        raise TypeError(f"func: expected to return a tensor like y, got {describe(k)}")
+    if k.shape != y.shape or k.device != y.device:
+        raise ValueError(f"func: expected to return y's shape {tuple(y.shape)} on {y.device}, got {describe(k)}")
+    if k.dtype is not y.dtype:
+        raise TypeError(f"func: expected to return y's dtype {y.dtype}, got {describe(k)}")
+
+
+def overlap(k: Tensor, others: Sequence[Tensor]) -> bool:
+    """Whether k lies in the memory of another tensor of its size."""
+    start, size = k.data_ptr(), k.numel() * k.element_size()
+    return any(abs(start - other.data_ptr()) < size for other in others)
+
+
+class Stepper:
+    """Takes steps of a batch.
+
+    Memory: y, a buffer that holds each stage's state and at last the new one, and the network's outputs, which are
+    kept as they come. The derivative at y has memory of its own, because rows that accept overwrite theirs.
+    """
+
+    def __init__(self, problem: Problem, batch: Batch, *, copy: bool = False) -> None:
+        self.problem, self.batch = problem, batch
+        y, tableau, rows = batch.y, problem.tableau, batch.rows
+        dtype = compute_dtype(y)
+        self.y1 = torch.empty_like(y)
+        self.k0 = torch.empty_like(y)
+        self.stages: list[Tensor] = []
+        self.step_size = torch.zeros(rows, dtype=dtype, device=y.device)
+        self.times = torch.zeros(tableau.stages, rows, dtype=problem.time_dtype, device=y.device)
+        self.time_views = [self.time_view(t) for t in self.times]
+        self._copies: list[Tensor] | None = None
+        if copy:
+            self.copy_outputs()
+        self._make_tables(dtype)
+
+    def _make_tables(self, dtype: torch.dtype) -> None:
+        """Coefficient number n of a table is shifts[n] + h slopes[n], a column a coefficient."""
+        a, b, error = self.problem.tableau.a, self.problem.tableau.b, self.problem.tableau.error or ()
+        shifts: list[float] = []
+        slopes: list[float] = []
+        self._tables: list[slice] = []
+        *stages, last = self.problem.columns
+        rows = [[row[j] for j in used] for row, used in zip(a[1:], stages, strict=True)]
+        for own, row in [
+            *((1.0, row) for row in rows),
+            (1.0, [b[j] for j in last]),
+            (0.0, [error[j] for j in last]),
+        ]:
+            self._tables.append(slice(len(shifts), len(shifts) + 1 + len(row)))
+            shifts += [own] + [0.0] * len(row)
+            slopes += [0.0, *row]
+        device = self.batch.y.device
+        self._shifts = torch.tensor([shifts], dtype=torch.float64).to(device)
+        self._slopes = torch.tensor(slopes, dtype=torch.float64).to(device)
+        self._table = torch.empty(self.batch.rows, len(slopes), dtype=dtype, device=device)
+
+    def copy_outputs(self) -> None:
+        """From now on keeps copies of the network's outputs, which overwrite each other."""
+        self._copies = [torch.empty_like(self.batch.y) for _ in range(self.problem.tableau.stages)]
+
+    @property
+    def copies_outputs(self) -> bool:
+        return self._copies is not None
+
+    # ------------------------------------------------------------------ views
+
+    def flat(self, x: Tensor) -> Tensor:
+        """A state as the control sees it: one row where it is shared."""
+        if not self.problem.shared:
+            return x
+        return x.as_strided((1, x.numel()), (x.numel(), 1))  # dense, in whatever order
+
+    def time_view(self, t: Tensor) -> Tensor:
+        """A row of times in func's shape."""
+        if self.problem.scalar_time:
+            return t[0]
+        return t.expand(self.batch.y.shape[0]) if self.problem.shared and self.batch.y.dim() else t
+
+    # ------------------------------------------------------------------ the network
+
+    def evaluate(self, number: int, t: Tensor, y: Tensor, held: Sequence[Tensor]) -> Tensor:
+        """A network output in memory that stays as it is while ``held`` are in use."""
+        k = self.problem.func(t, y, **self.batch.kwargs)
+        check_output(k, y)
+        if k.requires_grad:
+            k = k.detach()
+        if self._copies is not None:
+            return self._copies[number].copy_(k)
+        if k.stride() != y.stride() and not (k.is_contiguous() and y.is_contiguous()):
+            return torch.empty_like(y).copy_(k)
+        if overlap(k, held):
+            raise Restart
+        return k.clone() if overlap(k, (y, self.batch.y)) else k
+
+    def begin(self, first_step: float | None) -> int:
+        """The derivative at y and the first step, from a given size or Hairer's rule; returns the network calls."""
+        t = self.batch.clock[Clock.T]
+        self.k0.copy_(self.evaluate(0, self.time_view(t.to(self.problem.time_dtype)), self.batch.y, ()))
+        if first_step is not None:
+            self.control(torch.full_like(t, first_step), start=True)
+            return 1
+        self.control(self._first_step(), start=True)
+        return 2
+
+    def resume(self, other: Stepper, keep: Tensor) -> None:
+        """Goes on with rows of another stepper, whose batch this one's was gathered from."""
+        self.k0.copy_(other.k0.index_select(0, keep))
+        self.step_size.copy_(other.step_size.index_select(0, keep))
+        self.times.copy_(other.times.index_select(1, keep))
+
+    def _first_step(self) -> Tensor:
+        """Hairer, Norsett, Wanner 1993, II.4: from the sizes of y, y' and y''; NaN where y' is not finite.
+
+        Its second network call is at a trial step, which does not leave the interval.
+        """
+        clock = self.batch.clock
+        t, span = clock[Clock.T], clock[Clock.T_END] - clock[Clock.T]
+        d0, d1 = self._scaled_norm([1.0, 0.0]), self._scaled_norm([0.0, 1.0])
+        h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1)
+        trial = torch.copysign(torch.minimum(h0, span.abs()), span).nan_to_num(0.0)
+        y, y1, k0 = (self.flat(x) for x in (self.batch.y, self.y1, self.k0))
+        combine([y, k0], [1.0, trial.to(compute_dtype(y))], out=y1, impl=self.problem.impl)
+        f1 = self.evaluate(1, self.time_view((t + trial).to(self.problem.time_dtype)), self.y1, ())
+        d2 = self._scaled_norm([0.0, -1.0, 1.0], f1) / h0
+        slope = torch.maximum(d1, d2)
+        h1 = torch.where(
+            slope <= 1e-15, (1e-3 * h0).clamp(min=1e-6), (0.01 / slope) ** (1.0 / self.problem.tableau.order)
+        )
+        first = torch.minimum(100.0 * h0, h1)
+        # a trial step may leave the domain: then its own size is all that is known
+        return torch.where(first.isfinite(), first, h0) + 0.0 * (d0 + d1)
+
+    def _scaled_norm(self, weights: list[float], *more: Tensor) -> Tensor:
+        """(R,) norms of a combination of y, k0 and more over the tolerance at y, in float64."""
+        tensors = [self.batch.y, self.k0, *more][: len(weights)]
+        flat = [self.flat(x) for x in tensors]
+        if self.problem.slow_norm:
+            value = combine(flat, weights, impl=self.problem.impl).reshape(self.batch.y.shape)
+            scale = self.problem.atol + self.problem.rtol * self.batch.y.abs()
+            return row_norm(self.problem, value / scale).double()
+        _, norm = combine(
+            flat,
+            [1.0] + [0.0] * (len(flat) - 1),
+            error_coefficients=weights,
+            atol=self.problem.atol,  # type: ignore[arg-type]
+            rtol=self.problem.rtol,  # type: ignore[arg-type]
+            out=self.flat(self.y1),
+            impl=self.problem.impl,
+        )
+        return norm.double()
+
+    # ------------------------------------------------------------------ a step
+
+    def step(self, on_step: Callable[[AdaptiveStep], Any] | None = None) -> Any:
+        """A step of all rows; returns what on_step does."""
+        try:
+            error = self._attempt()
+        except Restart:
+            self.copy_outputs()
+            error = self._attempt()
+        self.control(error)
+        answer = None if on_step is None else on_step(AdaptiveStep(self))
+        self.commit()
+        return answer
+
+    def control(self, error: Tensor, *, start: bool = False) -> None:
+        batch, problem = self.batch, self.problem
+        step_control(
+            batch.clock,
+            batch.count,
+            self.step_size,
+            self.times,
+            error,
+            problem.rules,
+            start=start,
+            impl=problem.impl,
+        )
+
+    def _attempt(self) -> Tensor:
+        problem, y1 = self.problem, self.y1
+        # in float64, rounded once
+        self._table.copy_(torch.addr(self._shifts, self.batch.clock[Clock.H], self._slopes))
+        y, out = self.flat(self.batch.y), self.flat(y1)
+        *stage_columns, last = problem.columns
+        self.stages = stages = [self.k0]
+        flat = [self.flat(self.k0)]
+        for s, used in enumerate(stage_columns):
+            combine(
+                [y, *(flat[j] for j in used)],
+                self._table[:, self._tables[s]],
+                out=out,
+                impl=problem.impl,
+            )
+            stages.append(self.evaluate(s + 1, self.time_views[s + 1], y1, stages))
+            flat.append(self.flat(stages[-1]))
+        operands = [y, *(flat[j] for j in last)]
+        solution, error = (self._table[:, table] for table in self._tables[-2:])
+        if problem.slow_norm:
+            return self._slow_norm(combine(operands[1:], error[:, 1:], impl=problem.impl))
+        _, norm = combine(
+            operands,
+            solution,
+            error_coefficients=error,
+            atol=problem.atol,  # type: ignore[arg-type]
+            rtol=problem.rtol,  # type: ignore[arg-type]
+            out=out,
+            impl=problem.impl,
+        )
+        return norm
+
+    def _slow_norm(self, error: Tensor) -> Tensor:
+        y, y1 = self.batch.y, self.y1
+        ratio = error.reshape(y.shape) / (self.problem.atol + self.problem.rtol * torch.maximum(y.abs(), y1.abs()))
+        return row_norm(self.problem, ratio)
+
+    def commit(self) -> None:
+        batch = self.batch
+        if batch.dense is not None:
+            flat = [self.flat(x) for x in (batch.y, self.y1, *self.stages)]
+            out = batch.dense.out
+            if self.problem.shared:
+                out = out.as_strided((out.shape[0], 1, batch.y.numel()), (batch.y.numel(), batch.y.numel(), 1))
+            dense_output(
+                batch.clock,
+                batch.count,
+                flat[0],
+                flat[1],
+                flat[2:],
+                self.problem.tableau.interpolant,
+                batch.dense.wanted,
+                batch.dense.ids,
+                out,
+            )
+        accept = batch.count[Count.ACCEPT] == 1
+        for source, target in ((self.y1, batch.y), (self.stages[-1], self.k0)):
+            copy_rows(accept, self.flat(source), self.flat(target))
+
+
+def row_norm(problem: Problem, ratio: Tensor) -> Tensor:
+    """(R,) error norms of a tensor of error ratios."""
+    rows = 1 if problem.shared else ratio.shape[0]
+    if problem.norm is not None:
+        norm = problem.norm(ratio)
+        expected = () if problem.shared else (rows,)
+        if not isinstance(norm, Tensor) or norm.shape != expected:
+            raise ValueError(f"norm: expected to return a tensor of shape {expected}, got {describe(norm)}")
+        return norm.reshape(rows).abs()
+    return ratio.reshape(rows, -1).square().mean(1).sqrt()
+
+
+__all__ = ["AdaptiveStep", "Batch", "Dense", "Problem", "Stepper", "expand_rows"]
