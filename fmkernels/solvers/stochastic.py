@@ -69,7 +69,7 @@ class SDE:
 
     (Strong order 1 as the noise is additive.) Per step w is limited to sigma^2 / h in the explicit methods, where a
     step renews all noise: more is unstable, and any w has the right marginals. So each choice is finite from t = 0 to
-    t = 1, also those whose w (SBDM) or w / sigma^2 (constant) is not. "exponential" needs no limit, but with small steps
+    t = 1, also those whose w (SBDM) or w / sigma^2 (constant) is not. "exponential" needs no limit, but at small steps
     its error is the largest of the three: too little variance, at first order.
 
     The source must be Gaussian and the path without a gamma term, unless scale is 0.
