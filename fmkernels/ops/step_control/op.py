@@ -162,8 +162,10 @@ def step_control(
         error: (R,) error norms; with ``start`` sizes of the first step, NaN where the right-hand side is not finite.
         rules: the numbers of the control.
         start: no step was taken yet.
-        impl: "auto", "reference" or "native".
+        impl: "auto", "reference" or "native"; "triton" takes the reference, there are no such kernels.
     """
     impl = _dispatch.wanted(impl)
+    if impl == "triton":
+        impl = "reference"
     call = _step_control if _dispatch.plain(clock) else torch.ops.fmkernels.step_control
     call(clock, count, step, times, error, rules.numbers(), list(rules.nodes), start, impl)
