@@ -53,6 +53,8 @@ LAYERS = [
     ("ops", r"^ops(\.|$)"),
     ("paths", r"^(paths(\.|$)|weightings$|times$)"),
     ("losses", r"^losses$"),
+    ("solvers", r"^solvers(\.|$)"),
+    ("guidance", r"^(guidance(\.|$)|likelihood$)"),
     ("top", r"^(__init__|__main__|cli)$"),
 ]
 

@@ -306,7 +306,6 @@ _PLANS: dict[Any, Program] = {}
 _MAX_PLANS = 128
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch.compile unrolls the program
 def _plan(
     method: str | Method,
     steps: int,
@@ -333,6 +332,11 @@ def _plan(
             del _PLANS[next(iter(_PLANS))]
         _PLANS[key] = program
     return program
+
+
+# What torch.compiler.assume_constant_result does, which would import the compiler: a traced solve takes the program as
+# it is and unrolls it.
+_plan._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _value_of(path: Path) -> Any:
