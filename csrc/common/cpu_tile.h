@@ -278,6 +278,17 @@ static inline const T* load_operand(const Operand& operand, Dtype dtype, int64_t
   return values;
 }
 
+// sum + c p, rounded once where the hardware does that: what the compiler fuses by itself differs between the body of a
+// vector loop and its remainder, and a sample's result must not depend on its place in the batch.
+template <typename T>
+static inline T add_product(T sum, T c, T p) {
+#if defined(__FMA__) || defined(__aarch64__)
+  return std::fma(c, p, sum);
+#else
+  return sum + c * p;
+#endif
+}
+
 // y (+)= sum_k c_k p_k with one coefficient an operand.
 template <int count, bool accumulate, typename T>
 static inline void linear_row(T* y, const T* const* p, const T* c, int64_t first, int64_t n) {
@@ -290,8 +301,8 @@ static inline void linear_row(T* y, const T* const* p, const T* c, int64_t first
   }
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) {
-    T sum = accumulate ? y[j] + b[0] * q[0][j] : b[0] * q[0][j];
-    for (int k = 1; k < count; ++k) sum += b[k] * q[k][j];
+    T sum = accumulate ? add_product(y[j], b[0], q[0][j]) : b[0] * q[0][j];
+    for (int k = 1; k < count; ++k) sum = add_product(sum, b[k], q[k][j]);
     y[j] = sum;
   }
 }
@@ -314,7 +325,7 @@ struct Partials {
 template <bool accumulate, typename T>
 static inline void linear_element(T* y, const T* p, const T* c, int64_t n) {
 #pragma omp simd
-  for (int64_t j = 0; j < n; ++j) y[j] = accumulate ? y[j] + c[j] * p[j] : c[j] * p[j];
+  for (int64_t j = 0; j < n; ++j) y[j] = accumulate ? add_product(y[j], c[j], p[j]) : c[j] * p[j];
 }
 
 // Coefficients of n consecutive elements from index i on, an entry each.
