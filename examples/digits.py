@@ -1,8 +1,9 @@
 """Handwritten digits by flow matching, from training to pictures: what ``make demo`` runs.
 
 A class-conditional U-Net learns the velocity field on scikit-learn's 8x8 digits with the fused loss, then draws digits
-with fused Euler and midpoint steps and classifier-free guidance. Writes samples.png, trajectories.png, loss.png and
-report.json. Exit status: 0; 1 where fused and plain training disagree or the digits are not legible.
+with fused solvers, with and without classifier-free guidance, and compares them. Writes samples.png, solvers.png,
+trajectories.png, loss.png and report.json. Exit status: 0; 1 where fused and plain training disagree or the guided
+digits are not legible.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from typing import Any
 
 import digits_measure as measure
 import digits_plots as plots
+import digits_sampling as sampling
 import torch
-from digits_model import CLASSES, NO_CLASS, UNet
+from digits_model import NO_CLASS, UNet
+from digits_sampling import GUIDANCE, PER_CLASS
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
@@ -34,12 +37,10 @@ BATCH = 128
 LEARNING_RATE = 2e-3
 LABEL_DROPOUT = 0.1
 EMA_DECAY = 0.99
-GUIDANCE = 2.0
-SOLVER_STEPS = {"euler": 20, "midpoint": 10}  # the same number of evaluations for both
-PER_CLASS = 50
 PARITY_STEPS = 50
 PARITY_LIMIT = 1e-5
 AGREEMENT_LIMIT = 0.9
+SHOWN = (("guided", "euler"), ("guided", "dopri5"), ("unguided", "euler"))
 
 
 def training_batch(images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -74,32 +75,6 @@ def train(
     return average.module, torch.stack(losses).tolist()
 
 
-@torch.no_grad()
-def sample(model: nn.Module, x: Tensor, labels: Tensor, steps: int, method: str, guidance: float) -> list[Tensor]:
-    """From noise x at t = 0 to images at t = 1 by guided steps; returns every state, the last one being the images.
-
-    The guided velocity is (1 - w) u(no class) + w u(class); it and the step x + h u are one fused combine.
-    """
-    both_labels = torch.cat((torch.full_like(labels, NO_CLASS), labels))
-
-    def velocities(x: Tensor, t: float) -> tuple[Tensor, ...]:
-        times = torch.full((2 * len(x),), t, device=x.device)
-        return model(torch.cat((x, x)), times, both_labels).chunk(2)
-
-    def step(x: Tensor, u: tuple[Tensor, ...], h: float) -> Tensor:
-        return fm.combine([x, *u], [1.0, h * (1 - guidance), h * guidance])
-
-    h = 1 / steps
-    states = [x]
-    for i in range(steps):
-        u = velocities(x, i * h)
-        if method == "midpoint":
-            u = velocities(step(x, u, h / 2), (i + 0.5) * h)
-        x = step(x, u, h)
-        states.append(x)
-    return states
-
-
 def load(seed: int) -> tuple[Any, Any, Any, Any]:
     """Real digits scaled to [-1, 1], shape (N, 1, 8, 8): images to learn, held-out images, and labels of both."""
     digits = load_digits()
@@ -124,11 +99,6 @@ def parity(images: Tensor, labels: Tensor, steps: int, channels: int, seed: int)
     return measure.compare_training(
         make_model, lambda model: torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE), batches, device
     )
-
-
-def judge(classifier: SVC, images: Tensor, labels: Tensor) -> float:
-    """Share of images that the classifier reads as their label."""
-    return float(classifier.score(images.clamp(-1, 1).flatten(1).cpu().numpy(), labels.cpu().numpy()))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -168,30 +138,6 @@ def compare(images: Tensor, labels: Tensor, channels: int, seed: int, quick: boo
     }
 
 
-def draw(
-    model: nn.Module, classifier: SVC, generator: torch.Generator, quick: bool
-) -> tuple[dict[str, list[Tensor]], dict[str, dict[str, Any]]]:
-    """Digits of every class with each solver, from the same noise: all states, and how they are read."""
-    device = generator.device
-    asked = torch.arange(CLASSES, device=device).repeat_interleave(PER_CLASS)
-    noise = torch.randn((len(asked), 1, 8, 8), device=device, generator=generator)
-    states, figures = {}, {}
-    for method, steps in SOLVER_STEPS.items():
-        steps = steps // 5 if quick else steps
-        start = time.perf_counter()
-        states[method] = sample(model, noise, asked, steps, method, GUIDANCE)
-        agreement = judge(classifier, states[method][-1], asked)  # waits for the device
-        figures[method] = {
-            "images": len(asked),
-            "steps": steps,
-            "nfe": steps * (2 if method == "midpoint" else 1),
-            "agreement": agreement,
-            "read_as_asked": round(agreement * len(asked)),
-            "seconds": time.perf_counter() - start,
-        }
-    return states, figures
-
-
 def failed(compared: dict[str, Any], figures: dict[str, dict[str, Any]], quick: bool) -> list[str]:
     """What does not reach its limit; digits are not looked at in a quick run."""
     failures = []
@@ -222,12 +168,17 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     train_start = time.perf_counter()
     model, losses = train(UNet(channels).to(device), images, labels, options.steps, generator)
     train_seconds = time.perf_counter() - train_start
-    states, figures = draw(model, classifier, generator, quick)
+    unseen = torch.tensor(held_out, device=device)
+    drawn = sampling.draw(model, classifier, unseen, generator, quick)
+    figures = {kind: {name: d.figures for name, d in solvers.items()} for kind, solvers in drawn.items()}
+    floor = sampling.sliced_wasserstein(images, unseen)
 
-    plots.samples(out / "samples.png", images, labels, {m: s[-1] for m, s in states.items()}, PER_CLASS)
-    plots.trajectories(out / "trajectories.png", states["euler"], PER_CLASS)
+    shown = {f"{kind}, {name}": drawn[kind][name].images for kind, name in SHOWN}
+    plots.samples(out / "samples.png", images, labels, shown, PER_CLASS)
+    plots.solvers(out / "solvers.png", drawn, floor, PER_CLASS)
+    plots.trajectories(out / "trajectories.png", drawn["guided"]["euler"].states, PER_CLASS)
     plots.losses(out / "loss.png", losses, compared["parity"])
-    failures = failed(compared["parity"], figures, quick)
+    failures = failed(compared["parity"], figures["guided"], quick)
     return {
         "passed": not failures,
         "failures": failures,
@@ -237,7 +188,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "model_parameters": sum(p.numel() for p in model.parameters()),
         "training": {"steps": options.steps, "batch": BATCH, "seconds": train_seconds, "losses": losses},
         **compared,
-        "sampling": {"guidance": GUIDANCE, "limit": AGREEMENT_LIMIT, **figures},
+        "sampling": {"guidance": GUIDANCE, "limit": AGREEMENT_LIMIT, "distance_of_real_digits": floor, **figures},
         "classifier": {
             "what": "sklearn.svm.SVC, trained on the digits that the model learns from",
             "held_out_images": len(held_out),
@@ -282,12 +233,8 @@ def summary(report: dict[str, Any]) -> str:
         f"peak memory of the same, {'x'.join(map(str, memory['shape']))}, noise given: "
         f"{memory['peak_bytes_fused'] * mib:.0f} and {memory['peak_bytes_plain'] * mib:.0f} MiB above the inputs"
     )
-    for method in SOLVER_STEPS:
-        s = report["sampling"][method]
-        lines.append(
-            f"{method}, {s['nfe']} evaluations: {s['read_as_asked']} of {s['images']} digits are read as asked "
-            f"({s['agreement']:.1%})"
-        )
+    drawn = report["sampling"]
+    lines += sampling.table({kind: drawn[kind] for kind in ("guided", "unguided")}, drawn["distance_of_real_digits"])
     lines.append(f"the classifier on held-out real digits: {report['classifier']['held_out_accuracy']:.1%}")
     return "\n".join(lines)
 

@@ -56,6 +56,31 @@ def samples(path: Path, real: Tensor, labels: Tensor, generated: dict[str, Tenso
     plt.close(figure)
 
 
+def solvers(path: Path, drawn: dict[str, dict[str, Any]], floor: float, per_class: int) -> None:
+    """The same noise through every solver, and their distance from real digits against their evaluations."""
+    names = list(drawn["guided"])
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(12.5, 0.55 * len(names) + 1.6), width_ratios=(1.25, 1), layout="constrained"
+    )
+    rows = [_of_class(drawn["guided"][name].images, per_class, 1)[:, 0] for name in names]
+    stacked = rows[0].new_empty((len(rows), *rows[0].shape))
+    for r, row in enumerate(rows):
+        stacked[r] = row
+    _show(left, stacked, "guided, from the same noise")
+    left.set_yticks([9 * r + 3.5 for r in range(len(names))], labels=names)
+    for kind, colour in (("guided", BLUE), ("unguided", RED)):
+        points = [(d.figures["nfe"], d.figures["sliced_wasserstein"]) for d in drawn[kind].values()]
+        right.scatter(*zip(*points, strict=True), color=colour, s=18, label=kind)
+        for name, (x, y) in zip(names, points, strict=True):
+            right.annotate(name, (x, y), xytext=(4, 3), textcoords="offset points", fontsize=7, color=GREY)
+    right.axhline(floor, color=GREY, linestyle="--", linewidth=1, label="real digits among themselves")
+    right.set(xlabel="network evaluations", ylabel="sliced Wasserstein distance", title="distance from held-out digits")
+    right.legend(frameon=False, fontsize=8)
+    right.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def trajectories(path: Path, states: list[Tensor], per_class: int) -> None:
     """One digit of each class on its way from noise (t = 0) to data (t = 1)."""
     shown = sorted({round(i * (len(states) - 1) / 10) for i in range(11)})

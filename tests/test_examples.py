@@ -49,7 +49,7 @@ def test_plane(example: Any, name: str, tmp_path: Path) -> None:
 
 
 def test_demo_pictures(demo: tuple[Path, dict[str, Any]]) -> None:
-    for name in ("samples.png", "trajectories.png", "loss.png"):
+    for name in ("samples.png", "solvers.png", "trajectories.png", "loss.png"):
         assert is_picture(demo[0] / name), name
 
 
@@ -73,10 +73,15 @@ def test_demo_report(demo: tuple[Path, dict[str, Any]]) -> None:
     assert {(len(p["shape"]), p["noise"]) for p in report["loss_part"]} == {(4, "given"), (4, "drawn")}
     for part in report["loss_part"]:
         assert part["speedup"] == pytest.approx(part["seconds_plain"] / part["seconds_fused"])
-    for method, nfe in (("euler", 4), ("midpoint", 4)):
-        drawn = report["sampling"][method]
-        assert (drawn["images"], drawn["nfe"]) == (500, nfe)
-        assert drawn["read_as_asked"] == round(500 * drawn["agreement"])
+    assert set(report["sampling"]["guided"]) == set(report["sampling"]["unguided"])
+    for method, nfe in (("euler", 4), ("midpoint", 4), ("heun2", 4), ("ab2", 4), ("dpmpp_2m", 4), ("sde", 8)):
+        for kind, branches in (("guided", 2), ("unguided", 1)):
+            drawn = report["sampling"][kind][method]
+            assert (drawn["images"], drawn["nfe"]) == (500, branches * nfe)
+            assert drawn["read_as_asked"] == round(500 * drawn["agreement"])
+            assert drawn["sliced_wasserstein"] > 0
+    assert report["sampling"]["guided"]["dopri5"]["nfe"] > 6
+    assert 0 < report["sampling"]["distance_of_real_digits"] < 0.3
     assert report["classifier"]["held_out_accuracy"] > 0.95
     assert report["environment"]["torch"]
 

@@ -250,7 +250,8 @@ class Solver:
         log_prob = torch.stack(extras["log_prob"]) if "log_prob" in extras else None
         times = None
         if return_trajectory:
-            times = torch.as_tensor(np.asarray(self.grid())).to(x.device)
+            grid = self.grid() if self.sde is None else self.sde.times(self.grid())
+            times = torch.as_tensor(np.asarray(grid)).to(x.device)
         return samples, SampleResult(program.evaluations, program.steps, None, times, trajectory, log_prob, graph=graph)
 
     def _sample_adaptive(
@@ -274,32 +275,34 @@ class Solver:
             time_dtype=self.time_dtype,
         )
         t_eval = torch.as_tensor(np.asarray(grid)).to(x.device) if return_trajectory else None
-        result = solve_adaptive(
-            self.field(), x, *(grid[0], grid[-1]), tableau, options, t_eval=t_eval, model_kwargs=model_kwargs
-        )
-        return result.y, SampleResult(
-            result.n_f_evals, result.n_steps, result.status, t_eval, result.ys if return_trajectory else None
-        )
+        if self.guidance is not None:
+            model_kwargs = self.guidance.per_sample(model_kwargs, x)
+        field = _Field(self.model, self.guidance, self.path, self.prediction)
+        result = solve_adaptive(field, x, grid[0], grid[-1], tableau, options, t_eval=t_eval, model_kwargs=model_kwargs)
+        return result.y, SampleResult(round(field.evaluations), result.n_steps, result.status, t_eval, result.ys)
 
-    def field(self) -> Callable[..., Tensor]:
-        """The guided velocity as a function (t, x, **model_kwargs), as adaptive solvers call it."""
-        model, guidance, path, prediction = self.model, self.guidance, self.path, self.prediction
 
-        def velocity(t: Tensor, x: Tensor, **kwargs: Any) -> Tensor:
-            return model(x, t, **kwargs)
+class _Field:
+    """The guided velocity as a function (t, x, **model_kwargs), as adaptive solvers call it.
 
-        def guided(t: Tensor, x: Tensor, **kwargs: Any) -> Tensor:
-            return guidance.at(model, kwargs)(x, t)
+    Attributes:
+        evaluations: of the network for each row of x, the branches of guidance counted each.
+    """
 
-        if prediction == "velocity":
-            return velocity if guidance is None else guided
+    def __init__(self, model: Model, guidance: Any, path: Path, prediction: str) -> None:
+        self.model, self.guidance, self.path, self.prediction = model, guidance, path, prediction
+        self.evaluations = 0.0
 
-        def converted(x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
-            return path.convert(model(x, t, **kwargs), x, t, prediction, "velocity")
+    def __call__(self, t: Tensor, x: Tensor, **model_kwargs: Any) -> Tensor:
+        def counted(rows: Tensor, times: Tensor, **kwargs: Any) -> Tensor:
+            self.evaluations += rows.shape[0] / x.shape[0]
+            return self.model(rows, times, **kwargs)
 
-        if guidance is None:
-            return lambda t, x, **kwargs: converted(x, t, **kwargs)
-        return lambda t, x, **kwargs: guidance.at(converted, kwargs)(x, t)
+        if self.guidance is not None:
+            return self.guidance.at(counted, model_kwargs, self.path, self.prediction)(x, t)
+        self.evaluations += 1
+        v = self.model(x, t, **model_kwargs)
+        return v if self.prediction == "velocity" else self.path.convert(v, x, t, self.prediction, "velocity")
 
 
 _PLANS: dict[Any, Program] = {}
