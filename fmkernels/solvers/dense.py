@@ -30,10 +30,10 @@ class DenseBuilder(Builder):
         self.wanted, self.interp, self.reached = list(wanted), interp, 1
         self._values: dict[tuple[int, float], list[Expr]] = {}
 
-    def evaluate_all(self, x: Expr, t: Number, branch: str, count: int) -> list[Expr]:
+    def evaluate_all(self, x: Expr, t: Number, branch: str, count: int, prediction: str | None = None) -> list[Expr]:
         key = (self.register(x), float(t))
         if key not in self._values:
-            self._values[key] = super().evaluate_all(x, t, branch, count)
+            self._values[key] = super().evaluate_all(x, t, branch, count, prediction)
         return self._values[key]
 
     def advance(self, x: Expr) -> Expr:

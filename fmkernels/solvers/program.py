@@ -269,15 +269,20 @@ class Builder:
         """The velocity from one call of the network."""
         return self.evaluate_all(x, t, branch, 1)[0]
 
-    def evaluate_all(self, x: Expr, t: Number, branch: str, count: int) -> list[Expr]:
-        """The velocities from one call that returns ``count`` outputs."""
+    def evaluate_all(self, x: Expr, t: Number, branch: str, count: int, prediction: str | None = None) -> list[Expr]:
+        """The velocities from one call that returns ``count`` outputs.
+
+        Args:
+            prediction: what they are, if not what the network returns; "velocity" leaves them as they are.
+        """
         state = self.keep(x)
         results = tuple(range(self._registers, self._registers + count))
         self._registers += count
         self._times.append(t)
         (source,) = state.terms
         self._instructions.append(Evaluate(branch, source, len(self._times) - 1, results))
-        return [self.convert(state, Expr({r: 1.0}), t, "velocity", self.prediction) for r in results]
+        source_kind = prediction or self.prediction
+        return [self.convert(state, Expr({r: 1.0}), t, "velocity", source_kind) for r in results]
 
     def compute(self, function: Callable[..., tuple[Tensor, ...]], sources: Sequence[Expr], count: int) -> list[Expr]:
         """Registers from a function of tensors: row reductions and what is not linear with known coefficients."""
