@@ -178,8 +178,8 @@ class DPMSolverPP2S:
                 builder.advance(ei.noisy(builder, x, u.sigma * ei.fresh(kept)))
                 continue
             # samples without a time between stay where they are, and its prediction has no weight for them
-            between = ei.level_at(builder.path, np.where(np.isfinite(h), t.log_ratio + self.r * h, t.log_ratio)[()])
-            part = ei.or_zero(between.log_ratio - t.log_ratio)
+            between = ei.level_at(builder.path, t.log_ratio + self.r * ei.or_zero(h))
+            part = ei.or_zero(ei.width(t, between))
             first, second = ei.decay(self.eta, part), ei.decay(self.eta, h - part)
             x_s = ei.moved(p, between, first)
             if self.eta > 0.0:

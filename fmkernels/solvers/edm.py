@@ -43,7 +43,8 @@ def _level_where(builder: Builder, condition: Number, log_ratio: Number, other: 
     found = ei.level_at(builder.path, np.broadcast_to(log_ratio, np.shape(condition)).copy()[()])
     if np.all(condition):
         return found
-    return ei.level(builder.path, np.where(condition, found.t, other.t)[()])
+    times: Number = np.where(condition, found.t, other.t)
+    return ei.level(builder.path, times[()])
 
 
 @final

@@ -105,8 +105,9 @@ def noisy(builder: Builder, x: Expr, deviation: Number) -> Expr:
 
 
 def width(t: Level, u: Level) -> Number:
-    """The step in lambda; infinite from pure noise and to pure data."""
-    return u.log_ratio - t.log_ratio
+    """The step in lambda; infinite from pure noise and to pure data, NaN from either to itself."""
+    with np.errstate(invalid="ignore"):
+        return u.log_ratio - t.log_ratio
 
 
 def decay(rate: float, h: Number) -> Number:

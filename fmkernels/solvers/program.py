@@ -38,7 +38,7 @@ class Expr:
     def __add__(self, other: Expr) -> Expr:
         terms = dict(self.terms)
         for base, coefficient in other.terms.items():
-            terms[base] = terms[base] + coefficient if base in terms else coefficient
+            terms[base] = _sum(terms[base], coefficient) if base in terms else coefficient
         return Expr(terms)
 
     def __sub__(self, other: Expr) -> Expr:
@@ -56,6 +56,12 @@ class Expr:
 
     def __neg__(self) -> Expr:
         return self * -1.0
+
+
+def _sum(a: Number, b: Number) -> Number:
+    """a + b, and 0 where only their rounding is left: such a term would cost a read of its tensor."""
+    total = a + b
+    return 0.0 if isinstance(total, float) and abs(total) < 1e-14 * abs(a) else total
 
 
 ZERO = Expr({})
@@ -216,6 +222,7 @@ class Builder:
         self._extras: dict[str, list[int]] = {}
         self._known: dict[Any, int] = {}
         self._conversions: dict[Any, tuple[Number, Number]] = {}
+        self._converted: set[tuple[str, str]] = set()
 
     # ------------------------------------------------------------------ what a method writes
 
@@ -302,12 +309,20 @@ class Builder:
         """(a, b) with target = a x_t + b prediction at time t."""
         if isinstance(t, Tensor):
             return conversion_coefficients(self.path, t, source, target)
-        key = (t if isinstance(t, float) else t.tobytes(), source, target)
-        if key not in self._conversions:
-            times = torch.as_tensor(t, dtype=torch.float64)
-            a, b = conversion_coefficients(self.path, times, source, target)
-            self._conversions[key] = (as_number(a), as_number(b))
-        return self._conversions[key]
+        known, key = self._conversions, (_key(t), source, target)
+        if key not in known and (source, target) not in self._converted:
+            # of all grid times at once: one by one they would take longer than all else that a method does
+            self._converted.add((source, target))
+            if not any(isinstance(time, Tensor) for time in self.grid):
+                a, b = self._conversion(np.asarray(self.grid, dtype=np.float64), source, target)
+                known.update({(_key(u), source, target): (a[i], b[i]) for i, u in enumerate(self.grid)})
+        if key not in known:
+            known[key] = self._conversion(t, source, target)
+        return known[key]
+
+    def _conversion(self, t: Number, source: str, target: str) -> tuple[Number, Number]:
+        a, b = conversion_coefficients(self.path, torch.as_tensor(t, dtype=torch.float64), source, target)
+        return as_number(a), as_number(b)
 
     def register(self, x: Expr) -> int:
         """The register that holds the expression, by an update unless it is there."""
@@ -335,7 +350,9 @@ class Builder:
             terms[self._state] = 0.0
         result = self._registers
         self._registers += 1
-        self._instructions.append(Update(result, tuple(bases), tuple(terms[base] for base in bases)))
+        # floats of numpy's are floats to Python but not to torch.compile
+        coefficients = (float(c) if isinstance(c := terms[base], float) else c for base in bases)
+        self._instructions.append(Update(result, tuple(bases), tuple(coefficients)))
         if key is not None:
             self._known[key] = result
         return result
@@ -353,6 +370,10 @@ class Builder:
             self._streams,
             tuple((name, tuple(registers)) for name, registers in self._extras.items()),
         )
+
+
+def _key(t: Number) -> float | bytes:
+    return t if isinstance(t, float) else t.tobytes()
 
 
 def as_number(value: Tensor) -> Number:
