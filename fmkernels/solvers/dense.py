@@ -5,16 +5,44 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from torch import Tensor
 
+from ..ops.combine.op import combine
 from ..paths import CondOT
 from .program import ZERO, Builder, Expr, Number
 from .runge_kutta import combination
 from .tableaus import Tableau
 
 
+def value_of(time: Number) -> float:
+    """A time as a float, without its gradient."""
+    return float(time.detach()) if isinstance(time, Tensor) else float(time)
+
+
 def between(time: Number, start: Number, end: Number) -> bool:
     """Whether a time lies from start to end, in either direction."""
-    return (float(time) - float(start)) * (float(time) - float(end)) <= 0.0
+    return (value_of(time) - value_of(start)) * (value_of(time) - value_of(end)) <= 0.0
+
+
+def at_step_end(time: Number, end: Number) -> bool:
+    """Whether a time is a step's end itself. One with a gradient of its own only meets it: it can move away."""
+    return value_of(time) == value_of(end) and (time is end or not isinstance(time, Tensor))
+
+
+def hermite_weights(s: Number, h: Number) -> tuple[Number, Number, Number, Number]:
+    """Weights of y0, y1, f0, f1 in the cubic Hermite polynomial at the share s of a step of size h."""
+    r = 1.0 - s
+    return (1.0 + 2.0 * s) * r * r, s * s * (3.0 - 2.0 * s), s * r * r * h, -s * s * r * h
+
+
+def linear_or_hermite(
+    y0: Tensor, y1: Tensor, slopes: Sequence[Tensor] | None, start: float, end: float, time: float
+) -> Tensor:
+    """The state at a time within a step: on the line, or with the slopes at both ends on the Hermite polynomial."""
+    s = (time - start) / (end - start)
+    if slopes is None:
+        return combine([y0, y1], [1.0 - s, s])
+    return combine([y0, y1, *slopes], list(hermite_weights(s, end - start)))
 
 
 class DenseBuilder(Builder):
@@ -31,7 +59,7 @@ class DenseBuilder(Builder):
         self._values: dict[tuple[int, float], list[Expr]] = {}
 
     def evaluate_all(self, x: Expr, t: Number, branch: str, count: int, prediction: str | None = None) -> list[Expr]:
-        key = (self.register(x), float(t))
+        key = (self.register(x), value_of(t))
         if key not in self._values:
             self._values[key] = super().evaluate_all(x, t, branch, count, prediction)
         return self._values[key]
@@ -42,7 +70,7 @@ class DenseBuilder(Builder):
         _, t, u = self.step
         while self.reached < len(self.wanted) and between(self.wanted[self.reached], self.grid[0], u):
             time = self.wanted[self.reached]
-            self.output("ys", after if float(time) == float(u) else self._between(before, after, t, u, time))
+            self.output("ys", after if at_step_end(time, u) else self._between(before, after, t, u, time))
             self.reached += 1
         return after
 
@@ -50,15 +78,9 @@ class DenseBuilder(Builder):
         s = (time - t) / (u - t)
         if self.interp == "linear":
             return before * (1.0 - s) + after * s
-        h = u - t
         f0, f1 = self.model(before, t), self.model(after, u)
-        r = 1.0 - s
-        return (
-            before * ((1.0 + 2.0 * s) * r * r)
-            + f0 * (s * r * r * h)
-            + after * (s * s * (3.0 - 2.0 * s))
-            - f1 * (s * s * r * h)
-        )
+        terms = zip(hermite_weights(s, u - t), (before, after, f0, f1), strict=True)
+        return sum((x * weight for weight, x in terms), ZERO)
 
 
 class Replay:
@@ -92,7 +114,7 @@ class Replay:
                 continue
             while number < len(self.wanted) and between(self.wanted[number], builder.grid[0], step.u):
                 time = self.wanted[number]
-                at_end = float(time) == float(step.u)
+                at_end = at_step_end(time, step.u)
                 outputs[number] = after if at_end else self._interpolated(x, h, (time - step.t) / h, ks)
                 number += 1
         for out in outputs[1:]:

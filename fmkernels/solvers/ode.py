@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,11 +18,11 @@ from ..paths import CondOT
 from . import methods
 from .adaptive import AdaptiveOptions, AdaptiveStep, Status, solve_adaptive
 from .controllers import Controller, IController
-from .dense import DenseBuilder, Replay
+from .dense import DenseBuilder, Replay, value_of
 from .packed import Field, Packed, State
-from .program import Builder, Number, as_grid
+from .program import Builder, Method, Number, as_grid
 from .run import Buffers, Run, coefficients_of, time_rows
-from .runge_kutta import AdamsBashforth, AdamsMoulton
+from .runge_kutta import MAX_ORDER, AdamsBashforth, AdamsMoulton
 from .tableaus import Tableau
 
 # torchdiffeq's names where they differ from ours. Its rk4 is the 3/8 rule.
@@ -32,7 +32,7 @@ _NAMES: dict[str, Any] = {
     "implicit_adams": AdamsMoulton(4),
     "fixed_adams": AdamsMoulton(4),
 }
-_FIXED_OPTIONS = ("step_size", "grid_constructor", "interp", "checkpoint", "max_order")
+_FIXED_OPTIONS = ("step_size", "grid_constructor", "interp", "checkpoint", "max_order", "reversible")
 _ADAPTIVE_OPTIONS = (
     "first_step",
     "min_step",
@@ -48,7 +48,8 @@ _ADAPTIVE_OPTIONS = (
     "per_sample",
     "checkpoint",
 )
-_IGNORED_OPTIONS = ("dtype", "perturb", "max_iters")  # torchdiffeq's, without a meaning here
+_IGNORED_OPTIONS = ("dtype", "norm", "perturb", "max_iters")  # torchdiffeq's, without a meaning here
+CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
 
 
 def check_times(t: Any, y0: Tensor) -> Tensor:
@@ -91,8 +92,9 @@ def odeint(
         options: adaptive: first_step, min_step, max_step, max_num_steps, safety, ifactor, dfactor, norm, step_t,
             jump_t as in torchdiffeq; controller, an object of :mod:`fmkernels.solvers.controllers`; per_sample=True
             controls the step of each index of dimension 0 by itself, func's t being (B,). Fixed: step_size or
-            grid_constructor, interp ("linear" or "cubic"). Both: checkpoint=True computes the solve again in the
-            backward pass, in sqrt(steps) segments.
+            grid_constructor, interp ("linear" or "cubic"), max_order of Adams methods, reversible (see
+            :mod:`fmkernels.solvers.reversible`). Both: checkpoint=True computes the solve again in the backward pass,
+            in sqrt(steps) segments.
         event_fn: stops where event_fn(t, y) changes its sign: see :func:`fmkernels.odeint_event`.
 
     Returns:
@@ -110,25 +112,50 @@ def odeint(
     if event_fn is not None:
         from .events import solve_event  # uses odeint
 
-        return solve_event(packed, t, event_fn, rtol=rtol, atol=atol, method=method, options=options)
+        event_t, ys = solve_event(packed, t, event_fn, rtol=rtol, atol=atol, method=method, options=options)
+        return event_t, packed.unpack(ys, lead=1)
+    return packed.unpack(solve(packed, t, rtol, atol, method, options), lead=1)
+
+
+def solve(packed: Packed, t: Tensor, rtol: Any, atol: Any, method: Any, options: dict[str, Any]) -> Tensor:
+    """The packed states at the times t."""
     tableau = methods.adaptive_tableau(method) if isinstance(method, str) else None
     if tableau is not None:
-        check_options(method, options, _ADAPTIVE_OPTIONS)
-        ys = _adaptive(packed, t, tableau, rtol, atol, options)
-    elif isinstance(method, str) and method in methods.IMPLICIT:
-        from .implicit import solve_implicit
+        check_options(packed, method, options, adaptive=True)
+        return _adaptive(packed, t, tableau, rtol, atol, options)
+    if isinstance(method, str) and method in methods.IMPLICIT:
+        from .implicit import option_names, solve_implicit
 
-        ys = solve_implicit(packed.field, packed.y0, t, method, options)
-    else:
-        check_options(method, options, _FIXED_OPTIONS)
-        ys = _fixed(packed, t, _NAMES.get(method, method) if isinstance(method, str) else method, options)
-    return packed.unpack(ys, lead=1)
+        _warn_unknown(method, options, option_names(method, options))
+        tolerances = {"rtol": packed.tolerance("rtol", rtol), "atol": packed.tolerance("atol", atol)}
+        norm = packed.norm(options.get("norm"))
+        return solve_implicit(packed.field, packed.y0, t, method, options, **tolerances, norm=norm)
+    check_options(packed, method, options, adaptive=False)
+    return _fixed(packed, t, named_method(method, options), options)
 
 
-def check_options(method: Any, options: dict[str, Any], known: Sequence[str]) -> None:
+def check_options(packed: Packed, method: Any, options: dict[str, Any], *, adaptive: bool) -> None:
+    """Warns of options and callbacks that the method does not have."""
+    _warn_unknown(method, options, _ADAPTIVE_OPTIONS if adaptive else _FIXED_OPTIONS)
+    if not adaptive:
+        unused = [name for name in CALLBACKS[1:] if getattr(packed.func, name, None) is not None]
+        if unused:
+            warnings.warn(f"func: method {method!r} does not call {', '.join(unused)}", stacklevel=4)
+
+
+def _warn_unknown(method: Any, options: dict[str, Any], known: Sequence[str]) -> None:
     unknown = [name for name in options if name not in known and name not in _IGNORED_OPTIONS]
     if unknown:
-        warnings.warn(f"options: method {method!r} has no {', '.join(map(repr, unknown))}", stacklevel=3)
+        warnings.warn(f"options: method {method!r} has no {', '.join(map(repr, unknown))}", stacklevel=5)
+
+
+def named_method(method: Any, options: dict[str, Any]) -> Method:
+    """A method of fixed steps by its name in torchdiffeq or here, or as it is given."""
+    order = options.get("max_order")
+    if order is not None and isinstance(method, str) and "adams" in method:
+        order = min(int(order), MAX_ORDER)
+        return AdamsBashforth(order) if method == "explicit_adams" else AdamsMoulton(max(order, 2))
+    return methods.resolve(_NAMES.get(method, method) if isinstance(method, str) else method)
 
 
 # ---------------------------------------------------------------------- fixed grids
@@ -152,7 +179,7 @@ def _grid(packed: Packed, t: Tensor, options: dict[str, Any]) -> list[Number] | 
         size = float(size)
         check_number("step_size", size, above=0.0)
         first, *_, last = numbers_of(t)
-        span = float(last) - float(first)
+        span = value_of(last) - value_of(first)
         count = max(1, math.ceil(abs(span) / size - 1e-9))
         signed = math.copysign(size, span)
         return [first, *(first + signed * i for i in range(1, count)), last]
@@ -164,45 +191,48 @@ def _grid(packed: Packed, t: Tensor, options: dict[str, Any]) -> list[Number] | 
     return None
 
 
-def run_program(packed: Packed, builder: Builder, method: Any, options: dict[str, Any], trajectory: bool) -> Any:
-    """Runs a method on a builder's grid: the trajectory, or the extra outputs."""
+def new_run(packed: Packed, builder: Builder, method: Method, **kwargs: Any) -> Run:
+    """A run of a method on a builder's grid from the packed state."""
     y0 = packed.y0
     method(builder)
     program = builder.program()
     dtype = torch.float64 if y0.dtype == torch.float64 else torch.float32
     if y0.dtype in (torch.float16, torch.bfloat16):
         dtype = y0.dtype
-    gradient = torch.is_grad_enabled()
+    calls = {"": lambda y, t: packed.field(t, y)}
+    times, coefficients = time_rows(program, y0, dtype, "scalar"), coefficients_of(program, y0)
+    run = Run(program, calls, y0, times, coefficients, **kwargs)
+    run.function_name = "func"
+    return run
+
+
+def run_program(packed: Packed, builder: Builder, method: Method, options: dict[str, Any], trajectory: bool) -> Tensor:
+    """Runs a method on a builder's grid: the trajectory, or y0 and the extra outputs."""
+    y0, grid, gradient = packed.y0, builder.grid, torch.is_grad_enabled()
     states = [y0]
+    steps = len(grid) - 1
     kept = None
     if trajectory and not gradient:
-        kept = y0.new_empty((program.steps + 1, *y0.shape))
+        kept = y0.new_empty((steps + 1, *y0.shape))
         kept[0].copy_(y0)
-    callback = getattr(packed.func, "callback_step", None)
+    callback = None if isinstance(method, Replay) else getattr(packed.func, CALLBACKS[0], None)
 
     def tell(number: int, state: Tensor) -> None:
-        if callback is not None and number + 1 < len(builder.grid):
-            start, end = (torch.as_tensor(builder.grid[i], dtype=dtype) for i in (number, number + 1))
-            callback(start, packed.unpack(state), end - start)
+        if callback is not None and number < steps:
+            start, end = (torch.as_tensor(t, dtype=y0.dtype, device=y0.device) for t in grid[number : number + 2])
+            callback(start, packed.unpack(state if gradient else state.clone()), end - start)
 
     def on_step(number: int, state: Tensor) -> None:
         if gradient and trajectory:
             states.append(state)
         tell(number + 1, state)
 
-    run = Run(
-        program,
-        {"": lambda y, t: packed.field(t, y)},
-        y0,
-        time_rows(program, y0, dtype, "scalar"),
-        coefficients_of(program, y0),
-        buffers=None if gradient else Buffers(),
-        trajectory=kept,
-        on_step=on_step if callback is not None or (gradient and trajectory) else None,
-    )
+    watched = callback is not None or (gradient and trajectory)
+    buffers = None if gradient else Buffers()
+    run = new_run(packed, builder, method, buffers=buffers, trajectory=kept, on_step=on_step if watched else None)
     tell(0, y0)
     if options.get("checkpoint") and gradient:
-        run.checkpointed(max(1, round(program.steps**0.5)))
+        run.checkpointed(max(1, round(steps**0.5)))
     else:
         run.all()
     if not trajectory:
@@ -210,15 +240,23 @@ def run_program(packed: Packed, builder: Builder, method: Any, options: dict[str
     return torch.stack(states) if kept is None else kept
 
 
-def _fixed(packed: Packed, t: Tensor, method: Any, options: dict[str, Any]) -> Tensor:
+def interp_of(options: dict[str, Any]) -> str:
     interp = options.get("interp", "linear")
     if interp not in ("linear", "cubic"):
         raise value_error("interp", "'linear' or 'cubic'", interp)
-    resolved = methods.resolve(method)
+    return str(interp)
+
+
+def _fixed(packed: Packed, t: Tensor, method: Method, options: dict[str, Any]) -> Tensor:
+    interp = interp_of(options)
+    if options.get("reversible"):
+        from .reversible import odeint_reversible
+
+        return odeint_reversible(packed, t, method, options)
     grid = _grid(packed, t, options)
     if grid is None:
-        return run_program(packed, Builder(numbers_of(t), CondOT()), resolved, options, trajectory=True)
-    return run_program(packed, DenseBuilder(grid, numbers_of(t), interp), resolved, options, trajectory=False)
+        return run_program(packed, Builder(numbers_of(t), CondOT()), method, options, trajectory=True)
+    return run_program(packed, DenseBuilder(grid, numbers_of(t), interp), method, options, trajectory=False)
 
 
 # ---------------------------------------------------------------------- adaptive steps
@@ -239,6 +277,7 @@ def adaptive_options(packed: Packed, rtol: Any, atol: Any, options: dict[str, An
         atol=packed.tolerance("atol", atol),
         controller=controller,
         shared=not per_sample,
+        first_step=None if options.get("first_step") is None else abs(float(options["first_step"])),
         min_step=float(options.get("min_step", 0.0)),
         force_min_step=True,
         max_step=float(options.get("max_step", math.inf)),
@@ -249,32 +288,55 @@ def adaptive_options(packed: Packed, rtol: Any, atol: Any, options: dict[str, An
     )
 
 
-def restarts(options: dict[str, Any], t: Tensor) -> list[float]:
-    """Where an adaptive solve must end a step and begin anew: t[0], the inner step_t and jump_t, t[-1]."""
-    first, last = t.detach()[[0, -1]].tolist()
-    points = set()
+class Segment(NamedTuple):
+    """A part of an adaptive solve between times at which a step must end; ``limits`` of the times that func sees."""
+
+    start: float
+    end: float
+    limits: tuple[float, float] | None
+
+
+def segments(options: dict[str, Any], first: float, last: float, dtype: torch.dtype) -> list[Segment]:
+    """The parts of a solve from first to last that step_t and jump_t make, where the step control begins anew.
+
+    func never sees the time of a jump itself, but the next one of the dtype on the side where the solver is.
+    """
+    low, high = min(first, last), max(first, last)
+    points: dict[float, bool] = {}
     for name in ("step_t", "jump_t"):
         given = options.get(name)
         if given is not None:
-            points |= {float(x) for x in torch.as_tensor(given).reshape(-1)}
-    inner = [x for x in points if min(first, last) < x < max(first, last)]
-    return [first, *sorted(inner, reverse=last < first), last]
+            points.update((x, name == "jump_t") for x in torch.as_tensor(given).double().reshape(-1).tolist())
+    inner = sorted((x for x in points if low < x < high), reverse=last < first)
+    info = torch.finfo(dtype)
+
+    def beside(time: float, towards: float) -> float:
+        if not points.get(time, False) or time in (first, last):
+            return time
+        return time + math.copysign(max(abs(time) * info.eps, info.tiny), towards - time)
+
+    parts = []
+    for start, end in pairwise([first, *inner, last]):
+        limits = sorted((beside(start, end), beside(end, start)))
+        plain = limits == sorted((start, end))
+        parts.append(Segment(start, end, None if plain else (limits[0], limits[1])))
+    return parts
 
 
 def watcher(packed: Packed) -> Callable[[AdaptiveStep], None] | None:
     """torchdiffeq's callbacks, which are attributes of func."""
-    names = ("callback_step", "callback_accept_step", "callback_reject_step")
-    callbacks = [getattr(packed.func, name, None) for name in names]
+    callbacks = [getattr(packed.func, name, None) for name in CALLBACKS]
     if not any(callbacks):
         return None
     on_try, on_accept, on_reject = callbacks
 
     def watch(step: AdaptiveStep) -> None:
-        t, h = (x[0] if x.shape[0] == 1 else x for x in (step.t, step.h))
+        # copies: what the step shows is written again
+        t, h = (x[0].clone() if x.shape[0] == 1 else x.clone() for x in (step.t, step.h))
         judged = on_accept if bool(step.accepted.all()) else on_reject
         for callback in (on_try, judged):
             if callback is not None:
-                callback(t, packed.unpack(step.y), h)
+                callback(t, packed.unpack(step.y.clone()), h)
 
     return watch
 
@@ -295,61 +357,74 @@ def _adaptive(packed: Packed, t: Tensor, tableau: Tableau, rtol: Any, atol: Any,
         return packed.y0[None].clone()
     gradient = needs_gradient(packed, t)
     engine = adaptive_options(packed, rtol, atol, options, record=gradient)
-    if options.get("first_step") is not None:
-        engine = replace(engine, first_step=abs(float(options["first_step"])))
-    first, last = t.detach()[[0, -1]].tolist()
-    y = packed.y0.detach()
-    parts: list[Any] = []
-    steps: list[tuple[Tensor, Tensor]] = []
-    points, wanted = restarts(options, t), t.detach().double().cpu()
-    for start, end in pairwise(points):
-        inside = (wanted - start) * (wanted - end) <= 0.0
-        if start != first:
-            inside &= wanted != start
+    if gradient and not engine.shared and t.requires_grad:
+        raise value_error("t", "times without gradient with per_sample=True", t)
+    norm, watch = packed.norm(options.get("norm")), watcher(packed)
+    times, wanted = numbers_of(t), t.detach().double().cpu()
+    first, last = value_of(times[0]), value_of(times[-1])
+    y, parts = packed.y0, []
+    for segment in segments(options, first, last, y.dtype):
+        inside = (wanted - segment.start) * (wanted - segment.end) <= 0.0
+        if segment.start != first:
+            inside &= wanted != segment.start
+        here = packed.part(y, segment.limits)
         result = solve_adaptive(
-            packed.field,
-            y,
-            start,
-            end,
+            here.field,
+            y.detach(),
+            segment.start,
+            segment.end,
             tableau,
             engine,
             t_eval=wanted[inside],
-            norm=packed.norm(options.get("norm")),
-            on_step=watcher(packed),
+            norm=norm,
+            on_step=watch,
         )
+        engine = replace(engine, first_step=None)
+        failed = bool((result.status != Status.SUCCESS).any())
+        if gradient:
+            if failed:
+                raise RuntimeError(
+                    "odeint: expected a solve that succeeds where its gradient is wanted; see the warning"
+                )
+            at_first, at_last = segment.start == first, segment.end == last
+            start, end = times[0] if at_first else segment.start, times[-1] if at_last else segment.end
+            later = [times[i] for i in inside.nonzero()[int(at_first) :, 0].tolist()]
+            marks = [start, *later] if at_last else [start, *later, end]
+            ys = replayed(here, tableau, result.steps or [], start, end, marks, options)
+            y = ys[-1]
+            parts.append(ys[int(not at_first) : 1 + len(later)])
+            continue
+        assert result.ys is not None
         y = result.y
         parts.append(result.ys)
-        steps += result.steps or []
+        if failed:
+            break
     ys = torch.cat(parts) if len(parts) > 1 else parts[0]
-    if not gradient:
-        return ys
-    if bool((result.status != Status.SUCCESS).any()):
-        raise RuntimeError("odeint: expected a solve that succeeds where its gradient is wanted; see the warning")
-    return _replayed(packed, t, tableau.adaptive(), steps, (first, last), engine.shared, options)
+    missing = t.shape[0] - ys.shape[0]
+    return ys if missing == 0 else torch.cat([ys, ys.new_full((missing, *ys.shape[1:]), math.nan)])
 
 
-def _replayed(
+def replayed(
     packed: Packed,
-    t: Tensor,
     tableau: Tableau,
     steps: list[tuple[Tensor, Tensor]],
-    ends: tuple[float, float],
-    shared: bool,
+    start: Number,
+    end: Number,
+    wanted: list[Number],
     options: dict[str, Any],
 ) -> Tensor:
-    """The accepted steps again, recorded for the gradient."""
-    times = numbers_of(t)
-    if not shared:
-        # rows with fewer steps stay at their end
-        if t.requires_grad:
-            raise value_error("t", "times without gradient with per_sample=True", t)
-        grid: list[Number] = [np.full(packed.y0.shape[0], ends[0])]
+    """The accepted steps from start to end again, recorded for the gradient: the states at the times wanted.
+
+    Args:
+        packed: with the state at start.
+        wanted: from start on; tensors where they need a gradient.
+    """
+    rows = bool(options.get("per_sample", False))
+    grid: list[Number] = [start, *(float(t) for t, _ in steps[1:]), end] if not rows else []
+    if rows:  # those with fewer steps stay at their end
+        grid = [np.full(packed.y0.shape[0], value_of(start))]
         for _, h in steps:
             grid.append(grid[-1] + h.cpu().numpy())
-        grid[-1] = np.full_like(grid[-1], ends[1])
-        return run_program(
-            packed, Builder(grid, CondOT()), Replay(tableau, times, rows=True), options, trajectory=False
-        )
-    grid = [times[0], *(float(start) for start, _ in steps[1:]), times[-1]]
-    builder = Builder(grid, CondOT())
-    return run_program(packed, builder, Replay(tableau, times), options, trajectory=False)
+        grid[-1] = np.full_like(grid[-1], value_of(end))
+    replay = Replay(tableau.adaptive(), wanted, rows=rows)
+    return run_program(packed, Builder(grid, CondOT()), replay, options, trajectory=False)

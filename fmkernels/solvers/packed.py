@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +33,14 @@ class Packed:
         self.shapes = [p.shape for p in parts]
         self.sizes = [p.numel() for p in parts]
         self.plain = not self.is_tuple and not self.complex
+        self.limits: tuple[float, float] | None = None
         self.y0 = self.pack(parts if self.is_tuple else parts[0])
+
+    def part(self, y0: Tensor, limits: tuple[float, float] | None = None) -> Packed:
+        """The same problem from another packed state on, with times for func kept within limits."""
+        other = copy.copy(self)
+        other.y0, other.limits = y0, limits
+        return other
 
     def pack(self, y: State) -> Tensor:
         if self.plain:
@@ -53,7 +61,9 @@ class Packed:
         return tuple(p.reshape(y.shape[:lead] + shape) for p, shape in zip(parts, self.shapes, strict=True))
 
     def tolerance(self, name: str, value: Any) -> float | Tensor:
-        """A tolerance for the packed state: a number, or one for each tensor of a tuple."""
+        """A tolerance for the packed state: a number, or one for each tensor of a tuple, or a tensor like y0."""
+        if isinstance(value, Tensor) and value.dim() == 1 and self.is_tuple:
+            value = value.tolist()
         if isinstance(value, (tuple, list)):
             if not self.is_tuple or len(value) != len(self.sizes):
                 raise value_error(name, f"a number, or {len(self.sizes)} numbers for a tuple y0", value)
@@ -62,7 +72,9 @@ class Packed:
             ]
             flat = torch.cat(parts).to(self.y0.dtype)
             return flat[:, None] if self.complex else flat
-        return value if isinstance(value, Tensor) and value.dim() else float(value)
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            return float(value)
+        return value[..., None] if self.complex else value
 
     def norm(self, given: Callable[[Any], Tensor] | None) -> Callable[[Tensor], Tensor] | None:
         """The error norm: the user's on the user's state; for a tuple the largest root mean square of its tensors."""
@@ -76,6 +88,8 @@ class Packed:
 
     def field(self, t: Tensor, y: Tensor) -> Tensor:
         """The right-hand side on the packed state."""
+        if self.limits is not None:
+            t = t.clamp(*self.limits)
         if self.plain:
             return self.func(t, y)
         result = self.func(t, self.unpack(y))

@@ -14,7 +14,7 @@ from .. import _dispatch
 from .._checks import type_error, value_error
 from ..ops.combine.op import combine
 from ..random import Noise
-from .program import EndStep, Program, Update
+from .program import EndStep, Program, Update, perform
 
 _is_alias_of: Callable[[Tensor, Tensor], bool] = torch._C._is_alias_of  # type: ignore[attr-defined]
 
@@ -99,16 +99,16 @@ def table_of(program: Program, x: Tensor) -> tuple[Tensor, list[Any]]:
     return table, views
 
 
-def check_output(v: Any, x: Tensor) -> None:
+def check_output(v: Any, x: Tensor, name: str = "model") -> None:
     """The network's output must be like the state."""
     if not isinstance(v, Tensor):
-        raise type_error("model", "a tensor from model(x, t)", v)
+        raise type_error(name, "to return a tensor", v)
     if v.shape != x.shape:
-        raise value_error("model", f"an output of the state's shape, {tuple(x.shape)}", v)
+        raise value_error(name, f"an output of the state's shape, {tuple(x.shape)}", v)
     if v.dtype is not x.dtype:
-        raise type_error("model", f"an output of the state's dtype, {x.dtype} (cast it, or set dtype=)", v)
+        raise type_error(name, f"an output of the state's dtype, {x.dtype} (cast it, or set dtype=)", v)
     if v.device != x.device:
-        raise value_error("model", f"an output on the state's device, {x.device}", v)
+        raise value_error(name, f"an output on the state's device, {x.device}", v)
 
 
 class Buffers:
@@ -144,6 +144,8 @@ class Run:
         trajectory: (steps + 1, B, ...) tensor that receives the states.
         on_step: called with (index, state) after each step.
     """
+
+    function_name = "model"  # in errors
 
     def __init__(
         self,
@@ -205,7 +207,7 @@ class Run:
                         registers[result] = self._checked(v, x)
             elif kind == "Compute":
                 function, sources, results = instruction
-                values = function(*[registers[s] for s in sources])
+                values = perform(function, [registers[s] for s in sources])
                 for result, value in zip(results, values, strict=True):
                     registers[result] = value
             elif watched:
@@ -215,7 +217,7 @@ class Run:
 
     def _checked(self, v: Any, x: Tensor) -> Tensor:
         if not isinstance(v, Tensor) or v.shape != x.shape or v.dtype is not x.dtype or v.device != x.device:
-            check_output(v, x)
+            check_output(v, x, self.function_name)
         # what the network returns must not change when the state's buffer is written again
         return v.clone() if self.outs is not None and _is_alias_of(v, x) else v
 

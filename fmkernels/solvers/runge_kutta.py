@@ -87,7 +87,7 @@ def _integral(history: list[tuple[Number, Expr]], t: Number, u: Number) -> Expr:
 
 # A method of order p keeps it when its first steps, which have no past, are taken by one of order p - 1.
 _STARTS = {3: "midpoint", 4: "heun3", 5: "rk4"}
-_MAX_ORDER = 5
+MAX_ORDER = 5
 
 
 def _start(order: int) -> RungeKutta | None:
@@ -109,7 +109,7 @@ class AdamsBashforth:
     order: int = 2
 
     def __post_init__(self) -> None:
-        check_int("order", self.order, low=1, high=_MAX_ORDER)
+        check_int("order", self.order, low=1, high=MAX_ORDER)
 
     def __call__(self, builder: Builder) -> None:
         history: list[tuple[Number, Expr]] = []
@@ -140,7 +140,7 @@ class AdamsMoulton:
     reuse: bool = False
 
     def __post_init__(self) -> None:
-        check_int("order", self.order, low=2, high=_MAX_ORDER)
+        check_int("order", self.order, low=2, high=MAX_ORDER)
 
     def __call__(self, builder: Builder) -> None:
         history: list[tuple[Number, Expr]] = []
