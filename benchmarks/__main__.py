@@ -15,7 +15,8 @@ import torch
 from fmkernels.testing import Case
 
 from . import machine, records, render, report, targets
-from .families import FAMILIES, Family
+from .families import FAMILIES
+from .family import Family
 from .runner import Options, RedCheck, Runner
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -32,6 +33,7 @@ QUICK: dict[str, tuple[tuple[tuple[int, ...], str], ...]] = {
     "loss": (((256, 4, 32, 32), "x_0 given"),),
     "randn": (((256, 16, 64, 64), ""),),
     "combine": (((256, 4, 32, 32), "K=4"),),
+    "sampling": (((16, 2), "euler 100"), ((16, 2), "euler cfg 50"), ((16, 2), "dopri5 1e-05")),
 }
 
 
@@ -69,7 +71,7 @@ def _jobs(options: argparse.Namespace) -> list[Job]:
         if options.family and family.name not in options.family:
             continue
         for name in options.dtype or (["float32"] if options.quick else DTYPES):
-            for case in family.cases:
+            for case in family.cases if DTYPES[name] in family.dtypes else ():
                 quick = (case.shape, case.variant) in QUICK.get(family.name, ())
                 if quick or not options.quick:
                     jobs.append((family, case, DTYPES[name]))

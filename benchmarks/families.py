@@ -7,8 +7,7 @@ returns its results by name; results under a name that the oracle gives too are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fmkernels as fm
-from fmkernels import _dispatch
 from fmkernels.ops.combine.cases import CASES as COMBINE
 from fmkernels.ops.interpolate.cases import CASES as INTERPOLATE
 from fmkernels.ops.random.cases import CASES as RANDOM
@@ -24,73 +22,9 @@ from fmkernels.ops.regression_loss.cases import CASES as LOSS
 from fmkernels.random import draw_seed, noise_like, normals
 from fmkernels.testing import BENCH_SHAPES, Case, Inputs, generator, random_tensor, select
 
-from .peers import PEERS, Sample, load
-
-Outputs = dict[str, Any]
-Run = Callable[[Inputs], Outputs]
-Transform = Callable[[Callable[..., Any]], Callable[..., Any]]  # identity, or torch.compile
-
-
-@dataclass(frozen=True)
-class Implementation:
-    name: str
-    run: Run
-    ours: bool = False
-    auto: bool = False  # impl="auto", what users get
-
-
-@dataclass(frozen=True)
-class Family:
-    """One kind of work; ``oracle`` and ``reference`` see the results too, for the noise that a run has
-    drawn."""
-
-    name: str
-    what: str
-    cases: list[Case]
-    ours: Callable[[Case, str], dict[str, Run]]  # variant ("" for the default) -> run, for one value of impl=
-    plain: Callable[[Case, Transform], Run]
-    oracle: Callable[[Case, Inputs, Outputs], dict[str, Tensor]]  # in float64
-    reference: Callable[[Case, Inputs, Outputs], dict[str, Tensor]]  # plain PyTorch in the case's dtype
-    peer: Callable[[Case, Sample], Run] | None = None
-    checked: Callable[[Outputs], Outputs] = lambda outputs: outputs  # what of the results is compared
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, fullgraph=True, dynamic=False)
-
-
-def eager(function: Callable[..., Any]) -> Callable[..., Any]:
-    return function
-
-
-def implementations(
-    family: Family, case: Case, device: torch.device, *, with_compile: bool = True, quick: bool = False
-) -> Iterator[Implementation | tuple[str, str]]:
-    """Every implementation of a case; for one that cannot run here, (name, why)."""
-    # What users get first: impl="auto" may take shortcuts that an explicit choice does not.
-    yield Implementation("fmkernels", family.ours(case, "auto")[""], ours=True, auto=True)
-    for impl in () if quick else ("native", "triton", "reference"):
-        reason = _dispatch.unavailable(impl, device.type)
-        if reason is not None:
-            yield f"fmkernels-{impl}", reason
-            continue
-        for variant, run in family.ours(case, impl).items():
-            yield Implementation(f"fmkernels-{impl}" + (f"-{variant}" if variant else ""), run, ours=True)
-    yield Implementation("eager", family.plain(case, eager))
-    if with_compile:
-        # A fresh start: otherwise the recompilation limit of the shared formulas would be reached after a few
-        # cases.
-        torch.compiler.reset()
-        yield Implementation("compile", family.plain(case, compiled))
-    else:
-        yield "compile", "left out by --no-compile"
-    if family.peer is not None:
-        for peer in PEERS:
-            sample = load(peer)
-            yield (
-                (peer.name, sample) if isinstance(sample, str) else Implementation(peer.name, family.peer(case, sample))
-            )
-
+from .family import Family, Outputs, Run, Transform
+from .peers import Sample
+from .sampling import SAMPLING
 
 # What a user writes without fmkernels. The loss is taken in float32, as training scripts do.
 
@@ -162,13 +96,13 @@ def _path_plain(case: Case, transform: Transform) -> Run:
     return run
 
 
-def _path_peer(case: Case, sample: Sample) -> Run:
+def _path_peer(case: Case, sample: Sample) -> dict[str, Run]:
     def run(inputs: Inputs) -> Outputs:
         x_0 = torch.randn_like(inputs["x_1"]) if inputs["x_0"] is None else inputs["x_0"]
         x_t, u = sample(inputs["x_1"], x_0, inputs["alpha"])  # their calls form the target too
         return {"x_t": x_t, "x_0": x_0, "u": u}
 
-    return run
+    return {"": run}
 
 
 def _path_oracle(case: Case, inputs: Inputs, outputs: Outputs) -> dict[str, Tensor]:
@@ -290,14 +224,14 @@ def _cfm_plain(case: Case, transform: Transform) -> Run:
     return run
 
 
-def _cfm_peer(case: Case, sample: Sample) -> Run:
+def _cfm_peer(case: Case, sample: Sample) -> dict[str, Run]:
     def run(inputs: Inputs) -> Outputs:
         x_0 = torch.randn_like(inputs["x_1"]) if inputs["x_0"] is None else inputs["x_0"]
         x_t, u = sample(inputs["x_1"], x_0, inputs["t"])
         loss = F.mse_loss(inputs["pred"], u)
         return {"x_t": x_t, "x_0": x_0, "loss": loss, "grad": _gradient(loss, inputs["pred"])}
 
-    return run
+    return {"": run}
 
 
 def _cfm_oracle(case: Case, inputs: Inputs, outputs: Outputs) -> dict[str, Tensor]:
@@ -433,5 +367,6 @@ FAMILIES: dict[str, Family] = {
             oracle=_combine_oracle,
             reference=_combine_reference,
         ),
+        SAMPLING,
     )
 }

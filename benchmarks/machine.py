@@ -75,6 +75,9 @@ def versions() -> dict[str, str | None]:
         "triton": _version("triton"),
         "torchcfm": _version("torchcfm"),
         "flow_matching": _version("flow_matching"),
+        "torchdiffeq": _version("torchdiffeq"),
+        "torchode": _version("torchode"),
+        "diffusers": _version("diffusers"),
     }
 
 

@@ -1,4 +1,4 @@
-"""The peers' own path sampling, called as their documentation shows, where they are installed."""
+"""The peers, where they are installed. Here their own path sampling, called as their documentation shows."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -36,15 +37,15 @@ def _flow_matching() -> Sample:
 @dataclass(frozen=True)
 class Peer:
     name: str  # also the name of its distribution
-    load: Callable[[], Sample]
+    load: Callable[[], Any]  # what its family's ``peer`` is given
 
 
 PEERS = (Peer("torchcfm", _torchcfm), Peer("flow_matching", _flow_matching))
 
 
 @functools.cache
-def load(peer: Peer) -> Sample | str:
-    """Its sampling function, or why there is none."""
+def load(peer: Peer) -> Any:
+    """What it gives, or, as a string, why there is nothing."""
     try:
         return peer.load()
     except ImportError as error:

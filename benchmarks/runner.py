@@ -14,10 +14,9 @@ from fmkernels import _dispatch
 from fmkernels.testing import Case, Inputs, assert_within_budget, relative_error
 
 from . import machine, memory, timing
-from .families import CHECK_SEED, Family, Implementation, Outputs, implementations
+from .families import CHECK_SEED
+from .family import Family, Implementation, Outputs, Solve, implementations
 from .records import COPY, SCHEMA, Record
-
-BUDGET_FACTOR = 2.0  # an error may be so many times that of plain PyTorch in the same dtype
 
 
 class RedCheck(Exception):
@@ -67,9 +66,12 @@ class Runner:
             for entry in usable
             if entry.ours
         }
-        count = timing.set_count(_bytes_of(inputs), options.device, latency=latency)
+        solves = _solves(family, case, inputs, usable)
+        # the calls of a solve are those of one input
+        count = timing.set_count(_bytes_of(inputs), options.device, latency=latency or bool(solves))
         sets = [inputs, *(_inputs(case, dtype, options.device, seed) for seed in range(1, count))]
         entries = [timing.Entry(entry.name, entry.run, sets) for entry in usable]
+        entries += [timing.Entry(_network(name), solve.network, sets) for name, solve in solves.items()]
         entries.append(timing.copy_entry(case.bytes(dtype), options.device, latency=latency))
 
         takes = _dispatch.chosen("combine", options.device.type, _dispatch.wanted("auto"))
@@ -77,9 +79,11 @@ class Runner:
         # What torch.compile has specialised on must not change from one input set to the next: fail, do not
         # time it.
         with torch._dynamo.config.patch(error_on_recompile=True):
-            taken_by = self._times(entries)
+            taken_by = self._times(entries, graph=not solves)
         for timer, times in taken_by.items():
             for name, taken in times.items():
+                if name in map(_network, solves):
+                    continue
                 entry = next((e for e in usable if e.name == name), None)
                 records.append(
                     {
@@ -104,16 +108,17 @@ class Runner:
                         "peak_extra_bytes": peaks.get(name),
                         "retained_bytes": retained.get(name),
                         "errors": errors.get(name, {}),
+                        **_solve_fields(solves.get(name), taken, times.get(_network(name))),
                         **self.stamp,
                     }
                 )
         return records
 
-    def _times(self, entries: list[timing.Entry]) -> dict[str, dict[str, timing.Timing]]:
+    def _times(self, entries: list[timing.Entry], *, graph: bool) -> dict[str, dict[str, timing.Timing]]:
         options = self.options
         timer = "events" if options.device.type == "cuda" else "host"
         times = {timer: timing.interleave(entries, options.device, budget=options.budget, rounds=options.rounds)}
-        if options.device.type == "cuda":
+        if graph and options.device.type == "cuda":
             captured = [c for c in map(timing.capture, entries) if c is not None]
             if any(entry.name == COPY for entry in captured):
                 taken = timing.interleave(captured, options.device, budget=options.budget, rounds=options.rounds)
@@ -150,6 +155,32 @@ class Runner:
             print(f"  skipped {name}: {reason}")
 
 
+def _network(name: str) -> str:
+    """The timing entry of a solve's network calls alone."""
+    return f"{name}, network alone"
+
+
+def _solves(family: Family, case: Case, inputs: Inputs, usable: list[Implementation]) -> dict[str, Solve]:
+    return {} if family.solve is None else {entry.name: family.solve(case, entry.run, inputs) for entry in usable}
+
+
+def _solve_fields(solve: Solve | None, whole: timing.Timing, network: timing.Timing | None) -> dict[str, Any]:
+    """What the record of a solve has more: evaluations, steps, the network's time and the solver's own."""
+    if solve is None or network is None:
+        return {}
+    overhead = whole.median - network.median
+    return {
+        "solve": {
+            "nfe": solve.calls,
+            "nfe_per_sample": solve.rows,
+            "steps": solve.steps,
+            "network": asdict(network),
+            "overhead": overhead,
+            "overhead_per_step": overhead / max(1, solve.steps),
+        }
+    }
+
+
 def _inputs(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> Inputs:
     inputs = case.make(dtype, device, seed)
     if "pred" in inputs:
@@ -180,11 +211,11 @@ def _check(family: Family, case: Case, inputs: Inputs, entry: Implementation) ->
 
 
 def _check_ours(family: Family, case: Case, inputs: Inputs, outputs: Outputs, oracle: dict[str, Tensor]) -> None:
-    reference = family.reference(case, inputs, outputs)
+    reference, factor = family.reference(case, inputs, outputs), family.budget(outputs)
     for name, right in oracle.items():
         if name not in outputs:
             raise AssertionError(f"{name}: expected a result, got none")
-        assert_within_budget(outputs[name], right, reference[name], BUDGET_FACTOR, noise=case.noise, name=name)
+        assert_within_budget(outputs[name], right, reference[name], factor, noise=case.noise, name=name)
     drawn = outputs.get("x_0")
     if case.noise and isinstance(drawn, Tensor) and drawn.numel() > timing.LATENCY_ELEMENTS:
         # The oracle took it as it came, so that it is normal is looked at here: six standard deviations.
