@@ -114,14 +114,20 @@ def test_documentation_is_up_to_date() -> None:
 
 
 @pytest.mark.skipif(not (ROOT / "docs").is_dir(), reason="not a source checkout")
-def test_the_readmes_first_example_runs() -> None:
-    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
+def test_the_readmes_examples_run() -> None:
+    train, draw = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     setup = """
 import torch
 x_1, weight = torch.randn(8, 3), torch.ones(3, requires_grad=True)
 model = lambda x, t: x * weight
 """
-    python(setup + code + "\nassert weight.grad is not None")
+    python(setup + train + "\nassert weight.grad is not None")
+    setup = """
+import torch, fmkernels as fm
+labels = torch.arange(64) % 10
+model = lambda x, t, labels: x * (labels < 10)[:, None, None, None]
+"""
+    python(setup + draw + "\nassert x_1.shape == (64, 1, 8, 8) and result.nfe == 80")
 
 
 def test_documentation_examples_run() -> None:
@@ -139,6 +145,6 @@ class Net(torch.nn.Module):
 model = Net(); optimizer = torch.optim.SGD(model.parameters(), 1e-3)
 data = [torch.randn(4, 1, 8, 8)] * 2; is_valid = torch.ones(4, dtype=torch.bool)
 pred, x_0, x_1, t = torch.randn(4, 1, 8, 8), torch.randn(4, 1, 8, 8), data[0], torch.rand(4)
-labels = none = None; w = 2.0; times = torch.linspace(0, 1, 5)
+conditional = model
 """
     python(setup + "\n".join(blocks))

@@ -9,7 +9,19 @@ from types import ModuleType
 from typing import Any
 
 import fmkernels
-from fmkernels import paths, testing, times, weightings
+from fmkernels import guidance, paths, testing, times, weightings
+from fmkernels.solvers import (
+    adaptive,
+    controllers,
+    diffusion,
+    diffusions,
+    edm,
+    grids,
+    implicit,
+    methods,
+    runge_kutta,
+    tableaus,
+)
 
 HEAD = "# API\n\nGenerated from the docstrings by `make docs`.\n"
 
@@ -51,6 +63,17 @@ def render() -> str:
         ("fmkernels.paths", paths),
         ("fmkernels.weightings", weightings),
         ("fmkernels.times", times),
+        ("fmkernels.guidance", guidance),
+        ("fmkernels.solvers.methods", methods),
+        ("fmkernels.solvers.tableaus", tableaus),
+        ("fmkernels.solvers.runge_kutta", runge_kutta),
+        ("fmkernels.solvers.diffusion", diffusion),
+        ("fmkernels.solvers.edm", edm),
+        ("fmkernels.solvers.diffusions", diffusions),
+        ("fmkernels.solvers.grids", grids),
+        ("fmkernels.solvers.adaptive", adaptive),
+        ("fmkernels.solvers.controllers", controllers),
+        ("fmkernels.solvers.implicit", implicit),
         ("fmkernels.testing", testing),
     ):
         lines += [f"## {title}", "", inspect.getdoc(module) or "", ""]
