@@ -30,7 +30,7 @@ OPS = ("combine", "regression_loss", "random", "row_dots")
 _PREFERENCE: dict[tuple[str, str], tuple[str, ...]] = {
     **{(op, "cpu"): ("native", "reference") for op in OPS},
     **{(op, "cuda"): ("native", "triton", "reference") for op in OPS},
-    **{("step_control", device): ("reference",) for device in ("cpu", "cuda")},
+    **{("step_control", device): ("native", "reference") for device in ("cpu", "cuda")},
 }
 _ENVIRONMENT = os.environ.get("FMKERNELS_IMPL", "auto")
 if _ENVIRONMENT not in IMPLS:

@@ -16,6 +16,7 @@
 #include "random/random.h"
 #include "regression_loss/regression_loss.h"
 #include "row_dots/row_dots.h"
+#include "step_call.h"
 
 namespace py = pybind11;
 
@@ -196,6 +197,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("combine_into_plain", &fm_python::combine_into_plain);
   m.def("regression_loss_plain", &fm_python::regression_loss_plain);
   m.def("row_dots_plain", &fm_python::row_dots_plain);
+  fm_python::define_steps(m);
   m.def("cuda_workspace_elements", &fm::workspace_elements_cuda);
   m.def("cuda_architectures", &fm::cuda_architectures, "CUDA architectures that were built, e.g. ['80', '90'].");
   py::class_<Block>(m, "Block", py::buffer_protocol()).def(py::init<int64_t>()).def_buffer(&Block::buffer);

@@ -20,6 +20,7 @@ from torch import Tensor
 from .._checks import check_choice, check_float_tensor, check_int, check_number, type_error, value_error
 from ..ops.step_control.op import Clock, Count, Rules, Status, new_state
 from .controllers import Controller, IController
+from .native_stepper import make_stepper
 from .stepper import AdaptiveStep, Batch, Dense, Field, Norm, Problem, Stepper
 from .tableaus import Tableau
 
@@ -235,7 +236,6 @@ def first_outputs(batch: Batch) -> None:
         return
     wanted, ids, out = batch.dense
     at_start = wanted == batch.clock[Clock.T][:, None]
-    batch.count[Count.NEXT_OUTPUT].copy_(at_start.sum(1))
     mask = at_start.t().reshape(out.shape[:1] + (-1,) + (1,) * max(batch.y.dim() - 1, 0))
     mask = mask if batch.y.dim() else mask.reshape(-1)
     assert ids is None
@@ -316,17 +316,19 @@ class _Solve:
             batch.clock[Clock.T].copy_(batch.clock[Clock.T_END])
             batch.count[Count.STATUS].fill_(Status.SUCCESS)
             return self.result()
-        stepper = Stepper(self.problem, batch)
+        stepper = make_stepper(self.problem, batch)
         self._count(stepper.begin(options.first_step))
         watch = Watch(delay=1)
         answer: Any = None
         while not answer:
-            status = watch.look(self.batch.count)
-            if status is not None:
+            running, status = stepper.running, None
+            if running is None and (status := watch.look(self.batch.count)) is not None:
                 running = int((status == Status.RUNNING).sum())
+            if running is not None:
                 if running == 0:
                     break
                 if running <= self.batch.rows * options.compact_below and self.on_step is None:
+                    status = self.batch.count[Count.STATUS] if status is None else status
                     stepper = self._compact(stepper, (status == Status.RUNNING).nonzero()[:, 0])
                     watch.forget()
             for _ in range(options.chunk):
@@ -335,7 +337,7 @@ class _Solve:
                 if options.record:
                     clock, count = self.batch.clock, self.batch.count
                     self.record.append((clock[Clock.T_FROM].clone(), clock[Clock.H_TAKEN] * count[Count.ACCEPT]))
-                if answer:
+                if answer or stepper.running == 0:
                     break
         return self.result()
 
@@ -350,7 +352,7 @@ class _Solve:
         self._scatter()
         self.places = keep if self.places is None else self.places.index_select(0, keep)
         self.batch = gather(self.batch, keep, self.places)
-        smaller = Stepper(self.problem, self.batch, copy=stepper.copies_outputs)
+        smaller = make_stepper(self.problem, self.batch, copy=stepper.copies_outputs)
         smaller.resume(stepper, keep)
         return smaller
 

@@ -164,12 +164,13 @@ class Stepper:
         self.times = torch.zeros(tableau.stages, rows, dtype=problem.time_dtype, device=y.device)
         self.time_views = [self.time_view(t) for t in self.times]
         self._copies: list[Tensor] | None = None
+        self.running: int | None = None  # rows, where that is known without waiting
         if copy:
             self.copy_outputs()
-        self._make_tables(dtype)
+        self.prepare()
 
-    def _make_tables(self, dtype: torch.dtype) -> None:
-        """Coefficient number n of a table is shifts[n] + h slopes[n], a column a coefficient."""
+    def prepare(self) -> None:
+        """Makes what steps need: coefficient number n of a table is shifts[n] + h slopes[n], a column a coefficient."""
         a, b, error = self.problem.tableau.a, self.problem.tableau.b, self.problem.tableau.error or ()
         shifts: list[float] = []
         slopes: list[float] = []
@@ -187,7 +188,7 @@ class Stepper:
         device = self.batch.y.device
         self._shifts = torch.tensor([shifts], dtype=torch.float64).to(device)
         self._slopes = torch.tensor(slopes, dtype=torch.float64).to(device)
-        self._table = torch.empty(self.batch.rows, len(slopes), dtype=dtype, device=device)
+        self._table = torch.empty(self.batch.rows, len(slopes), dtype=self.step_size.dtype, device=device)
 
     def copy_outputs(self) -> None:
         """From now on keeps copies of the network's outputs, which overwrite each other."""
@@ -196,6 +197,14 @@ class Stepper:
     @property
     def copies_outputs(self) -> bool:
         return self._copies is not None
+
+    @property
+    def derivative(self) -> Tensor:
+        """That at y."""
+        return self.k0
+
+    def set_derivative(self, k: Tensor) -> None:
+        self.k0.copy_(k)
 
     # ------------------------------------------------------------------ views
 
@@ -230,7 +239,7 @@ class Stepper:
     def begin(self, first_step: float | None) -> int:
         """The derivative at y and the first step, from a given size or Hairer's rule; returns the network calls."""
         t = self.batch.clock[Clock.T]
-        self.k0.copy_(self.evaluate(0, self.time_view(t.to(self.problem.time_dtype)), self.batch.y, ()))
+        self.set_derivative(self.evaluate(0, self.time_view(t.to(self.problem.time_dtype)), self.batch.y, ()))
         if first_step is not None:
             self.control(torch.full_like(t, first_step), start=True)
             return 1
@@ -239,7 +248,7 @@ class Stepper:
 
     def resume(self, other: Stepper, keep: Tensor) -> None:
         """Goes on with rows of another stepper, whose batch this one's was gathered from."""
-        self.k0.copy_(other.k0.index_select(0, keep))
+        self.set_derivative(other.derivative.index_select(0, keep))
         self.step_size.copy_(other.step_size.index_select(0, keep))
         self.times.copy_(other.times.index_select(1, keep))
 
@@ -253,9 +262,15 @@ class Stepper:
         d0, d1 = self._scaled_norm([1.0, 0.0]), self._scaled_norm([0.0, 1.0])
         h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1)
         trial = torch.copysign(torch.minimum(h0, span.abs()), span).nan_to_num(0.0)
-        y, y1, k0 = (self.flat(x) for x in (self.batch.y, self.y1, self.k0))
+        y, y1, k0 = (self.flat(x) for x in (self.batch.y, self.y1, self.derivative))
         combine([y, k0], [1.0, trial.to(compute_dtype(y))], out=y1, impl=self.problem.impl)
-        f1 = self.evaluate(1, self.time_view((t + trial).to(self.problem.time_dtype)), self.y1, ())
+        time = self.time_view((t + trial).to(self.problem.time_dtype))
+        try:
+            f1 = self.evaluate(1, time, self.y1, [k0])
+        except Restart:
+            self.copy_outputs()
+            self.set_derivative(self.evaluate(0, self.time_view(t.to(self.problem.time_dtype)), self.batch.y, ()))
+            f1 = self.evaluate(1, time, self.y1, ())
         d2 = self._scaled_norm([0.0, -1.0, 1.0], f1) / h0
         slope = torch.maximum(d1, d2)
         h1 = torch.where(
@@ -267,7 +282,7 @@ class Stepper:
 
     def _scaled_norm(self, weights: list[float], *more: Tensor) -> Tensor:
         """(R,) norms of a combination of y, k0 and more over the tolerance at y, in float64."""
-        tensors = [self.batch.y, self.k0, *more][: len(weights)]
+        tensors = [self.batch.y, self.derivative, *more][: len(weights)]
         flat = [self.flat(x) for x in tensors]
         if self.problem.slow_norm:
             value = combine(flat, weights, impl=self.problem.impl).reshape(self.batch.y.shape)
@@ -307,6 +322,7 @@ class Stepper:
             self.times,
             error,
             problem.rules,
+            None if batch.dense is None else batch.dense.wanted,
             start=start,
             impl=problem.impl,
         )

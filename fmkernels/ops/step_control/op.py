@@ -52,7 +52,8 @@ class Count(IntEnum):
     ACCEPTED = 2
     FAILURES = 3  # consecutive steps with a non-finite error norm
     ACCEPT = 4  # 1 where the last step was accepted
-    NEXT_OUTPUT = 5  # index of the next requested time
+    FIRST_OUTPUT = 5  # the requested times within the last step are those from here
+    NEXT_OUTPUT = 6  # up to here, which is the next one
 
 
 # Consecutive steps with a non-finite error norm after which a row is given up: with dfactor 0.2 the step has then
@@ -102,7 +103,7 @@ class Rules(NamedTuple):
 
 LIBRARY.define(
     "step_control(Tensor(a!) clock, Tensor(b!) count, Tensor(c!) step, Tensor(d!) times, Tensor error, float[] rules, "
-    "float[] nodes, bool start, str impl) -> ()"
+    "float[] nodes, Tensor? wanted, bool start, str impl) -> ()"
 )
 
 
@@ -114,11 +115,12 @@ def _step_control(
     error: Tensor,
     rules: Sequence[float],
     nodes: Sequence[float],
+    wanted: Tensor | None,
     start: bool,
     impl: str,
 ) -> None:
     run = _dispatch.implementation("step_control", clock.device.type, impl).run
-    run(clock, count, step, times, error, rules, nodes, start)
+    run(clock, count, step, times, error, rules, nodes, wanted, start)
 
 
 for _key in ("CPU", "CUDA"):
@@ -143,6 +145,7 @@ def step_control(
     times: Tensor,
     error: Tensor,
     rules: Rules,
+    wanted: Tensor | None = None,
     *,
     start: bool = False,
     impl: str = "auto",
@@ -161,6 +164,8 @@ def step_control(
         times: (S, R) in the dtype of times, receives t + c_s h.
         error: (R,) error norms; with ``start`` sizes of the first step, NaN where the right-hand side is not finite.
         rules: the numbers of the control.
+        wanted: float64 (R, T), times at which states are wanted, in the order of the solve; one row of it may stand for
+            all (stride 0).
         start: no step was taken yet.
         impl: "auto", "reference" or "native"; "triton" takes the reference, there are no such kernels.
     """
@@ -168,4 +173,4 @@ def step_control(
     if impl == "triton":
         impl = "reference"
     call = _step_control if _dispatch.plain(clock) else torch.ops.fmkernels.step_control
-    call(clock, count, step, times, error, rules.numbers(), list(rules.nodes), start, impl)
+    call(clock, count, step, times, error, rules.numbers(), list(rules.nodes), wanted, start, impl)

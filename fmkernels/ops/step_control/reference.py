@@ -21,6 +21,7 @@ def run(
     error: Tensor,
     rules: Sequence[float],
     nodes: Sequence[float],
+    wanted: Tensor | None,
     start: bool,
 ) -> None:
     """See step_control; the formulas are those of csrc/step_control/control.h."""
@@ -36,14 +37,14 @@ def run(
     if start:
         accept = torch.zeros_like(running)
         magnitude = error
-        failures = torch.where(finite, failures, int(max_failures))
+        failures = torch.where(running & ~finite, int(max_failures), failures)
     else:
         accept = running & (error <= 1.0)
         if force_min_step:
             accept = accept | (running & finite & at_minimum)
         steps = steps + running.int()
         accepted = accepted + accept.int()
-        failures = torch.where(finite, 0, failures + 1).int()
+        failures = torch.where(running, torch.where(finite, 0, failures + 1).int(), failures)
         ratio = torch.where(finite, error, 1.0).clamp(min=LEAST_RATIO)
         factor = safety * ratio**power
         if power_1 != 0.0:
@@ -62,11 +63,11 @@ def run(
         t = torch.where(accept, moved, t)
 
     remaining = t_end - t
-    wanted = magnitude.clamp(max=max_step)
-    magnitude = wanted.clamp(min=min_step)
+    proposed = magnitude.clamp(max=max_step)
+    magnitude = proposed.clamp(min=min_step)
     last = (magnitude * STRETCH).clamp(max=max_step) >= remaining.abs()
     h = torch.where(last, remaining, torch.copysign(magnitude, remaining))
-    stuck = (t + h == t) | ((wanted < min_step) & at_minimum & ~accept & (not start))
+    stuck = (t + h == t) | ((proposed < min_step) & at_minimum & ~accept & (not start))
     ended = torch.where(finite, 4, 3) * stuck
     ended = torch.where(failures >= max_failures, 3, ended)
     ended = torch.where((steps >= max_steps), 2, ended)
@@ -74,7 +75,8 @@ def run(
     status = torch.where(running, ended.int(), status)
     h = torch.where(status == 0, h, 0.0)
 
-    clock[7].copy_(torch.where(running, torch.copysign(magnitude, t_end - clock[5]), clock[7]))
+    direction = torch.sign(t_end - clock[5])
+    clock[7].copy_(torch.where(running, torch.copysign(magnitude, direction), clock[7]))
     clock[0].copy_(t)
     clock[1].copy_(h)
     for row, value in zip(count, (status, steps, accepted, failures, accept), strict=False):
@@ -82,3 +84,11 @@ def run(
     step.copy_(h)
     for row, node in zip(times, nodes, strict=True):
         row.copy_(torch.where(h == t_end - t, t_end, t + h) if node == 1.0 else t + node * h)
+    if wanted is not None:
+        first = count[6].clone()
+        number = torch.arange(wanted.shape[1], device=wanted.device)
+        due = (number >= first[:, None]) & ((wanted - t[:, None]) * direction[:, None] <= 0.0)
+        if not start:
+            due = due & accept[:, None]
+        count[5].copy_(first)
+        count[6].add_(due.sum(1, dtype=torch.int32))

@@ -55,9 +55,9 @@ def dense_output(
         out: (T, B, ...).
     """
     times = wanted.t()
-    h, t, accept = clock[Clock.H_TAKEN], clock[Clock.T], count[Count.ACCEPT] == 1
+    h, t = clock[Clock.H_TAKEN], clock[Clock.T]
     number = torch.arange(times.shape[0], device=times.device)[:, None]
-    due = accept & (number >= count[Count.NEXT_OUTPUT]) & ((times - t) * torch.sign(h) <= 0.0)
+    due = (number >= count[Count.FIRST_OUTPUT]) & (number < count[Count.NEXT_OUTPUT])
     theta = torch.where(due, (times - clock[Clock.T_FROM]) / h, 0.0)
     dtype = torch.float64 if y.dtype is torch.float64 else torch.float32
     value = y.to(dtype)[None]
@@ -71,4 +71,3 @@ def dense_output(
         torch.where(mask, value, out, out=out)
     else:
         out.index_copy_(1, ids, torch.where(mask, value, out.index_select(1, ids)))
-    count[Count.NEXT_OUTPUT].add_(due.sum(0, dtype=torch.int32))

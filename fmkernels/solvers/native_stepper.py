@@ -1,0 +1,157 @@
+"""Adaptive steps by the compiled library: one call of it between two network calls (python/step_call.h)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from .. import _dispatch, _native
+from ..ops.step_control.native import wanted_times
+from ..ops.step_control.op import Clock
+from .stepper import AdaptiveStep, Batch, Problem, Restart, Stepper, check_output
+
+# What StepPlan.next answers where it does not take an output.
+OVERLAPS_STAGE = -2
+OVERLAPS_STATE = -3
+
+
+def make_stepper(problem: Problem, batch: Batch, *, copy: bool = False) -> Stepper:
+    """The stepper for a batch: the compiled library's where it can run."""
+    return (NativeStepper if runs_natively(problem, batch.y) else Stepper)(problem, batch, copy=copy)
+
+
+def runs_natively(problem: Problem, y: Tensor) -> bool:
+    impl = _dispatch.wanted(problem.impl)
+    if impl not in ("auto", "native") or problem.slow_norm or not _dispatch.plain(y):
+        return False
+    return all(_dispatch.chosen(op, y.device.type, impl) == "native" for op in ("combine", "step_control"))
+
+
+@final
+class NativeStepper(Stepper):
+    """A stepper whose linear combinations, control and row copies are calls of a StepPlan.
+
+    On the CPU the host sees at once which rows accept. Where all do, y and the new state swap their buffers and the
+    last network output becomes the derivative as it is: nothing is copied.
+    """
+
+    def prepare(self) -> None:
+        problem, batch = self.problem, self.batch
+        tableau, y, dense = problem.tableau, batch.y, batch.dense
+        b, error = tableau.b, tableau.error or ()
+        *stages, last = problem.columns
+        weights = [[row[j] for j in used] for row, used in zip(tableau.a[1:], stages, strict=True)]
+        self._error = torch.empty(batch.rows, dtype=self.step_size.dtype, device=y.device)
+        self._workspace = _native.workspace(y, batch.rows)
+        self._states = (y, self.y1)
+        self._stage_times = self.time_views[1:]
+        self._on_cpu = y.is_cpu
+        self.plan = _native.library().StepPlan(
+            self.y1,
+            {
+                "on_cpu": y.is_cpu,
+                "dtype": _native.DTYPE_CODE[y.dtype],
+                "rows": batch.rows,
+                "inner": y.numel() // batch.rows,
+                "steal": y.is_cpu and not self.copies_outputs,  # the host knows whether all rows accept
+                "y": y.data_ptr(),
+                "y1": self.y1.data_ptr(),
+                "k0": self.k0.data_ptr(),
+                "clock": batch.clock.data_ptr(),
+                "count": batch.count.data_ptr(),
+                "step": self.step_size.data_ptr(),
+                "times": self.times.data_ptr(),
+                "error": self._error.data_ptr(),
+                "workspace": 0 if self._workspace is None else self._workspace.data_ptr(),
+                "time_dtype": _native.DTYPE_CODE[problem.time_dtype],
+                "nodes": list(tableau.c),
+                "rules": problem.rules.numbers(),
+                "columns": problem.columns,
+                "weights": [*weights, [b[j] for j in last]],
+                "error_weights": [error[j] for j in last],
+                "atol": float(problem.atol),
+                "rtol": float(problem.rtol),
+                "polynomials": [list(row) for row in tableau.interpolant],
+                "wanted": wanted_times(None if dense is None else dense.wanted),
+                "ids": 0 if dense is None or dense.ids is None else dense.ids.data_ptr(),
+                "out": 0 if dense is None else dense.out.data_ptr(),
+                "out_stride": 0 if dense is None else dense.out.stride(0),
+            },
+        )
+
+    @property
+    def derivative(self) -> Tensor:
+        k0 = self.plan.stage(0)
+        return self.k0 if k0 is None else k0
+
+    def set_derivative(self, k: Tensor) -> None:
+        if self._on_cpu and not self.copies_outputs:
+            self.plan.set_k0(k)
+        else:
+            self.plan.set_k0(self.k0.copy_(k))
+
+    def copy_outputs(self) -> None:
+        super().copy_outputs()
+        if hasattr(self, "plan"):
+            self.plan.steal = False
+
+    def control(self, error: Tensor, *, start: bool = False) -> None:
+        assert start
+        self._error.copy_(error)
+        self.plan.start(self._stream())
+
+    def _stream(self) -> int:
+        return 0 if self._on_cpu else torch.cuda.current_stream().cuda_stream
+
+    def step(self, on_step: Callable[[AdaptiveStep], Any] | None = None) -> Any:
+        plan, func, kwargs, y1 = self.plan, self.problem.func, self.batch.kwargs, self.y1
+        plan.look = on_step is not None
+        plan.first(self._stream())
+        code = 0
+        try:
+            for number, t in enumerate(self._stage_times, 1):
+                k = func(t, y1, **kwargs)
+                code = plan.next(k) if self._copies is None else plan.next(self._copied(number, k))
+                if code < 0:
+                    code = self._take(k, code)
+        except Restart:
+            # The derivative at y may be lost too, where it is the network's own tensor.
+            self.copy_outputs()
+            t = self.time_view(self.batch.clock[Clock.T].to(self.problem.time_dtype))
+            self.set_derivative(self.evaluate(0, t, self.batch.y, ()))
+            return self.step(on_step)
+        answer = None
+        if on_step is not None:
+            answer = on_step(AdaptiveStep(self))
+            code = plan.move()
+        current = code & 1
+        self.batch.y, self.y1 = self._states[current], self._states[1 - current]
+        if self._on_cpu:
+            self.running = code >> 1
+        return answer
+
+    def _copied(self, number: int, k: Tensor) -> Tensor:
+        check_output(k, self.y1)
+        assert self._copies is not None
+        return self._copies[number].copy_(k)
+
+    def _take(self, k: Any, code: int) -> int:
+        """Hands over an output that is not taken as it is."""
+        check_output(k, self.y1)
+        if code == OVERLAPS_STAGE:
+            raise Restart
+        if code == OVERLAPS_STATE:
+            return self.plan.next(k.clone())
+        # another layout, a subclass
+        return self.plan.next(torch.empty_like(self.y1).copy_(k))
+
+    @property
+    def stages(self) -> list[Tensor]:  # type: ignore[override]
+        return [self.derivative, *(self.plan.stage(s) for s in range(1, self.problem.tableau.stages))]
+
+    @stages.setter
+    def stages(self, value: list[Tensor]) -> None:
+        """The plan holds them."""
