@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import fmkernels as fm
 from fmkernels.guidance import (
     APG,
     CFG,
@@ -21,10 +22,12 @@ from fmkernels.guidance import (
     weight_of_scale,
 )
 from fmkernels.paths import VP, CondOT, Cosine
+from fmkernels.solvers.adaptive import AdaptiveOptions, solve_adaptive
 from fmkernels.solvers.diffusion import DDIM
 from fmkernels.solvers.methods import resolve
 from fmkernels.solvers.program import Builder, as_grid
 from fmkernels.solvers.run import Buffers, Run, coefficients_of, time_rows
+from fmkernels.solvers.tableaus import TABLEAUS
 
 B, NULL = 3, 9
 SHAPES = [(B, 5), (B, 2, 3, 4)]
@@ -798,8 +801,70 @@ def test_plan_keys() -> None:
     assert len(keys) == 9
     assert CFG(W, negative={"y": NULL}).plan_key == CFG(W.clone(), negative={"y": NULL}).plan_key
     null = torch.zeros(2)
-    assert CFG(3.0, negative={"y": null}).held == (null,)
+    key = CFG(3.0, negative={"y": null}).network_key
+    assert key == CFG(W, negative={"y": null}).network_key
+    for other in ({"y": null.clone()}, {"z": null}, {"y": NULL}, {"y": None}):
+        assert key != CFG(3.0, negative=other).network_key
+    assert CFG(3.0, negative={"y": 1}).network_key != CFG(3.0, negative={"y": 2}).network_key
     scale = W.clone()
     guidance = CFG(scale, negative={"y": NULL})
     scale.zero_()
     assert guidance.scale[1] == 2.0
+
+
+@pytest.mark.parametrize("rule", ["scale", "per sample", "rescale", "zero star"])
+def test_adaptive_solve_drops_finished_samples(rule: str) -> None:
+    """Rows end at different times and the batch shrinks: scales, null labels and labels follow their samples."""
+    make, _ = RULES[rule]
+    x, y = data()
+    guidance = make(negative={"y": torch.full((B,), NULL)})
+    end = torch.tensor([0.3, 1.0, 0.05], dtype=torch.float64)
+    model = Model()
+
+    def field(t, x, **kwargs):
+        return guidance.at(model, kwargs)(x, t)
+
+    options = AdaptiveOptions(rtol=1e-9, atol=1e-9, compact=1.0, impl="reference")
+    got = solve_adaptive(
+        field, x, 0.0, end, TABLEAUS["dopri5"], options, model_kwargs=guidance.per_sample({"y": y}, x)
+    ).y
+    assert {2 * B, 2} <= set(model.rows)
+    times = end[:, None] * torch.linspace(0.0, 1.0, 201, dtype=torch.float64)
+    wanted = solve(guidance, Model(), x, resolve("rk4"), grid=times.T.numpy(), y=y)
+    close(got, wanted, 1e-7)
+
+
+@pytest.mark.parametrize(
+    "guidance",
+    [
+        CFG(lambda t: 1.0 + t, negative={"y": NULL}, interval=(0.2, 0.8)),
+        CFG(W.float(), negative={"y": NULL}, rescale=0.5, zero_star=True),
+        APG(3.0, negative={"y": NULL}, momentum=-0.5, threshold=1.0),
+        CFGPlusPlus(0.5, negative={"y": NULL}),
+        ClassifierGuidance(lambda x, t: -x, 2.0),
+    ],
+    ids=lambda g: type(g).__name__,
+)
+def test_sample_compiles_whole(guidance) -> None:
+    x, y = data(dtype=torch.float32)
+
+    def net(x, t, y):
+        return torch.sin(x) * t[:, None] + torch.cos(y[:, None].to(x.dtype) + x)
+
+    def sampled(x, y):
+        return fm.sample(net, x, steps=3, guidance=guidance, y=y)[0]
+
+    torch._dynamo.reset()
+    close(torch.compile(sampled, fullgraph=True, backend="eager")(x, y), sampled(x, y), 1e-6)
+
+
+def test_nfe_counts_every_branch() -> None:
+    x, y = data()
+    for guidance, nfe in (
+        (CFG(3.0, negative={"y": NULL}), 20),
+        (CFG(3.0, negative={"y": NULL}, interval=(0.0, 0.45)), 15),
+        (CFG(3.0, negative={"y": NULL}, zero_star=True), 18),
+        (RectifiedCFGPlusPlus(3.0, negative={"y": NULL}), 30),
+    ):
+        _, result = fm.sample(Model(), x, steps=10, guidance=guidance, y=y)
+        assert result.nfe == nfe

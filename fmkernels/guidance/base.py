@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from .._checks import check_number, type_error, value_error
 from ..ops.combine.op import combine
 from ..paths import CondOT, Path
-from ..solvers.program import Builder, Expr, Number, as_number
+from ..solvers.program import Builder, Expr, Number, Operation, Work, as_number, perform
 from ..solvers.run import Call
 
 Model = Callable[..., Any]
@@ -264,8 +264,8 @@ class Immediate(Builder):
             for v in outputs
         ]
 
-    def compute(self, function: Callable[..., tuple[Tensor, ...]], sources: Sequence[Expr], count: int) -> list[Expr]:
-        return [Expr({self._append(v): 1.0}) for v in function(*(self.tensor(x) for x in sources))]
+    def compute(self, function: Work | Operation, sources: Sequence[Expr], count: int) -> list[Expr]:
+        return [Expr({self._append(v): 1.0}) for v in perform(function, [self.tensor(x) for x in sources])]
 
     def conversion(self, t: Number, source: str, target: str) -> tuple[Number, Number]:
         key = (id(t), source, target)
@@ -348,8 +348,10 @@ class Guidance(ABC):
             object.__setattr__(result, name, value)
         return result, {name: value for name, value in model_kwargs.items() if name not in rows}
 
-    def _flat(self) -> tuple[list[Any], Any]:
-        return pytree.tree_flatten({f.name: getattr(self, f.name) for f in fields(self)})
+    def _flat(self, network: bool | None = None) -> tuple[list[Any], Any]:
+        """The fields, or those alone that the network calls or the programs read, as leaves."""
+        kept = [f.name for f in fields(self) if network in (None, f.metadata.get("network", False))]
+        return pytree.tree_flatten({name: getattr(self, name) for name in kept})
 
     def _leads(self) -> Iterator[tuple[str, tuple]]:
         """Names and shapes of the arrays of scales."""
@@ -360,23 +362,20 @@ class Guidance(ABC):
                         yield f.name, tuple(leaf.shape)
 
     @property
-    def plan_key(self) -> tuple:
+    def plan_key(self) -> Any:
         """What the programs written with this guidance depend on, hashable: two with equal keys share them."""
-        leaves, spec = pytree.tree_flatten(
-            {f.name: getattr(self, f.name) for f in fields(self) if not f.metadata.get("network")}
-        )
-        numbers = tuple((x.shape, x.tobytes()) if isinstance(x, np.ndarray) else x for x in leaves)
-        return (type(self), repr(spec), numbers)
+        leaves, spec = self._flat(network=False)
+        return type(self), repr(spec), *((x.shape, x.tobytes()) if isinstance(x, np.ndarray) else x for x in leaves)
 
     @property
-    def held(self) -> tuple[Any, ...]:
-        """The objects that the network calls read."""
-        return tuple(
-            leaf
-            for f in fields(self)
-            if f.metadata.get("network")
-            for leaf in pytree.tree_leaves(getattr(self, f.name))
-        )
+    def network_key(self) -> Any:
+        """What the network calls read beside the caller's arguments, hashable: objects by identity.
+
+        Valid while the guidance lives.
+        """
+        leaves, spec = self._flat(network=True)
+        plain = (int, float, str, type(None))
+        return type(self), repr(spec), *((type(x), x) if isinstance(x, plain) else id(x) for x in leaves)
 
 
 def outputs(builder: Builder, x: Expr, t: Number, names: Sequence[str], batched: bool) -> list[Expr]:

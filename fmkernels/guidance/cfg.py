@@ -16,7 +16,7 @@ from ..ops.combine.op import combine
 from ..ops.row_dots.op import row_dots
 from ..paths.base import as_tensor
 from ..paths.targets import TARGETS
-from ..solvers.program import ZERO, Builder, Expr, Number, as_number
+from ..solvers.program import ZERO, Builder, Expr, Number, as_number, operation
 from .base import (
     CONDITIONAL,
     NETWORK,
@@ -157,38 +157,30 @@ class CFG(ClassifierFree):
             return mixture(builder, x, t, {CONDITIONAL: w, UNCONDITIONAL: 1.0 - w}, self.batched)
         c, u = self.pair(builder, x, t)
         if self.zero_star:
-            (u,) = builder.compute(_ScaledToMatch(), [c, u], 1)
+            (u,) = builder.compute(_scaled_to_match(), [c, u], 1)
         v = c * w + u * (1.0 - w)
         if self.rescale:
-            (v,) = builder.compute(_Rescaled(float(self.rescale)), [c, v], 1)
+            (v,) = builder.compute(_rescaled(float(self.rescale)), [c, v], 1)
         return v
 
 
-@final
-@dataclass(frozen=True)
-class _ScaledToMatch:
+@operation
+def _scaled_to_match(c: Tensor, u: Tensor) -> tuple[Tensor]:
     """s u with s = <c, u> / (|u|^2 + 1e-8): u's multiple that is nearest to c."""
-
-    def __call__(self, c: Tensor, u: Tensor) -> tuple[Tensor]:
-        product, square = row_dots([c, u], [(0, 1), (1, 1)]).unbind(1)
-        return (combine([u], [product / (square + 1e-8)]),)
+    product, square = row_dots([c, u], [(0, 1), (1, 1)]).unbind(1)
+    return (combine([u], [product / (square + 1e-8)]),)
 
 
-@final
-@dataclass(frozen=True)
-class _Rescaled:
+@operation
+def _rescaled(phi: float, c: Tensor, v: Tensor) -> tuple[Tensor]:
     """(phi std(c) / std(v) + 1 - phi) v, standard deviations over each sample's elements."""
-
-    phi: float
-
-    def __call__(self, c: Tensor, v: Tensor) -> tuple[Tensor]:
-        size = math.prod(v.shape[1:])
-        c_square, c_sum, v_square, v_sum = row_dots([c, v], [(0, 0), (0, -1), (1, 1), (1, -1)]).unbind(1)
-        # both divided by size - 1, which cancels; constant rows have the ratio 1
-        tiny = torch.finfo(c_square.dtype).tiny
-        c_variance = (c_square - c_sum.square() / size).clamp(min=tiny)
-        v_variance = (v_square - v_sum.square() / size).clamp(min=tiny)
-        return (combine([v], [self.phi * torch.sqrt(c_variance / v_variance) + (1.0 - self.phi)]),)
+    size = math.prod(v.shape[1:])
+    c_square, c_sum, v_square, v_sum = row_dots([c, v], [(0, 0), (0, -1), (1, 1), (1, -1)]).unbind(1)
+    # both divided by size - 1, which cancels; constant rows have the ratio 1
+    tiny = torch.finfo(c_square.dtype).tiny
+    c_variance = (c_square - c_sum.square() / size).clamp(min=tiny)
+    v_variance = (v_square - v_sum.square() / size).clamp(min=tiny)
+    return (combine([v], [phi * torch.sqrt(c_variance / v_variance) + (1.0 - phi)]),)
 
 
 @final
@@ -246,7 +238,7 @@ class APG(ClassifierFree):
             change = builder.keep(change)
             self._remember(builder, change)
         (change,) = builder.compute(
-            _Projected(float(self.eta), float(self.threshold)),
+            _projected(float(self.eta), float(self.threshold)),
             [change, builder.convert(x, c, t, self.target)],
             1,
         )
@@ -265,21 +257,15 @@ class APG(ClassifierFree):
             builder.memory[self] = (builder.step.number, current, change)
 
 
-@final
-@dataclass(frozen=True)
-class _Projected:
+@operation
+def _projected(eta: float, threshold: float, d: Tensor, y: Tensor) -> tuple[Tensor]:
     """r (d - (1 - eta) <d, y> / |y|^2 y): norm below the threshold, the part along y by eta."""
-
-    eta: float
-    threshold: float
-
-    def __call__(self, d: Tensor, y: Tensor) -> tuple[Tensor]:
-        d_square, product, y_square = row_dots([d, y], [(0, 0), (0, 1), (1, 1)]).unbind(1)
-        along = (1.0 - self.eta) * product / y_square.clamp(min=torch.finfo(y_square.dtype).tiny)
-        if not self.threshold:
-            return (combine([d, y], [1.0, -along]),)
-        shrink = self.threshold / torch.sqrt(d_square.clamp(min=self.threshold**2))
-        return (combine([d, y], [shrink, -shrink * along]),)
+    d_square, product, y_square = row_dots([d, y], [(0, 0), (0, 1), (1, 1)]).unbind(1)
+    along = (1.0 - eta) * product / y_square.clamp(min=torch.finfo(y_square.dtype).tiny)
+    if not threshold:
+        return (combine([d, y], [1.0, -along]),)
+    shrink = threshold / torch.sqrt(d_square.clamp(min=threshold**2))
+    return (combine([d, y], [shrink, -shrink * along]),)
 
 
 def _where(condition: Any, value: Number, other: float) -> Number:

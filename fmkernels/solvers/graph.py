@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,18 +60,9 @@ def signature(value: Any) -> Any:
     return kinds, repr(spec)
 
 
-def held(guidance: Any) -> tuple[Any, ...]:
-    """The objects that a guidance's network calls read; its numbers are in the program's coefficients."""
-    if guidance is None:
-        return ()
-    parts = [getattr(guidance, f.name) for f in fields(guidance)] if is_dataclass(guidance) else [guidance]
-    leaves = pytree.tree_leaves(parts)
-    inner = [x for leaf in leaves if is_dataclass(leaf) for x in held(leaf)]
-    return (
-        type(guidance),
-        *inner,
-        *(leaf for leaf in leaves if not isinstance(leaf, (int, float)) and leaf is not None),
-    )
+def held(guidance: Any) -> Any:
+    """What a guidance's network calls read, as something hashable; its numbers are in the program."""
+    return getattr(guidance, "network_key", id(guidance))
 
 
 def _hashable(value: Any) -> Any:
@@ -146,7 +136,7 @@ class GraphCache:
             structure(program),
             (x.shape, x.dtype, x.device, x.stride()),
             signature(model_kwargs),
-            tuple(id(value) for value in held(solver.guidance)),
+            held(solver.guidance),
             id(generator),
             row_offset,
             (solver.time_shape, solver.time_dtype_of(x)),

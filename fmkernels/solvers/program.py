@@ -84,10 +84,34 @@ class Update(NamedTuple):
     coefficients: tuple[Number, ...]
 
 
+Work = Callable[..., tuple[Tensor, ...]]
+_OPERATIONS: dict[str, Work] = {}
+
+
+def operation(function: Work) -> Callable[..., Operation]:
+    """Makes a function (*numbers, *tensors) of the module an operation of programs, to be called with its numbers."""
+    name = f"{function.__module__}.{function.__qualname__}"
+    _OPERATIONS[name] = function
+    return lambda *numbers: Operation(name, numbers)
+
+
+class Operation(NamedTuple):
+    """A function by its name, and its first arguments: compared by value, and traced by torch.compile."""
+
+    name: str
+    numbers: tuple[float, ...]
+
+
+def perform(function: Work | Operation, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    if isinstance(function, Operation):
+        return _OPERATIONS[function.name](*function.numbers, *tensors)
+    return function(*tensors)
+
+
 class Compute(NamedTuple):
     """Small or nonlinear work: registers ``results`` = function(*sources), a function of tensors."""
 
-    function: Callable[..., tuple[Tensor, ...]]
+    function: Work | Operation
     sources: tuple[int, ...]
     results: tuple[int, ...]
 
@@ -291,7 +315,7 @@ class Builder:
         source_kind = prediction or self.prediction
         return [self.convert(state, Expr({r: 1.0}), t, "velocity", source_kind) for r in results]
 
-    def compute(self, function: Callable[..., tuple[Tensor, ...]], sources: Sequence[Expr], count: int) -> list[Expr]:
+    def compute(self, function: Work | Operation, sources: Sequence[Expr], count: int) -> list[Expr]:
         """Registers from a function of tensors: row reductions and what is not linear with known coefficients."""
         registers = tuple(self.register(x) for x in sources)
         results = tuple(range(self._registers, self._registers + count))

@@ -322,12 +322,12 @@ def _plan(
     key: Any = None
     if all(type(t) is float for t in grid):
         try:
-            key = (method, tuple(grid), _value_of(path), prediction, guidance)
+            key = (method, tuple(grid), _value_of(path), prediction, getattr(guidance, "plan_key", guidance))
             if key in _PLANS:
                 return _PLANS[key]
         except TypeError:  # something holds a tensor
             key = None
-    builder = Builder(grid, path, prediction, guidance)
+    builder = Builder(grid, path, prediction, getattr(guidance, "plan_key", guidance))
     method(builder)
     program = builder.program()
     if key is not None:
