@@ -102,7 +102,7 @@ def table_of(program: Program, x: Tensor) -> tuple[Tensor, list[Any]]:
 def check_output(v: Any, x: Tensor, name: str = "model") -> None:
     """The network's output must be like the state."""
     if not isinstance(v, Tensor):
-        raise type_error(name, "to return a tensor", v)
+        raise type_error(name, f"a tensor from {name}", v)
     if v.shape != x.shape:
         raise value_error(name, f"an output of the state's shape, {tuple(x.shape)}", v)
     if v.dtype is not x.dtype:

@@ -20,12 +20,13 @@ from .adaptive import AdaptiveOptions, Status, solve_adaptive
 from .controllers import Controller, IController
 from .graph import graphs_of
 from .program import Builder, Guidance, Method, Number, Program
+from .reversible import sample_reversible
 from .run import Buffers, Call, Run, coefficients_of, time_rows
 from .tableaus import Tableau
 
 Model = Callable[..., Tensor]
 Callback = Callable[[int, float, Tensor], object]
-GRADIENTS = ("none", "direct", "checkpoint")
+GRADIENTS = ("none", "direct", "checkpoint", "reversible")
 DEFAULT_STEPS = 50
 _COND_OT, _I_CONTROLLER = CondOT(), IController()
 
@@ -140,6 +141,8 @@ class Solver:
         x = self._start(x_0, generator)
         if x.dim() == 0:
             raise value_error("x_0", "at least one dimension, of samples", x)
+        if self.gradient == "reversible":
+            return sample_reversible(self, x, return_trajectory, callback is not None or progress, model_kwargs)
         if self._adaptive is not None:
             return self._sample_adaptive(self._adaptive, x, return_trajectory, callback, progress, model_kwargs)
         program = self.plan()
@@ -327,7 +330,7 @@ def _plan(
                 return _PLANS[key]
         except TypeError:  # something holds a tensor
             key = None
-    builder = Builder(grid, path, prediction, getattr(guidance, "plan_key", guidance))
+    builder = Builder(grid, path, prediction, guidance)
     method(builder)
     program = builder.program()
     if key is not None:
@@ -432,7 +435,9 @@ def sample(
         cuda_graph: True captures the whole solve of a fixed grid, the network included, and replays it at the next
             calls; "auto" does so from the second call with the same model and shapes on; False does not.
         gradient: "none" runs without gradients; "direct" records the solve; "checkpoint" keeps sqrt(steps) states and
-            computes the rest again in the backward pass. For the adjoint method see :func:`fmkernels.odeint_adjoint`.
+            computes the rest again in the backward pass; "reversible" takes the steps of
+            :mod:`fmkernels.solvers.reversible` (Runge-Kutta methods only, twice the calls) and keeps one state. For the
+            adjoint method see :func:`fmkernels.odeint_adjoint`.
         dtype, device: of the state; x_0's, and for a shape float32 and the model's device, if None.
         time_shape: the shape of t for the model: "batch", (B,), or "scalar", ().
         time_dtype: of t; float32 (float64 for a float64 state) if None.
