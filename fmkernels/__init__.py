@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .likelihood import log_prob, sample_with_log_prob
     from .solvers.adaptive import Status
     from .solvers.adjoint import odeint_adjoint
+    from .solvers.dense_output import odeint_dense
     from .solvers.divergence import divergence
     from .solvers.events import odeint_event
     from .solvers.ode import odeint
@@ -40,6 +41,7 @@ _LATER = {
     "log_prob": "likelihood",
     "odeint": "solvers.ode",
     "odeint_adjoint": "solvers.adjoint",
+    "odeint_dense": "solvers.dense_output",
     "odeint_event": "solvers.events",
     "sample": "solvers.sample",
     "sample_stream": "solvers.streaming",
@@ -81,6 +83,7 @@ __all__ = [
     "log_prob",
     "odeint",
     "odeint_adjoint",
+    "odeint_dense",
     "odeint_event",
     "paths",
     "rand",
