@@ -533,3 +533,19 @@ def test_steps_do_not_make_the_host_wait(shared: bool) -> None:
         for _ in range(16):
             stepper.step()
     assert (batch.count[1] > 0).all()
+
+
+def test_only_what_belongs_to_samples_follows_them(impl: str) -> None:
+    """Also where a shared tensor has as many rows as a batch that has shrunk."""
+    rates = torch.tensor([1.0] * 5 + [50.0, 60.0, 500.0], dtype=torch.float64)
+    shared = torch.ones(2, dtype=torch.float64)
+
+    def func(t: Tensor, y: Tensor, condition: dict[str, Any], shared: Tensor) -> Tensor:
+        assert shared.shape == (2,)
+        assert condition["deep"][0].shape == (y.shape[0],)
+        return -condition["deep"][0][:, None] * (y - shared.mean())
+
+    kwargs = {"condition": {"deep": [rates], "name": "x"}, "shared": shared}
+    y0 = torch.rand(8, 3, dtype=torch.float64)
+    result = solve(func, y0, 0.0, 1.0, tol=1e-6, model_kwargs=kwargs, impl=impl)
+    torch.testing.assert_close(result.y, 1 + (y0 - 1) * torch.exp(-rates)[:, None], rtol=0, atol=1e-5)

@@ -170,7 +170,8 @@ def solve_adaptive(
         t0, t1: numbers, or (B,) tensors (not where shared); forward and backward samples may stand in one batch.
         tableau: with an error estimate.
         t_eval: times of ``ys`` in the order of the solve, from t0 to t1 each: (T,), or (B, T).
-        model_kwargs: handed to func; tensors whose first dimension is B follow their samples.
+        model_kwargs: handed to func; tensors whose first dimension is B follow their samples, also those within lists,
+            tuples and dictionaries.
         on_step: called with an :class:`AdaptiveStep` after each step was judged; a true answer ends the solve. Rows
             then keep their places.
         norm: of the tensor of error ratios, to () where shared, else (B,); None for the root mean square.
@@ -269,33 +270,37 @@ class Watch:
         self._pending.clear()
 
 
-def gather(batch: Batch, keep: Tensor, places: Tensor) -> Batch:
+def to_device(index: Tensor, device: torch.device) -> Tensor:
+    """An index of the host's, on a GPU without waiting for it."""
+    return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index.to(device)
+
+
+def gather(batch: Batch, keep: Tensor, places: Tensor, kwargs: Mapping[str, Any]) -> Batch:
     """The rows ``keep`` as a batch of their own; ``places`` are their rows in the results."""
     dense = batch.dense
     if dense is not None:
         wanted = dense.wanted
-        shared_times = wanted.stride(0) == 0
-        wanted = wanted[:1].expand(keep.shape[0], -1) if shared_times else wanted.index_select(0, keep)
+        one_for_all = wanted.stride(0) == 0
+        wanted = wanted[:1].expand(keep.shape[0], -1) if one_for_all else wanted.index_select(0, keep)
         dense = Dense(wanted, places, dense.out)
     return Batch(
         own_copy(batch.y.index_select(0, keep)),
         batch.clock.index_select(1, keep),
         batch.count.index_select(1, keep),
-        gather_kwargs(batch.kwargs, keep, batch.rows),
+        kwargs,
         dense,
     )
 
 
-def gather_kwargs(kwargs: Mapping[str, Any], keep: Tensor, rows: int) -> dict[str, Any]:
-    return {
-        name: value.index_select(0, keep.to(value.device)) if follows(value, rows) else value
-        for name, value in kwargs.items()
-    }
-
-
-def follows(value: Any, rows: int) -> bool:
-    """Whether a keyword argument has an entry for each sample."""
-    return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == rows
+def select_rows(value: Any, keep: Tensor, size: int) -> Any:
+    """Tensors with an entry for each of ``size`` samples, also in lists, tuples and dictionaries, for those kept."""
+    if isinstance(value, Tensor):
+        return value.index_select(0, keep.to(value.device)) if value.dim() and value.shape[0] == size else value
+    if isinstance(value, dict):
+        return {name: select_rows(entry, keep, size) for name, entry in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(select_rows(entry, keep, size) for entry in value)
+    return value
 
 
 class _Solve:
@@ -346,12 +351,11 @@ class _Solve:
         self.row_calls += calls * (self.batch.y.shape[0] if self.batch.y.dim() else 1)
 
     def _compact(self, stepper: Stepper, keep: Tensor) -> Stepper:
-        device = self.batch.y.device
-        if device.type == "cuda":
-            keep = keep.pin_memory().to(device, non_blocking=True)
+        keep = to_device(keep, self.batch.y.device)
         self._scatter()
         self.places = keep if self.places is None else self.places.index_select(0, keep)
-        self.batch = gather(self.batch, keep, self.places)
+        kwargs = select_rows(self.whole.kwargs, self.places, self.size)
+        self.batch = gather(self.batch, keep, self.places, kwargs)
         smaller = make_stepper(self.problem, self.batch, copy=stepper.copies_outputs)
         smaller.resume(stepper, keep)
         return smaller

@@ -88,10 +88,9 @@ class NativeStepper(Stepper):
         return self.k0 if k0 is None else k0
 
     def set_derivative(self, k: Tensor) -> None:
-        if self._on_cpu and not self.copies_outputs:
-            self.plan.set_k0(k)
-        else:
-            self.plan.set_k0(self.k0.copy_(k))
+        if k is not self.k0 and (not self._on_cpu or self.copies_outputs):
+            k = self.k0.copy_(k)
+        self.plan.set_k0(k)
 
     def copy_outputs(self) -> None:
         super().copy_outputs()

@@ -204,7 +204,8 @@ class Stepper:
         return self.k0
 
     def set_derivative(self, k: Tensor) -> None:
-        self.k0.copy_(k)
+        if k is not self.k0:
+            self.k0.copy_(k)
 
     # ------------------------------------------------------------------ views
 
@@ -251,6 +252,19 @@ class Stepper:
         self.set_derivative(other.derivative.index_select(0, keep))
         self.step_size.copy_(other.step_size.index_select(0, keep))
         self.times.copy_(other.times.index_select(1, keep))
+
+    def replace(self, places: Tensor, other: Stepper) -> None:
+        """Puts the rows of another stepper, with their state of the control, in the places of some of this one's."""
+        self.batch.y.index_copy_(0, places, other.batch.y)
+        self.batch.clock.index_copy_(1, places, other.batch.clock)
+        self.batch.count.index_copy_(1, places, other.batch.count)
+        self.step_size.index_copy_(0, places, other.step_size)
+        self.times.index_copy_(1, places, other.times)
+        derivative = self.derivative
+        if derivative is not self.k0:  # then it is the network's own tensor
+            self.k0.copy_(derivative)
+        self.k0.index_copy_(0, places, other.derivative)
+        self.set_derivative(self.k0)
 
     def _first_step(self) -> Tensor:
         """Hairer, Norsett, Wanner 1993, II.4: from the sizes of y, y' and y''; NaN where y' is not finite.

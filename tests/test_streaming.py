@@ -1,0 +1,140 @@
+"""Continuous batching: what a stream gives is what each sample would be alone, at fewer network evaluations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import fmkernels as fm
+from fmkernels.solvers.adaptive import AdaptiveOptions, Status, solve_adaptive
+from fmkernels.solvers.streaming import StreamResult, sample_stream, stream
+from fmkernels.solvers.tableaus import TABLEAUS
+
+DOPRI5 = TABLEAUS["dopri5"]
+
+
+class Mixture:
+    """Samples that need very different numbers of steps: one in eight is stiff."""
+
+    def __init__(self, size: int, dtype: torch.dtype = torch.float32) -> None:
+        torch.manual_seed(0)
+        self.rate = torch.where(torch.arange(size) % 8 == 3, 200.0, 0.5 + torch.rand(size)).to(dtype)
+        self.y0 = torch.randn(size, 4).to(dtype)
+        self.evaluations = self.calls = 0
+
+    def __call__(self, t: Tensor, y: Tensor, rate: Tensor) -> Tensor:
+        self.evaluations += y.shape[0]
+        self.calls += 1
+        return -rate[:, None] * (y - torch.cos(t)[:, None].to(y.dtype))
+
+    def requests(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        yield from ((y0, {"rate": rate}) for y0, rate in zip(self.y0, self.rate, strict=True))
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_samples_are_those_of_single_solves(impl: str) -> None:
+    mixture = Mixture(37, torch.float64 if impl == "reference" else torch.float32)
+    options = AdaptiveOptions(rtol=1e-4, atol=1e-4, impl=impl)
+    results = list(stream(mixture, mixture.requests(), DOPRI5, options, capacity=8))
+    assert sorted(r.index for r in results) == list(range(37))
+    assert [r.index for r in results] != list(range(37)), "they finish out of order"
+    for result in results:
+        row = slice(result.index, result.index + 1)
+        alone = solve_adaptive(
+            mixture, mixture.y0[row], 0.0, 1.0, DOPRI5, options, model_kwargs={"rate": mixture.rate[row]}
+        )
+        assert result.status == Status.SUCCESS
+        if impl == "auto":
+            assert torch.equal(result.x, alone.y[0])
+        torch.testing.assert_close(result.x, alone.y[0])
+        assert (result.n_steps, result.n_accepted) == (int(alone.n_steps), int(alone.n_accepted))
+
+
+def test_a_stream_evaluates_less_than_batches() -> None:
+    """Network evaluations of single samples: batches until their slowest is done, compacted ones, and a stream."""
+    options = AdaptiveOptions(rtol=1e-5, atol=1e-5)
+    counts = {}
+    useful = 0
+    for name, compact in (("fixed", False), ("compacted", True)):
+        mixture = Mixture(256)
+        for i in range(0, 256, 32):
+            rows = slice(i, i + 32)
+            own = AdaptiveOptions(rtol=1e-5, atol=1e-5, compact=compact)
+            result = solve_adaptive(
+                mixture, mixture.y0[rows], 0.0, 1.0, DOPRI5, own, model_kwargs={"rate": mixture.rate[rows]}
+            )
+            useful += int(6 * result.n_steps.sum() + 2 * 32) if compact else 0
+        counts[name] = mixture.evaluations
+    mixture = Mixture(256)
+    assert len(list(stream(mixture, mixture.requests(), DOPRI5, options, capacity=32))) == 256
+    counts["stream"] = mixture.evaluations
+    assert counts["stream"] < 1.35 * useful, (counts, useful)
+    assert counts["stream"] < counts["fixed"] / 3, counts
+    assert counts["stream"] < counts["compacted"], counts
+
+
+def test_public_function() -> None:
+    def model(x: Tensor, t: Tensor, label: Tensor, scale: float) -> Tensor:
+        assert t.shape == x.shape[:1] == label.shape
+        return scale * x * label[:, None]
+
+    def requests() -> Iterator[tuple[Tensor, dict[str, float]]]:
+        for i in range(10):
+            yield torch.full((3,), 1.0 + i, dtype=torch.float64), {"label": 0.1 * i}
+
+    results = sorted(fm.sample_stream(model, requests(), capacity=4, scale=2.0, rtol=1e-8, atol=1e-8))
+    for i, result in enumerate(results):
+        assert isinstance(result, StreamResult)
+        want = torch.full((3,), (1.0 + i) * math.exp(0.2 * i), dtype=torch.float64)
+        torch.testing.assert_close(result.x, want, rtol=1e-6, atol=0)
+    plain = list(fm.sample_stream(lambda x, t: -x, [torch.ones(2), torch.ones(2)], method="bosh3"))
+    assert [r.index for r in plain] == [0, 1]
+    assert list(fm.sample_stream(lambda x, t: -x, [])) == []
+
+
+def test_requests_are_read_as_places_become_free() -> None:
+    read = []
+
+    def requests() -> Iterator[Tensor]:
+        for i in range(100):
+            read.append(i)
+            yield torch.ones(2)
+
+    results = sample_stream(lambda x, t: -x, requests(), capacity=5)
+    assert read == []
+    next(results)
+    assert len(read) <= 10
+    assert torch.is_grad_enabled()
+
+
+def test_failures_are_told_one_by_one() -> None:
+    def model(x: Tensor, t: Tensor, bad: Tensor) -> Tensor:
+        return torch.where(bad[:, None] > 0, math.nan, -x)
+
+    requests = [(torch.ones(2), {"bad": i % 3 == 1}) for i in range(9)]
+    status = {r.index: r.status for r in sample_stream(model, requests, capacity=4)}
+    assert status == {i: Status.NON_FINITE if i % 3 == 1 else Status.SUCCESS for i in range(9)}
+    slow = list(sample_stream(lambda x, t: -500 * x, [torch.ones(2)] * 3, max_steps=5, capacity=2))
+    assert [(r.status, r.n_steps) for r in slow] == [(Status.MAX_STEPS, 5)] * 3
+
+
+def test_bad_requests() -> None:
+    def run(requests: list, **options: object) -> list:
+        return list(sample_stream(lambda x, t, **kwargs: -x, requests, **options))  # type: ignore[arg-type]
+
+    with pytest.raises(ValueError, match=r"requests\[1\]: expected the shape of requests\[0\], \(2,\)"):
+        run([torch.ones(2), torch.ones(3)])
+    with pytest.raises(ValueError, match=r"requests\[1\]: expected the keyword arguments of requests\[0\], \['a'\]"):
+        run([(torch.ones(2), {"a": 1}), torch.ones(2)])
+    with pytest.raises(TypeError, match=r"requests: expected tensors or pairs"):
+        run(["x"])
+    with pytest.raises(TypeError, match="requests: expected keyword arguments that are tensors or numbers"):
+        run([(torch.ones(2), {"a": "x"})])
+    with pytest.raises(ValueError, match="method: expected an adaptive method, got 'euler'"):
+        run([], method="euler")
+    with pytest.raises(ValueError, match="capacity: expected an int >= 1"):
+        run([], capacity=0)
