@@ -40,10 +40,10 @@ def test_samples_are_those_of_single_solves(impl: str) -> None:
     mixture = Mixture(37, torch.float64 if impl == "reference" else torch.float32)
     options = AdaptiveOptions(rtol=1e-4, atol=1e-4, impl=impl)
     results = list(stream(mixture, mixture.requests(), DOPRI5, options, capacity=8))
-    assert sorted(r.index for r in results) == list(range(37))
-    assert [r.index for r in results] != list(range(37)), "they finish out of order"
+    assert sorted(r.request for r in results) == list(range(37))
+    assert [r.request for r in results] != list(range(37)), "they finish out of order"
     for result in results:
-        row = slice(result.index, result.index + 1)
+        row = slice(result.request, result.request + 1)
         alone = solve_adaptive(
             mixture, mixture.y0[row], 0.0, 1.0, DOPRI5, options, model_kwargs={"rate": mixture.rate[row]}
         )
@@ -92,7 +92,7 @@ def test_public_function() -> None:
         want = torch.full((3,), (1.0 + i) * math.exp(0.2 * i), dtype=torch.float64)
         torch.testing.assert_close(result.x, want, rtol=1e-6, atol=0)
     plain = list(fm.sample_stream(lambda x, t: -x, [torch.ones(2), torch.ones(2)], method="bosh3"))
-    assert [r.index for r in plain] == [0, 1]
+    assert [r.request for r in plain] == [0, 1]
     assert list(fm.sample_stream(lambda x, t: -x, [])) == []
 
 
@@ -116,7 +116,7 @@ def test_failures_are_told_one_by_one() -> None:
         return torch.where(bad[:, None] > 0, math.nan, -x)
 
     requests = [(torch.ones(2), {"bad": i % 3 == 1}) for i in range(9)]
-    status = {r.index: r.status for r in sample_stream(model, requests, capacity=4)}
+    status = {r.request: r.status for r in sample_stream(model, requests, capacity=4)}
     assert status == {i: Status.NON_FINITE if i % 3 == 1 else Status.SUCCESS for i in range(9)}
     slow = list(sample_stream(lambda x, t: -500 * x, [torch.ones(2)] * 3, max_steps=5, capacity=2))
     assert [(r.status, r.n_steps) for r in slow] == [(Status.MAX_STEPS, 5)] * 3

@@ -18,7 +18,7 @@ from typing import final
 from .._checks import check_number
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Controller:
     """What all controllers have.
 

@@ -27,14 +27,14 @@ class StreamResult(NamedTuple):
     """One sample of a stream.
 
     Attributes:
-        index: the place of its request in the queue.
+        request: its number in the queue.
         x: the sample where its solve ended: at the end if status is SUCCESS.
         status: an :class:`fmkernels.Status`.
         n_steps: steps tried.
         n_accepted: steps taken.
     """
 
-    index: int
+    request: int
     x: Tensor
     status: Status
     n_steps: int

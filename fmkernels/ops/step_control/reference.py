@@ -51,8 +51,8 @@ def run(
             factor = factor * ratio_1**power_1
         if power_2 != 0.0:
             factor = factor * ratio_2**power_2
-        low = torch.where(ratio < 1.0, least_growth, dfactor)
-        high = torch.where(accept, ifactor, min(ifactor, safety))
+        low = torch.where(ratio < 1.0, torch.full_like(ratio, least_growth), dfactor)
+        high = torch.where(accept, torch.full_like(ratio, ifactor), min(ifactor, safety))
         factor = torch.minimum(high, torch.maximum(low, factor))
         magnitude = h.abs() * torch.where(finite, factor, dfactor)
         moved = torch.where(h == t_end - t, t_end, t + h)
