@@ -14,7 +14,7 @@ import torch
 
 from fmkernels.testing import Case
 
-from . import machine, records, render, report, targets
+from . import machine, records, render, report, report_sampling, targets
 from .families import FAMILIES
 from .family import Family
 from .runner import Options, RedCheck, Runner
@@ -115,7 +115,7 @@ def _measure(options: argparse.Namespace, jobs: Sequence[Job]) -> int:
     print(f"\nresults: {path}" if path else "\nresults were not kept (a quick run keeps them with --out)")
     kept = True
     if options.check_targets:
-        lines, kept = targets.check(measured, device.type)
+        lines, kept = targets.check(measured, device.type, options.family)
         print("\n".join(["", "targets:", *lines]))
     for line in refused:
         print(f"REFUSED: {line}", file=sys.stderr)
@@ -124,10 +124,12 @@ def _measure(options: argparse.Namespace, jobs: Sequence[Job]) -> int:
 
 def _show(measured: Sequence[records.Record], *, verbose: bool) -> None:
     for family in FAMILIES.values():
-        rows = report.rows(r for r in measured if r["family"] == family.name)
-        if rows:
+        lines = [r for r in measured if r["family"] == family.name]
+        if lines:
             print(f"\n{family.name}: {family.what}")
-            print(report.plain_table(report.HEADER, rows))
+            solves = family.solve is not None
+            header = report_sampling.HEADER if solves else report.HEADER
+            print(report.plain_table(header, report_sampling.rows(lines) if solves else report.rows(lines)))
     if verbose and measured:
         print()
         print(report.plain_table(report.IMPLEMENTATION_HEADER, report.implementation_rows(measured)))

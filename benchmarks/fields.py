@@ -26,7 +26,7 @@ class Network(nn.Module):
     Its weights are drawn, and enlarged so that an adaptive solver takes as many steps as for a trained flow.
     """
 
-    def __init__(self, seed: int = 0, gain: float = 2.0) -> None:
+    def __init__(self, seed: int = 0, gain: float = 3.0) -> None:
         super().__init__()
         self.first, self.second, self.last = nn.Linear(4, 64), nn.Linear(64, 64), nn.Linear(64, 2)
         rng = torch.Generator().manual_seed(seed)

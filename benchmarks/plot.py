@@ -75,14 +75,24 @@ def _panel(axes: Any, what: str, cases: dict[str, dict[str, Record]]) -> None:
         axes.spines[side].set_visible(False)
 
 
-def write(path: Path, machine: str, records: Sequence[Record], digest: str) -> None:
-    """Draws the records; ``digest`` names them in the file's metadata."""
+def new_figure(width: float, height: float) -> Any:
+    """Without a window and without pyplot's state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    panels = [(family, cases) for family in FAMILIES if (cases := _cases(records, family))]
-    figure = Figure(figsize=(11, 2.9 * max(1, len(panels))), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
+    return figure
+
+
+def save(figure: Any, path: Path, digest: str) -> None:
+    figure.savefig(path, dpi=130, metadata={"Description": f"made from the results {digest}", "Software": None})
+
+
+def write(path: Path, machine: str, records: Sequence[Record], digest: str) -> None:
+    """Draws the records; ``digest`` names them in the file's metadata."""
+    panels = [(family, cases) for family in FAMILIES if (cases := _cases(records, family))]
+    figure = new_figure(11, 2.9 * max(1, len(panels)))
     for i, (name, cases) in enumerate(panels):
         axes = figure.add_subplot(len(panels), 1, i + 1)
         _panel(axes, f"{name}: {FAMILIES[name].what}", cases)
@@ -91,4 +101,4 @@ def write(path: Path, machine: str, records: Sequence[Record], digest: str) -> N
         label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=6, fontsize=8, frameon=False)
-    figure.savefig(path, dpi=130, metadata={"Description": f"made from the results {digest}", "Software": None})
+    save(figure, path, digest)

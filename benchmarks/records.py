@@ -55,11 +55,17 @@ def ours(implementations: dict[str, Record]) -> Record | None:
     return next((record for record in implementations.values() if record["auto"]), None)
 
 
-def newest(root: Path) -> dict[str, Path]:
-    """machine -> its file with the latest result."""
-    found: dict[str, tuple[str, Path]] = {}
-    for path in sorted(root.glob("*/*.jsonl")):
-        dates = [record["date"] for record in read(path)]
-        if dates and max(dates) >= found.get(path.parent.name, ("", path))[0]:
-            found[path.parent.name] = (max(dates), path)
-    return {machine: path for machine, (_, path) in sorted(found.items())}
+def newest(root: Path) -> dict[str, list[Record]]:
+    """machine -> its records: of each family those of the file with the family's latest result."""
+    found: dict[str, list[Record]] = {}
+    for folder in sorted(path for path in root.glob("*") if path.is_dir()):
+        files = [read(path) for path in sorted(folder.glob("*.jsonl"))]
+        last: dict[str, tuple[str, int]] = {}
+        for number, lines in enumerate(files):
+            for record in lines:
+                family = record["family"]
+                last[family] = max((record["date"], number), last.get(family, ("", 0)))
+        chosen = [r for number, lines in enumerate(files) for r in lines if last[r["family"]][1] == number]
+        if chosen:
+            found[folder.name] = chosen
+    return found

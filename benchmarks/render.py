@@ -16,17 +16,24 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from . import plot, records, report, targets
+from . import plot, plot_sampling, records, report, report_sampling, targets
 from .families import FAMILIES
 from .records import Record
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("docs/performance.md", "README.md")
+PAGES = ("docs/performance.md", "docs/solvers.md", "README.md")
 IMAGES = "docs/images"
 _MARKS = re.compile(r"(<!-- benchmarks:begin (\w+) -->\n)(.*?)(<!-- benchmarks:end -->)", re.DOTALL)
 
 Results = dict[str, list[Record]]  # machine -> records
-Context = tuple[Results, Callable[[str], str]]  # and machine -> address of its plot, seen from the page
+# and (kind of plot, machine) -> its address, seen from the page
+Context = tuple[Results, Callable[[str, str], str]]
+SAMPLING = "sampling"
+# Kind of plot -> what draws it, and which records it shows.
+PLOTS: dict[str, tuple[Callable[[Path, str, Sequence[Record], str], None], Callable[[Record], bool]]] = {
+    "benchmarks": (plot.write, lambda record: record["family"] != SAMPLING),
+    SAMPLING: (plot_sampling.write, lambda record: record["family"] == SAMPLING),
+}
 
 
 def _headline(machine: str, lines: Sequence[Record]) -> str:
@@ -39,13 +46,25 @@ def _headline(machine: str, lines: Sequence[Record]) -> str:
 
 
 def _image(machine: str, context: Context) -> str:
-    return f"![Speed beside eager PyTorch on {machine}]({context[1](machine)})"
+    return f"![Speed beside eager PyTorch on {machine}]({context[1]('benchmarks', machine)})"
+
+
+def _shown(kind: str, context: Context) -> list[tuple[str, list[Record]]]:
+    """Machine and records, of the machines that have some of this kind."""
+    chosen = [(machine, [r for r in lines if PLOTS[kind][1](r)]) for machine, lines in context[0].items()]
+    return [(machine, lines) for machine, lines in chosen if lines]
+
+
+def _promised(lines: Sequence[Record], families: Sequence[str]) -> str:
+    device = "cuda" if lines[0]["machine"]["gpu"] else "cpu"
+    promised, _ = targets.check(lines, device, families)
+    return "\n".join(["What was promised:", "", *(f"- {line}" for line in promised)])
 
 
 def _readme(context: Context) -> str:
     """For each machine its plot and the whole step in float32."""
     parts = []
-    for machine, lines in context[0].items():
+    for machine, lines in _shown("benchmarks", context):
         chosen = [r for r in lines if r["family"] == "cfm" and r["case"]["dtype"] == "float32"]
         parts += [_headline(machine, lines), _image(machine, context)]
         parts.append(report.markdown_table(report.HEADER, report.rows(chosen)))
@@ -55,12 +74,11 @@ def _readme(context: Context) -> str:
 def _performance(context: Context) -> str:
     """Every family, what was promised, and every single figure."""
     parts = []
-    for machine, lines in context[0].items():
+    families = [family for family in FAMILIES.values() if family.solve is None]
+    for machine, lines in _shown("benchmarks", context):
         parts += [f"## {machine}", _headline(machine, lines), _image(machine, context)]
-        device = "cuda" if lines[0]["machine"]["gpu"] else "cpu"
-        promised, _ = targets.check(lines, device)
-        parts.append("\n".join(["What was promised:", "", *(f"- {line}" for line in promised)]))
-        for family in FAMILIES.values():
+        parts.append(_promised(lines, [family.name for family in families]))
+        for family in families:
             rows = report.rows(r for r in lines if r["family"] == family.name)
             if rows:
                 parts.append(f"### {family.name}: {family.what}")
@@ -70,7 +88,29 @@ def _performance(context: Context) -> str:
     return "\n\n".join(parts)
 
 
-BLOCKS: dict[str, Callable[[Context], str]] = {"readme": _readme, "performance": _performance}
+def _sampling(name: str) -> Callable[[Context], str]:
+    """A block of the page on solvers."""
+
+    def block(context: Context) -> str:
+        parts = []
+        for machine, lines in _shown(SAMPLING, context):
+            text = report_sampling.blocks(lines).get(name)
+            if text is None:
+                image = f"![Whole solves on {machine}]({context[1](SAMPLING, machine)})"
+                parts += [_headline(machine, lines), image, _promised(lines, [SAMPLING])]
+            else:
+                parts += [f"**{machine}**", text]
+        return "\n\n".join(parts) or "Not measured yet."
+
+    return block
+
+
+BLOCKS: dict[str, Callable[[Context], str]] = {
+    "readme": _readme,
+    "performance": _performance,
+    "sampling": _sampling("sampling"),
+    **{name: _sampling(name) for name in report_sampling.blocks([])},
+}
 
 
 def digest(lines: Sequence[Record]) -> str:
@@ -88,18 +128,19 @@ def _page(text: str, context: Context) -> str:
 def render(root: Path, results_root: Path, *, check: bool) -> list[str]:
     """Writes plots and pages under ``root`` (or, with ``check``, only looks); returns what is missing or
     stale."""
-    newest = records.newest(results_root)
-    if not newest:
+    results = records.newest(results_root)
+    if not results:
         return [f"{results_root.name}: no results; run python -m benchmarks first"]
-    results = {machine: records.read(path) for machine, path in newest.items()}
     problems = []
-    for machine, lines in results.items():
-        image = root / IMAGES / f"benchmarks-{machine}.png"
+    context: Context = (results, lambda kind, machine: f"{kind}-{machine}.png")
+    shown = [(kind, *chosen) for kind in PLOTS for chosen in _shown(kind, context)]
+    for kind, machine, lines in shown:
+        image = root / IMAGES / context[1](kind, machine)
         name = image.relative_to(root)
         if not check:
             image.parent.mkdir(parents=True, exist_ok=True)
             if not _made_from(image, lines):
-                plot.write(image, machine, lines, digest(lines))
+                PLOTS[kind][0](image, machine, lines, digest(lines))
         elif not image.exists():
             problems.append(f"{name}: missing; run python -m benchmarks render")
         elif not _made_from(image, lines):
@@ -119,7 +160,7 @@ def render(root: Path, results_root: Path, *, check: bool) -> list[str]:
             expected = ", ".join(BLOCKS)
             problems += [f"{page_name}: unknown block {u!r}, expected one of {expected}" for u in sorted(unknown)]
             continue
-        new = _page(text, (results, lambda machine, at=images: f"{at}/benchmarks-{machine}.png"))  # type: ignore[misc]
+        new = _page(text, (results, lambda kind, machine, at=images: f"{at}/{kind}-{machine}.png"))  # type: ignore[misc]
         if new != text and check:
             problems.append(f"{page_name}: differs from the results; run python -m benchmarks render")
         elif new != text:

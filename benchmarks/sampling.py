@@ -176,8 +176,9 @@ def _reference(case: Case, inputs: Inputs, outputs: Outputs) -> dict[str, Tensor
 
 
 def _budget(outputs: Outputs) -> float:
-    """Per-sample and shared step control, or UniPC and 2M, err differently; one formula's rounding hardly does."""
-    return 4.0 if "method" in outputs else 10.0
+    """Wide: step control may be per sample or shared, and a field that parts neighbours enlarges what rounding does
+    in one element. A wrong formula is off by orders of magnitude."""
+    return 10.0
 
 
 def _solve(case: Case, run: Run, inputs: Inputs) -> Solve:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 from .records import COPY, Record, by_case, ours
+from .sampling import DOPRI5, HEADLINE, IMAGES
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Target:
     device: str = "cpu"
     timer: str = "host"
     aim: float | None = None  # what one would like beyond the promise
+    of: str = "time"  # or "overhead": the solver's own time in a whole solve; or "overhead a step"
 
     @property
     def case(self) -> tuple[str, ...]:
@@ -28,11 +30,21 @@ class Target:
     def __str__(self) -> str:
         aim = f" (aim: {self.aim:g} x)" if self.aim else ""
         text = f"{self.family} {self.shape} {self.variant}".strip()
-        return f"{text}: >= {self.at_least:g} x {self.against}{aim} [{self.device}]"
+        of = "" if self.of == "time" else f", {self.of}"
+        return f"{text}{of}: >= {self.at_least:g} x {self.against}{aim} [{self.device}]"
+
+    def seconds(self, record: Record) -> float:
+        """What is compared. Of a difference at least a nanosecond, as noise may bring it to zero or below."""
+        if self.of == "time":
+            return float(record["median"])
+        return max(1e-9, float(record["solve"]["overhead_per_step" if self.of.endswith("step") else "overhead"]))
 
 
 _LARGE, _SMALL = (256, 16, 64, 64), (256, 2)
 _GPU = {"device": "cuda", "timer": "graph"}
+_STEP = "overhead a step"
+_EULER, _DOPRI5, _GPU_BATCH = "euler 100", str(DOPRI5), (1024, 2)
+_SOLVE_ON_GPU = {"device": "cuda", "timer": "events"}
 
 TARGETS: tuple[Target, ...] = (
     Target("cfm", _LARGE, "x_0 given", "eager", 8.0),
@@ -45,22 +57,30 @@ TARGETS: tuple[Target, ...] = (
     Target("cfm", _LARGE, "x_0 given", "eager", 4.0, **_GPU),  # type: ignore[arg-type]
     Target("cfm", _LARGE, "x_0 given", "compile", 1.3, **_GPU),  # type: ignore[arg-type]
     Target("cfm", _SMALL, "x_0 given", "eager", 1.0, device="cuda", timer="events"),
+    Target("sampling", HEADLINE, _EULER, "torchdiffeq", 4.0, of=_STEP),
+    Target("sampling", HEADLINE, _DOPRI5, "torchdiffeq", 5.0, of=_STEP),
+    Target("sampling", HEADLINE, _DOPRI5, "torchode", 3.0, of=_STEP),
+    Target("sampling", IMAGES, _DOPRI5, "torchdiffeq", 2.0, of="overhead"),
+    Target("sampling", _GPU_BATCH, _EULER, "torchdiffeq", 10.0, **_SOLVE_ON_GPU),  # type: ignore[arg-type]
+    Target("sampling", _GPU_BATCH, _EULER, "flow_matching", 10.0, **_SOLVE_ON_GPU),  # type: ignore[arg-type]
+    Target("sampling", _GPU_BATCH, _DOPRI5, "torchdiffeq", 5.0, **_SOLVE_ON_GPU),  # type: ignore[arg-type]
+    Target("sampling", _GPU_BATCH, _DOPRI5, "torchode", 3.0, **_SOLVE_ON_GPU),  # type: ignore[arg-type]
 )
 
 
-def check(records: Iterable[Record], device: str) -> tuple[list[str], bool]:
-    """A line for each target of a device type, and whether all are kept; one that was not measured is not
-    kept."""
+def check(records: Iterable[Record], device: str, families: Container[str] | None = None) -> tuple[list[str], bool]:
+    """A line for each target of a device type (and of some families), and whether all are kept; one that was
+    not measured is not kept."""
     cases, lines, kept = by_case(records), [], True
     for target in TARGETS:
-        if target.device != device:
+        if target.device != device or (families is not None and target.family not in families):
             continue
         measured = cases.get(target.case, {})
         mine, other = ours(measured), measured.get(target.against)
         if mine is None or other is None:
             verdict, kept = "NOT MEASURED", False
         else:
-            ratio = other["median"] / mine["median"]
+            ratio = target.seconds(other) / target.seconds(mine)
             passed = ratio >= target.at_least
             verdict, kept = f"{'pass' if passed else 'FAIL'}: {ratio:.2f} x", kept and passed
         lines.append(f"{target}: {verdict}")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fmkernels as fm
-from benchmarks import records, render, report, targets, timing
+from benchmarks import fields, loops, records, render, report, sampling, targets, timing
 from benchmarks.__main__ import main
 from benchmarks.families import FAMILIES
 from fmkernels.testing import Case
@@ -104,10 +104,10 @@ def test_a_wrong_result_is_refused(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_runs_and_is_right(family: str, tmp_path: Path) -> None:
-    """The smallest cases, in both dtypes, with noise drawn inside too."""
+    """The smallest cases, in every dtype, with noise drawn inside too."""
     assert main([*TINY, "--family", family, "--filter", "/256x2", "--out", str(tmp_path)]) == 0
     found = _records(tmp_path)
-    assert {record["case"]["dtype"] for record in found} == {"float32", "bfloat16"}
+    assert {record["case"]["dtype"] for record in found} == {str(d).split(".")[1] for d in FAMILIES[family].dtypes}
     for measured in records.by_case(found).values():
         assert records.ours(measured) is not None
         assert {"eager", "copy"} <= set(measured)
@@ -143,7 +143,7 @@ def test_targets_pass_fail_and_missing() -> None:
 
 
 def test_render_is_idempotent_and_check_sees_stale_pages(results: Path, tmp_path: Path) -> None:
-    pages = {"README.md": "readme", "docs/performance.md": "performance"}
+    pages = {"README.md": "readme", "docs/performance.md": "performance", "docs/solvers.md": "sampling"}
     for name, block in pages.items():
         page = tmp_path / name
         page.parent.mkdir(exist_ok=True)
@@ -159,6 +159,7 @@ def test_render_is_idempotent_and_check_sees_stale_pages(results: Path, tmp_path
     assert "old" not in full
     assert f"(images/{image.name})" in full
     assert f"(docs/images/{image.name})" in written["README.md"]
+    assert "Not measured yet." in written["docs/solvers.md"]
     assert full.startswith("before\n")
     assert full.endswith("after\n")
 
@@ -175,6 +176,102 @@ def test_render_is_idempotent_and_check_sees_stale_pages(results: Path, tmp_path
     assert any("unknown block 'other'" in p for p in render.render(tmp_path, results, check=True))
     image.write_bytes(b"another picture")
     assert any("made from other results" in p for p in render.render(tmp_path, results, check=True))
+
+
+@pytest.fixture(scope="module")
+def solves(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results of a quick run of whole solves."""
+    root = tmp_path_factory.mktemp("solves")
+    assert main([*TINY, "--quick", "--family", "sampling", "--budget", "0.1", "--out", str(root)]) == 0
+    return root
+
+
+def test_records_of_solves_have_the_network_apart(solves: Path) -> None:
+    cases = records.by_case(_records(solves))
+    assert {key[3] for key in cases} == {"euler 100", "euler cfg 50", "dopri5 1e-05"}
+    for (_, _, _, variant, _), measured in cases.items():
+        assert records.ours(measured) is measured["fmkernels"]
+        assert {"fmkernels-Solver", "eager", "copy"} <= set(measured)
+        assert "solve" not in measured["copy"]
+        for name, record in measured.items():
+            if name == "copy":
+                continue
+            solve = record["solve"]
+            assert solve["overhead"] == pytest.approx(record["median"] - solve["network"]["median"])
+            assert solve["overhead_per_step"] == pytest.approx(solve["overhead"] / solve["steps"])
+            assert 0 < solve["network"]["q1"] <= solve["network"]["median"] <= solve["network"]["q3"]
+            if variant == "euler 100":
+                assert (solve["nfe"], solve["nfe_per_sample"], solve["steps"]) == (100, 100.0, 100)
+                assert record["errors"]["method"] < 1e-5 < record["errors"]["x_1"] < 0.2
+            elif variant == "euler cfg 50":
+                assert (solve["nfe"], solve["nfe_per_sample"], solve["steps"]) == (50, 100.0, 50)
+                assert record["errors"]["method"] < 1e-5
+            else:
+                assert solve["nfe"] >= solve["nfe_per_sample"] > 6
+                assert record["errors"]["x_1"] < 1e-3
+
+
+def test_pages_of_solves(solves: Path, tmp_path: Path) -> None:
+    """All blocks, the work-precision ones from records made up after a measured one."""
+    found = _records(solves)
+    (one,) = [r for r in found if r["implementation"] == "fmkernels" and r["case"]["variant"] == "euler 100"]
+    case = {**one["case"], "shape": [1024, 2], "variant": sampling.PRECISION}
+    for name in ("fmkernels", "fmkernels-euler 8", "torchdiffeq-euler 8", "fmkernels-ab2 16"):
+        found.append({**one, "case": case, "implementation": name, "auto": name == "fmkernels"})
+    records.append(tmp_path / "results" / "machine" / "a.jsonl", found)
+    for name in render.PAGES:
+        page = tmp_path / name
+        page.parent.mkdir(exist_ok=True)
+        page.write_text((Path(__file__).resolve().parent.parent / name).read_text())
+    arguments = ["render", "--root", str(tmp_path), "--results", str(tmp_path / "results")]
+    assert main(arguments) == 0
+    assert main([*arguments, "--check"]) == 0
+    text = (tmp_path / "docs" / "solvers.md").read_text()
+    assert "![Whole solves on machine](images/sampling-machine.png)" in text
+    assert "overhead a step: >= 4 x torchdiffeq [cpu]" in text
+    assert "| 16x2 euler 100 | fmkernels-Solver |" in text
+    assert "| euler 100 | 16x2 |" in text
+    assert "| euler | 8 |" in text
+    assert "| ab2 | 16 |" in text
+    assert "Not measured yet." not in text
+    assert [path.name for path in (tmp_path / "docs" / "images").iterdir()] == ["sampling-machine.png"]
+
+
+def test_a_target_of_overhead() -> None:
+    (target, *_) = [t for t in targets.TARGETS if t.of == "overhead a step"]
+    base = {
+        "family": target.family,
+        "case": {"shape": list(target.shape), "dtype": "float32", "variant": target.variant},
+        "timer": "host",
+        "median": 1.0,
+    }
+    mine = {**base, "implementation": "fmkernels", "auto": True, "solve": {"overhead_per_step": 1e-6}}
+    other = {**base, "implementation": target.against, "auto": False, "solve": {"overhead_per_step": 5e-6}}
+    assert "pass: 5.00 x" in targets.check([mine, other], "cpu", [target.family])[0][0]
+    mine["solve"] = {"overhead_per_step": -1e-6}  # noise
+    assert target.seconds(mine) == 1e-9
+
+
+@pytest.mark.parametrize("task", sampling.PRECISION_TASKS[::5], ids=str)
+def test_loops_by_hand_agree_with_ours(task: sampling.Task) -> None:
+    """In float64, where only the formula can differ."""
+    if task.method not in loops.LOOPS:
+        pytest.skip("not written by hand")
+    rng = torch.Generator().manual_seed(0)
+    model, x_0 = fields.Mixture(), torch.randn(32, 2, generator=rng, dtype=torch.float64)
+    label = torch.zeros(32, dtype=torch.float64)
+    ours, _ = fm.sample(model, x_0, method=task.method, steps=task.steps, label=label)
+    by_hand = loops.LOOPS[task.method](lambda x, t: model(x, t, label), x_0, task.times)
+    torch.testing.assert_close(ours, by_hand, rtol=1e-9, atol=1e-9)
+
+
+def test_newest_results_of_each_family(tmp_path: Path) -> None:
+    case = {"shape": [1], "dtype": "float32", "variant": ""}
+    for name, family, date in (("a", "f", "2026-01-01"), ("a", "g", "2026-01-01"), ("b", "g", "2026-01-02")):
+        record = {"family": family, "case": case, "timer": "host", "date": date, "file": name}
+        records.append(tmp_path / "machine" / f"{name}.jsonl", [record])
+    (found,) = records.newest(tmp_path).values()
+    assert [(r["family"], r["file"]) for r in found] == [("f", "a"), ("g", "b")]
 
 
 def test_render_says_what_is_missing(results: Path, tmp_path: Path) -> None:
