@@ -8,6 +8,7 @@ from .._checks import type_error, value_error
 from . import tableaus
 from .diffusion import DDIM, DEIS, LCM, LMS, Ancestral, DPMSolverPP, DPMSolverPP2S, UniPC
 from .edm import EDM, Restart
+from .implicit_tableaus import IMPLICIT as IMPLICIT
 from .program import Method
 from .runge_kutta import AdamsBashforth, AdamsMoulton, RungeKutta
 from .stochastic import SDE
@@ -59,9 +60,6 @@ ADAPTIVE = ("heun_euler", "adaptive_heun", "bosh3", "fehlberg", "fehlberg2", "do
 def adaptive_tableau(method: str) -> tableaus.Tableau | None:
     """The tableau of an adaptive method's name, or None."""
     return tableaus.tableau(method) if method in ADAPTIVE else None
-
-
-IMPLICIT: tuple[str, ...] = ()
 
 
 def resolve(method: str | Method) -> Method:

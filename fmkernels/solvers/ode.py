@@ -88,7 +88,9 @@ def odeint(
         rtol, atol: tolerances of adaptive methods: numbers, or a number for each tensor of a tuple.
         method: adaptive: "dopri5" (default), "tsit5", "dopri8", "bosh3", "fehlberg", "fehlberg2", "adaptive_heun" (or
             "heun_euler"); fixed grid: any of :func:`fmkernels.sample`'s. As in torchdiffeq "rk4" is the 3/8 rule here,
-            and "explicit_adams", "implicit_adams" are of order 4. Implicit: "implicit_euler", "trapezoid", "sdirk2".
+            and "explicit_adams", "implicit_adams" are of order 4. Implicit, for stiff fields of
+            small states (:func:`fmkernels.solvers.implicit.solve_implicit`): "implicit_euler", "implicit_midpoint",
+            "trapezoid", "sdirk2", "sdirk3"; with step control "trbdf2", "kvaerno3", "kencarp4".
         options: adaptive: first_step, min_step, max_step, max_num_steps, safety, ifactor, dfactor, norm, step_t,
             jump_t as in torchdiffeq; controller, an object of :mod:`fmkernels.solvers.controllers`; per_sample=True
             controls the step of each index of dimension 0 by itself, func's t being (B,). Fixed: step_size or
@@ -127,6 +129,7 @@ def solve(packed: Packed, t: Tensor, rtol: Any, atol: Any, method: Any, options:
         from .implicit import option_names, solve_implicit
 
         _warn_unknown(method, options, option_names(method, options))
+        _per_sample(packed, options)
         tolerances = {"rtol": packed.tolerance("rtol", rtol), "atol": packed.tolerance("atol", atol)}
         norm = packed.norm(options.get("norm"))
         return solve_implicit(packed.field, packed.y0, t, method, options, **tolerances, norm=norm)
@@ -262,11 +265,16 @@ def _fixed(packed: Packed, t: Tensor, method: Method, options: dict[str, Any]) -
 # ---------------------------------------------------------------------- adaptive steps
 
 
-def adaptive_options(packed: Packed, rtol: Any, atol: Any, options: dict[str, Any], record: bool) -> AdaptiveOptions:
-    """The options in the engine's words."""
+def _per_sample(packed: Packed, options: dict[str, Any]) -> bool:
     per_sample = bool(options.get("per_sample", False))
     if per_sample and packed.is_tuple:
         raise value_error("options: per_sample", "a tensor y0, whose dimension 0 is the batch", packed.shapes)
+    return per_sample
+
+
+def adaptive_options(packed: Packed, rtol: Any, atol: Any, options: dict[str, Any], record: bool) -> AdaptiveOptions:
+    """The options in the engine's words."""
+    per_sample = _per_sample(packed, options)
     controller: Controller = options.get("controller") or IController(
         safety=float(options.get("safety", 0.9)),
         ifactor=float(options.get("ifactor", 10.0)),
