@@ -21,7 +21,7 @@ from .controllers import Controller, IController
 from .dense import DenseBuilder, Replay, value_of
 from .packed import Field, Packed, State
 from .program import Builder, Method, Number, as_grid
-from .run import Buffers, Run, coefficients_of, time_rows
+from .run import Buffers, Run, check_output, coefficients_of, time_rows
 from .runge_kutta import MAX_ORDER, AdamsBashforth, AdamsMoulton
 from .tableaus import Tableau
 
@@ -285,6 +285,7 @@ def adaptive_options(packed: Packed, rtol: Any, atol: Any, options: dict[str, An
         atol=packed.tolerance("atol", atol),
         controller=controller,
         shared=not per_sample,
+        compact=False,  # func may hold what belongs to the samples
         first_step=None if options.get("first_step") is None else abs(float(options["first_step"])),
         min_step=float(options.get("min_step", 0.0)),
         force_min_step=True,
@@ -349,7 +350,7 @@ def watcher(packed: Packed) -> Callable[[AdaptiveStep], None] | None:
     return watch
 
 
-def needs_gradient(packed: Packed, t: Tensor) -> bool:
+def needs_gradient(packed: Packed, t: Tensor, per_sample: bool = False) -> bool:
     """Whether a gradient can be asked of the solution: found by one call of func where nothing else tells."""
     if not torch.is_grad_enabled():
         return False
@@ -357,13 +358,16 @@ def needs_gradient(packed: Packed, t: Tensor) -> bool:
         return True
     if isinstance(packed.func, torch.nn.Module) and any(p.requires_grad for p in packed.func.parameters()):
         return True
-    return packed.field(t[0].to(packed.y0.dtype), packed.y0).requires_grad
+    start = t[0].to(packed.y0.dtype)
+    value = packed.field(start.expand(packed.y0.shape[:1]) if per_sample else start, packed.y0)
+    check_output(value, packed.y0, "func")
+    return value.requires_grad
 
 
 def _adaptive(packed: Packed, t: Tensor, tableau: Tableau, rtol: Any, atol: Any, options: dict[str, Any]) -> Tensor:
     if t.shape[0] == 1:
         return packed.y0[None].clone()
-    gradient = needs_gradient(packed, t)
+    gradient = needs_gradient(packed, t, bool(options.get("per_sample", False)))
     engine = adaptive_options(packed, rtol, atol, options, record=gradient)
     if gradient and not engine.shared and t.requires_grad:
         raise value_error("t", "times without gradient with per_sample=True", t)
@@ -383,7 +387,7 @@ def _adaptive(packed: Packed, t: Tensor, tableau: Tableau, rtol: Any, atol: Any,
             segment.end,
             tableau,
             engine,
-            t_eval=wanted[inside],
+            t_eval=wanted[inside] if bool(inside.any()) else None,
             norm=norm,
             on_step=watch,
         )
@@ -402,9 +406,9 @@ def _adaptive(packed: Packed, t: Tensor, tableau: Tableau, rtol: Any, atol: Any,
             y = ys[-1]
             parts.append(ys[int(not at_first) : 1 + len(later)])
             continue
-        assert result.ys is not None
         y = result.y
-        parts.append(result.ys)
+        if result.ys is not None:
+            parts.append(result.ys)
         if failed:
             break
     ys = torch.cat(parts) if len(parts) > 1 else parts[0]
