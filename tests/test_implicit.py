@@ -78,7 +78,7 @@ def test_order(tableau: ImplicitTableau, backward: bool) -> None:
     y0, exact = kaps_exact(float(t[0])), kaps_exact(float(t[1]))
     length = float((t[1] - t[0]).abs())
     errors = []
-    for steps in (20, 40, 80):
+    for steps in (20, 40):
         ys = solve_implicit(kaps, y0, t, tableau.name, {"step_size": length / steps}, **TIGHT)
         errors.append(float((ys[-1] - exact).abs().max()))
     slopes = [math.log2(a / b) for a, b in pairwise(errors)]
@@ -226,7 +226,7 @@ def test_gradients(tableau: ImplicitTableau, per_sample: bool) -> None:
         options = {"step_size": 0.5, "per_sample": per_sample}
         return solve_implicit(func, y0, t, tableau.name, options, rtol=1e-13, atol=1e-13)
 
-    assert torch.autograd.gradcheck(solve, (y0, weight, t))
+    assert torch.autograd.gradcheck(solve, (y0, weight, t), fast_mode=per_sample)
     with torch.no_grad():
         plain = solve(y0, weight, t)
     torch.testing.assert_close(solve(y0, weight, t).detach(), plain, rtol=1e-12, atol=1e-12)
