@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from . import plot
-from .records import Record, by_case
+from .records import Record, by_case, resolved
 from .report_sampling import PRECISION_RIVAL, precision
 from .sampling import HEADLINE, PRECISION
 
@@ -58,9 +58,13 @@ def _bars(axes: Any, records: Sequence[Record]) -> None:
     }
     width = 0.8 / len(_BARS)
     for i, name in enumerate(_BARS):
-        found = [(x, measured[name]["solve"]) for x, measured in enumerate(cases.values()) if name in measured]
+        found = [
+            (x, measured[name]["solve"])
+            for x, measured in enumerate(cases.values())
+            if name in measured and resolved(measured[name])
+        ]
         at = [x + (i - (len(_BARS) - 1) / 2) * width for x, _ in found]
-        own = [max(0.0, 1e6 * solve["overhead_per_step"]) for _, solve in found]
+        own = [1e6 * solve["overhead_per_step"] for _, solve in found]
         axes.bar(at, own, width, color=plot.COLOURS.get(name, _COLOURS[4 + i % 4]), label=name)
     axes.set_xticks(range(len(cases)), [name.replace(" ", "\n", 1) for name in cases], fontsize=7)
     axes.set_yscale("symlog", linthresh=1.0)

@@ -55,6 +55,11 @@ def ours(implementations: dict[str, Record]) -> Record | None:
     return next((record for record in implementations.values() if record["auto"]), None)
 
 
+def resolved(record: Record) -> bool:
+    """Whether a solver's own time stands out from the noise: at least three of four differences are above 0."""
+    return bool(record["solve"]["overhead"]["q1"] > 0)
+
+
 def newest(root: Path) -> dict[str, list[Record]]:
     """machine -> its records: of each family those of the file with the family's latest result."""
     found: dict[str, list[Record]] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from .records import Record, by_case, ours
+from .records import Record, by_case, ours, resolved
 from .report import markdown_table, seconds, size
 from .sampling import HEADLINE, IMAGES, PRECISION
 
@@ -39,8 +39,8 @@ def _error(record: Record) -> str:
 
 
 def _own(record: Record) -> str:
-    """The solver's own time a step; where noise makes the difference negative it is nothing."""
-    return seconds(max(0.0, record["solve"]["overhead_per_step"]))
+    """The solver's own time a step."""
+    return seconds(record["solve"]["overhead_per_step"]) if resolved(record) else "in the noise"
 
 
 def rows(records: Iterable[Record], shape: tuple[int, ...] | None = None) -> Rows:

@@ -71,9 +71,13 @@ class Runner:
         count = timing.set_count(_bytes_of(inputs), options.device, latency=latency or bool(solves))
         sets = [inputs, *(_inputs(case, dtype, options.device, seed) for seed in range(1, count))]
         entries = [timing.Entry(entry.name, entry.run, sets) for entry in usable]
-        entries += [timing.Entry(_network(name), solve.network, sets) for name, solve in solves.items()]
+        for entry in entries:
+            if entry.name in solves:
+                entry.part = timing.Entry(f"{entry.name}, network alone", solves[entry.name].network, sets)
         entries.append(timing.copy_entry(case.bytes(dtype), options.device, latency=latency))
 
+        parts = {entry.name: (entry.part.name, entry.rest) for entry in entries if entry.part is not None}
+        hidden = {name for pair in parts.values() for name in pair}
         takes = _dispatch.chosen("combine", options.device.type, _dispatch.wanted("auto"))
         records = []
         # What torch.compile has specialised on must not change from one input set to the next: fail, do not
@@ -82,9 +86,9 @@ class Runner:
             taken_by = self._times(entries, graph=not solves)
         for timer, times in taken_by.items():
             for name, taken in times.items():
-                if name in map(_network, solves):
+                if name in hidden:
                     continue
-                entry = next((e for e in usable if e.name == name), None)
+                one = next((e for e in usable if e.name == name), None)
                 records.append(
                     {
                         "schema": SCHEMA,
@@ -95,8 +99,8 @@ class Runner:
                             "variant": case.variant,
                         },
                         "implementation": name,
-                        "auto": bool(entry and entry.auto),
-                        "takes": takes if entry and entry.auto else None,
+                        "auto": bool(one and one.auto),
+                        "takes": takes if one and one.auto else None,
                         "timer": timer,
                         **asdict(taken),
                         "sets": count,
@@ -108,7 +112,7 @@ class Runner:
                         "peak_extra_bytes": peaks.get(name),
                         "retained_bytes": retained.get(name),
                         "errors": errors.get(name, {}),
-                        **_solve_fields(solves.get(name), taken, times.get(_network(name))),
+                        **(_solve_fields(solves[name], *(times[n] for n in parts[name])) if name in parts else {}),
                         **self.stamp,
                     }
                 )
@@ -155,28 +159,20 @@ class Runner:
             print(f"  skipped {name}: {reason}")
 
 
-def _network(name: str) -> str:
-    """The timing entry of a solve's network calls alone."""
-    return f"{name}, network alone"
-
-
 def _solves(family: Family, case: Case, inputs: Inputs, usable: list[Implementation]) -> dict[str, Solve]:
     return {} if family.solve is None else {entry.name: family.solve(case, entry.run, inputs) for entry in usable}
 
 
-def _solve_fields(solve: Solve | None, whole: timing.Timing, network: timing.Timing | None) -> dict[str, Any]:
+def _solve_fields(solve: Solve, network: timing.Timing, overhead: timing.Timing) -> dict[str, Any]:
     """What the record of a solve has more: evaluations, steps, the network's time and the solver's own."""
-    if solve is None or network is None:
-        return {}
-    overhead = whole.median - network.median
     return {
         "solve": {
             "nfe": solve.calls,
             "nfe_per_sample": solve.rows,
             "steps": solve.steps,
             "network": asdict(network),
-            "overhead": overhead,
-            "overhead_per_step": overhead / max(1, solve.steps),
+            "overhead": asdict(overhead),
+            "overhead_per_step": overhead.median / max(1, solve.steps),
         }
     }
 

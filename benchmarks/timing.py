@@ -49,6 +49,12 @@ class Entry:
     calls: int = 1
     rounds: int = 0
     cursor: int = 0
+    part: Entry | None = None  # what it contains, timed beside it each time, so that their difference is known
+
+    @property
+    def rest(self) -> str:
+        """Under this name stands what the entry takes beyond its part: the differences of neighbouring samples."""
+        return f"{self.name} beyond its part"
 
 
 def cache_bytes(device: torch.device) -> int:
@@ -104,7 +110,7 @@ def _events(entry: Entry) -> float:
 
 def _plan(entries: Sequence[Entry], sample: Callable[[Entry], float], budget: float, rounds: int | None) -> None:
     """Warms up and chooses calls a sample and samples for each, within about ``budget`` seconds together."""
-    for entry in entries:
+    for entry in [*entries, *(entry.part for entry in entries if entry.part)]:
         seconds = sample(entry)
         if seconds < SLOW_SECONDS:
             seconds = sample(entry)
@@ -122,10 +128,11 @@ def interleave(
     budget: float,
     rounds: int | None = None,
 ) -> dict[str, Timing]:
-    """Times every entry; a slow one takes part in fewer rounds, evenly spread."""
+    """Times every entry and its part; a slow one takes part in fewer rounds, evenly spread."""
     sample = _events if device.type == "cuda" else _host
     order = random.Random(0)
-    samples: dict[str, list[float]] = {entry.name: [] for entry in entries}
+    samples: dict[str, list[float]] = {}
+    calls: dict[str, int] = {}
     _plan(entries, sample, budget, rounds)
     total = max(entry.rounds for entry in entries)
     gc.collect()
@@ -136,11 +143,19 @@ def interleave(
             due = [e for e in entries if (turn + 1) * e.rounds // total > turn * e.rounds // total]
             order.shuffle(due)
             for entry in due:
-                samples[entry.name].append(sample(entry))
+                pair = [entry] if entry.part is None else [entry, entry.part]
+                order.shuffle(pair)
+                for one in pair:
+                    samples.setdefault(one.name, []).append(sample(one))
+                    calls[one.name] = one.calls
+                if entry.part is not None:
+                    rest = samples[entry.name][-1] - samples[entry.part.name][-1]
+                    samples.setdefault(entry.rest, []).append(rest)
+                    calls[entry.rest] = entry.calls
     finally:
         if collecting:
             gc.enable()
-    return {entry.name: _summary(samples[entry.name], entry.calls) for entry in entries}
+    return {name: _summary(values, calls[name]) for name, values in samples.items()}
 
 
 def _summary(samples: list[float], calls: int) -> Timing:
