@@ -61,7 +61,7 @@ def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         r"(\d+) bytes spill loads\s+ptxas info\s+: Used (\d+) registers"
     )
     resources = [Resources(m[0], *map(int, m[1:])) for m in re.findall(pattern, report)]
-    assert len(resources) == report.count("Function properties for"), report
+    assert len(resources) == report.count("Compiling entry function"), report
     return Compiled(cubin, resources)
 
 
