@@ -42,6 +42,12 @@ def transform_active() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
+def backward_impl(impl: str, grad: Tensor) -> str:
+    """The implementation of a backward pass: the reference for a batch of gradients (``is_grads_batched``), which has
+    no address."""
+    return "reference" if torch._C._functorch.is_legacy_batchedtensor(grad) else impl
+
+
 def wanted(impl: str) -> str:
     """The implementation a call asks for, after the environment variable; "reference" where a transform is active."""
     if impl == "auto":

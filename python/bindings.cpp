@@ -194,7 +194,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("random", &random_numbers);
   m.def("row_dots", &row_dots);
   m.def("combine_plain", &fm_python::combine_plain);
-  m.def("combine_into_plain", &fm_python::combine_into_plain);
+  m.def("combine_into_buffer", &fm_python::combine_into_buffer);
   m.def("regression_loss_plain", &fm_python::regression_loss_plain);
   m.def("row_dots_plain", &fm_python::row_dots_plain);
   fm_python::define_steps(m);

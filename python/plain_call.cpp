@@ -164,7 +164,9 @@ bool noise(PyObject* x, const View& data, fm::Operand& out) {
   return true;
 }
 
-// Operands of data's shape, or noise, all of one dtype, and their coefficients.
+// Operands of data's shape, or noise, all of one dtype, and their coefficients. With `trusted` an int is the address of
+// such an operand.
+template <bool trusted = false>
 bool fill(py::handle operands, py::handle coefficients, const View& data, fm::Dtype dtype, fm::Dtype accumulate,
           int limit, fm::Operand* out, int& count, int64_t& inner) {
   if (!PyList_CheckExact(operands.ptr()) || !PyList_CheckExact(coefficients.ptr())) return false;
@@ -174,7 +176,9 @@ bool fill(py::handle operands, py::handle coefficients, const View& data, fm::Dt
   inner = data.elements;
   for (Py_ssize_t i = 0; i < n; ++i) {
     PyObject* item = PyList_GET_ITEM(operands.ptr(), i);
-    if (!noise(item, data, out[i])) {
+    if (trusted && PyLong_CheckExact(item)) {
+      out[i].data = PyLong_AsVoidPtr(item);
+    } else if (!noise(item, data, out[i])) {
       View operand;
       if (!view(item, false, operand) || operand.dtype != dtype || !same_shape(operand, data)) return false;
       out[i].data = operand.data;
@@ -237,15 +241,18 @@ py::object combine_plain(py::handle operands, py::handle coefficients, bool stor
   return fm::combine_cpu(a) == fm::Status::ok ? py::object(results) : py::none();
 }
 
-bool combine_into_plain(py::handle out, py::handle operands, py::handle coefficients) {
+bool combine_into_buffer(uintptr_t out, int dtype, py::tuple shape, py::handle operands, py::handle coefficients) {
   View data;
   fm::CombineArguments a{};
-  if (!view(out.ptr(), false, data)) return false;
+  data.data = reinterpret_cast<void*>(out);
+  data.dtype = static_cast<fm::Dtype>(dtype);
+  data.elements = 1;
+  data.shape = std::move(shape);
+  for (int64_t i = 0; i < data.dim(); ++i) data.elements *= data.size(i);
   const fm::Dtype accumulate = data.dtype == fm::Dtype::f64 ? fm::Dtype::f64 : fm::Dtype::f32;
-  if (!fill(operands, coefficients, data, data.dtype, accumulate, fm::max_operands - 1, a.operands, a.count, a.inner))
+  if (!fill<true>(operands, coefficients, data, data.dtype, accumulate, fm::max_operands - 1, a.operands, a.count,
+                  a.inner))
     return false;
-  for (int i = 1; i < a.count; ++i)
-    if (a.operands[i].data == data.data) return false;
   a.dtype = data.dtype;
   a.out = data.data;
   a.rows = data.elements / a.inner;

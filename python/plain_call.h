@@ -12,8 +12,10 @@ namespace fm_python {
 // combine(operands, coefficients): [the new tensor, *noise drawn (if stored)], or None.
 pybind11::object combine_plain(pybind11::handle operands, pybind11::handle coefficients, bool store_noise);
 
-// combine(operands, coefficients, out=out) where no operand but the first is out: whether it was done.
-bool combine_into_plain(pybind11::handle out, pybind11::handle operands, pybind11::handle coefficients);
+// combine into a contiguous CPU tensor with elements, by its address, dtype code and shape: whether it was done. An
+// operand that is an int is the address of another such tensor; the others are checked. None may overlap the output.
+bool combine_into_buffer(uintptr_t out, int dtype, pybind11::tuple shape, pybind11::handle operands,
+                         pybind11::handle coefficients);
 
 // regression_loss(pred, operands, coefficients, kind, delta, scale_value, need_grad) with one scale: (loss, gradient or
 // None), or None.

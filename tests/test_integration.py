@@ -338,3 +338,18 @@ def test_opcheck(op: str, device: str) -> None:
     }
     for args in samples[op]:
         torch.library.opcheck(getattr(torch.ops.fmkernels, op).default, args)
+
+
+@pytest.mark.parametrize("operation", ["combine", "row_dots", "regression_loss"])
+def test_batches_of_gradients(operation: str) -> None:
+    """autograd.grad(is_grads_batched=True), as torch.autograd.functional.jacobian(vectorize=True) calls it."""
+    x, y = torch.rand(3, 4, dtype=torch.float64, requires_grad=True), torch.rand(3, 4, dtype=torch.float64)
+    result = {
+        "combine": lambda: fm.combine([x, y], [2.0, 1.0]),
+        "row_dots": lambda: fm.row_dots([x, y], [(0, 1), (0, 0)]),
+        "regression_loss": lambda: fm.regression_loss(x, [y], [1.0], reduction="none"),
+    }[operation]()
+    weights = torch.rand(5, *result.shape, dtype=result.dtype)
+    batched = torch.autograd.grad(result, x, weights, is_grads_batched=True, retain_graph=True)[0]
+    for one, weight in zip(batched, weights, strict=True):
+        assert torch.allclose(one, torch.autograd.grad(result, x, weight, retain_graph=True)[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -57,6 +58,9 @@ class DenseBuilder(Builder):
         super().__init__(grid, CondOT())
         self.wanted, self.interp, self.reached = list(wanted), interp, 1
         self._values: dict[tuple[int, float], list[Expr]] = {}
+
+    def _settings(self) -> tuple[Any, ...]:
+        return (self.interp, *self.wanted)
 
     def evaluate_all(self, x: Expr, t: Number, branch: str, count: int, prediction: str | None = None) -> list[Expr]:
         key = (self.register(x), value_of(t))

@@ -197,8 +197,7 @@ def _grid(packed: Packed, t: Tensor, options: dict[str, Any]) -> list[Number] | 
 def new_run(packed: Packed, builder: Builder, method: Method, **kwargs: Any) -> Run:
     """A run of a method on a builder's grid from the packed state."""
     y0 = packed.y0
-    method(builder)
-    program = builder.program()
+    program = builder.plan(method)
     dtype = torch.float64 if y0.dtype == torch.float64 else torch.float32
     if y0.dtype in (torch.float16, torch.bfloat16):
         dtype = y0.dtype

@@ -10,7 +10,7 @@ their own, and the program that comes out is a list of network calls and updates
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -150,19 +150,21 @@ class Program:
     prepared: tuple[tuple[int, str, Any, tuple[int, ...]], ...] = ()
     slots: dict[int, int] = field(default_factory=dict)
     slot_count: int = 0
+    state_rows: tuple[tuple[int, int], ...] = ()
+    evaluations: int = 0
     cache: dict[Any, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._find_last_uses()
         self._assign_slots()
+        self.evaluations = sum(len(i.results) for i in self.instructions if isinstance(i, Evaluate))
+        # which step's state an update's result is: the first, where steps leave it as it is
+        ends = {i.state: i.number for i in reversed(self.instructions) if isinstance(i, EndStep)}
+        self.state_rows = tuple((state, number) for state, number in ends.items() if state in self.slots)
         # what the executor reads in its loop: (index, kind, instruction, registers that are free afterwards)
         self.prepared = tuple(
             (at, type(i).__name__, tuple(i), self.releases[at]) for at, i in enumerate(self.instructions)
         )
-
-    @property
-    def evaluations(self) -> int:
-        return sum(len(i.results) for i in self.instructions if isinstance(i, Evaluate))
 
     @property
     def calls(self) -> int:
@@ -381,6 +383,23 @@ class Builder:
             self._known[key] = result
         return result
 
+    def plan(self, method: Method) -> Program:
+        """The program of a method on this builder's grid: the same object for equal settings."""
+        return planned(self._key(method), lambda: self._written(method))
+
+    def _written(self, method: Method) -> Program:
+        method(self)
+        return self.program()
+
+    def _key(self, method: Method) -> Any:
+        if not is_dataclass(method) or not all(type(t) is float for t in self.grid):
+            return None
+        return (type(self), method, *self._settings(), *self.grid)
+
+    def _settings(self) -> tuple[Any, ...]:
+        """What the program depends on beside the method and the grid."""
+        return settings_key(self.path, self.prediction, self.guidance)
+
     def program(self) -> Program:
         """The program of what was written."""
         if self._steps != max(len(self.grid) - 1, 0):
@@ -398,6 +417,31 @@ class Builder:
 
 def _key(t: Number) -> float | bytes:
     return t if isinstance(t, float) else t.tobytes()
+
+
+_PLANS: dict[Any, Program] = {}
+MAX_PLANS = 256
+
+
+def planned(key: Any, make: Callable[[], Program]) -> Program:
+    """The program kept under a key, made at its first use; a key of None, or that holds a tensor, keeps nothing."""
+    try:
+        program = None if key is None else _PLANS.get(key)
+    except TypeError:
+        key = program = None
+    if program is None:
+        program = make()
+        if key is not None:
+            if len(_PLANS) >= MAX_PLANS:
+                del _PLANS[next(iter(_PLANS))]
+            _PLANS[key] = program
+    return program
+
+
+def settings_key(path: Path, prediction: str, guidance: Guidance | None) -> tuple[Any, ...]:
+    """A path by its kind and parameters, and a guidance by what its expressions depend on."""
+    parameters = tuple(sorted(vars(path).items())) if hasattr(path, "__dict__") else (path,)
+    return type(path), parameters, prediction, getattr(guidance, "plan_key", guidance)
 
 
 def as_number(value: Tensor) -> Number:

@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .. import _dispatch
+from .. import _dispatch, _native
 from .._checks import type_error, value_error
 from ..ops.combine.op import combine
 from ..random import Noise
 from .program import EndStep, Program, Update, perform
 
 _is_alias_of: Callable[[Tensor, Tensor], bool] = torch._C._is_alias_of  # type: ignore[attr-defined]
+
+# Beyond this the time is the kernel's, and outputs are written through the operation.
+MOST_ELEMENTS = 1 << 20
 
 # A call of the network at a state and a time; one output, or several for guidance in one batch.
 Call = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, ...]]
@@ -130,6 +133,11 @@ class Buffers:
         self._tensors = [kept for kept in self._tensors if kept is not tensor]
 
 
+def _is_plain(x: Tensor) -> bool:
+    """Whether the compiled library takes tensors like x by their addresses."""
+    return type(x) is Tensor and x.is_contiguous() and 0 < x.numel() <= MOST_ELEMENTS
+
+
 class Run:
     """One run of a program.
 
@@ -169,12 +177,32 @@ class Run:
             self.noises = [Noise(seed, stream, row_offset) for stream in range(program.streams)]
         self.registers: list[Any] = [None] * program.registers
         self.registers[0] = x_0
-        self.outs: list[Tensor] | None = None
+        # where updates write, by register; their addresses where the compiled library takes those
+        self.targets: list[Any] | None = None
+        self.addresses: list[int] | None = None
+        self.rows: Sequence[Tensor] = () if trajectory is None else trajectory.unbind(0)
         if buffers is not None:
-            self.outs = buffers.take(program.slot_count, x_0)
-        self.native = None
-        if self.outs is not None and x_0.device.type == "cpu" and not program.streams:
-            self.native = _dispatch.plain_library("auto")
+            self._place(buffers, x_0)
+
+    def _place(self, buffers: Buffers, x_0: Tensor) -> None:
+        program, rows = self.program, self.rows
+        kept = buffers.take(program.slot_count, x_0)
+        targets: list[Any] = [None] * program.registers
+        self.targets = targets
+        for register, slot in program.slots.items():
+            targets[register] = kept[slot]
+        for register, number in program.state_rows if rows else ():
+            targets[register] = rows[number + 1]
+        library = _dispatch.plain_library("auto") if x_0.device.type == "cpu" and _is_plain(x_0) else None
+        if library is not None:
+            starts = [tensor.data_ptr() for tensor in kept]
+            self.addresses = addresses = [0] * program.registers
+            for register, slot in program.slots.items():
+                addresses[register] = starts[slot]
+            for register, number in program.state_rows if rows else ():
+                addresses[register] = rows[number + 1].data_ptr()
+            self.write = library.combine_into_buffer
+            self.kind = (_native.DTYPE_CODE[x_0.dtype], tuple(x_0.shape))
 
     def all(self) -> None:
         self.execute(0, len(self.program.instructions))
@@ -182,18 +210,25 @@ class Run:
     def execute(self, start: int, stop: int) -> None:
         """Runs instructions start .. stop - 1."""
         registers, calls, times, coefficients = self.registers, self.calls, self.times, self.coefficients
-        outs, native = self.outs, self.native
-        watched = self.trajectory is not None or self.on_step is not None
+        targets, addresses = self.targets, self.addresses
+        watched = bool(self.rows) or self.on_step is not None
+        if addresses is not None:
+            write, (dtype, shape) = self.write, self.kind
         for at, kind, instruction, released in self.program.prepared[start:stop]:
             if kind == "Update":
                 result, sources, _ = instruction
-                operands = [registers[s] if s >= 0 else self.noises[-1 - s] for s in sources]
-                if outs is None:
-                    registers[result] = combine(operands, coefficients[at])
+                if addresses is not None and write(
+                    addresses[result],
+                    dtype,
+                    shape,
+                    [(addresses[s] or registers[s]) if s >= 0 else self.noises[-1 - s] for s in sources],
+                    coefficients[at],
+                ):
+                    registers[result] = targets[result]  # type: ignore[index]
                 else:
-                    registers[result] = out = outs[self.program.slots[result]]
-                    if native is None or not native.combine_into_plain(out, operands, coefficients[at]):
-                        combine(operands, coefficients[at], out=out)
+                    operands = [registers[s] if s >= 0 else self.noises[-1 - s] for s in sources]
+                    out = None if targets is None else targets[result]
+                    registers[result] = combine(operands, coefficients[at], out=out)
             elif kind == "Evaluate":
                 branch, source, time, results = instruction
                 x = registers[source]
@@ -216,22 +251,24 @@ class Run:
                 registers[register] = None
 
     def _checked(self, v: Any, x: Tensor) -> Tensor:
-        if not isinstance(v, Tensor) or v.shape != x.shape or v.dtype is not x.dtype or v.device != x.device:
+        if type(v) is not Tensor or v.dtype is not x.dtype or v.shape != x.shape or v.device != x.device:
             check_output(v, x, self.function_name)
         # what the network returns must not change when the state's buffer is written again
-        return v.clone() if self.outs is not None and _is_alias_of(v, x) else v
+        return v.clone() if self.targets is not None and _is_alias_of(v, x) else v
 
     def _end_step(self, number: int, state: int) -> None:
-        if self.trajectory is not None:
-            self.trajectory[number + 1].copy_(self.registers[state])
+        value = self.registers[state]
+        if self.rows and value is not self.rows[number + 1]:
+            self.rows[number + 1].copy_(value)
         if self.on_step is not None:
-            self.on_step(number, self.registers[state])
+            self.on_step(number, value)
 
     def checkpointed(self, segments: int) -> None:
         """Runs in segments that keep only the states between them and are computed again for the gradient."""
         ends = [at + 1 for at, i in enumerate(self.program.instructions) if isinstance(i, EndStep)]
         if not ends:
-            return self.all()
+            self.all()
+            return
         ends[-1] = len(self.program.instructions)  # what is put out after the last step belongs to it
         per_segment = -(-len(ends) // max(1, min(segments, len(ends))))
         start = 0

@@ -19,7 +19,7 @@ from . import grids, methods
 from .adaptive import AdaptiveOptions, Status, solve_adaptive
 from .controllers import Controller, IController
 from .graph import graphs_of
-from .program import Builder, Guidance, Method, Number, Program
+from .program import Builder, Guidance, Method, Number, Program, planned, settings_key
 from .reversible import sample_reversible
 from .run import Buffers, Call, Run, coefficients_of, time_rows
 from .tableaus import Tableau
@@ -308,10 +308,6 @@ class _Field:
         return v if self.prediction == "velocity" else self.path.convert(v, x, t, self.prediction, "velocity")
 
 
-_PLANS: dict[Any, Program] = {}
-_MAX_PLANS = 128
-
-
 def _plan(
     method: str | Method,
     steps: int,
@@ -321,33 +317,18 @@ def _plan(
     prediction: str,
     guidance: Guidance | None,
 ) -> Program:
-    method, grid = methods.resolve(method), grids.make_grid(steps, schedule, time_grid)
-    key: Any = None
-    if all(type(t) is float for t in grid):
-        try:
-            key = (method, tuple(grid), _value_of(path), prediction, getattr(guidance, "plan_key", guidance))
-            if key in _PLANS:
-                return _PLANS[key]
-        except TypeError:  # something holds a tensor
-            key = None
-    builder = Builder(grid, path, prediction, guidance)
-    method(builder)
-    program = builder.program()
-    if key is not None:
-        if len(_PLANS) >= _MAX_PLANS:
-            del _PLANS[next(iter(_PLANS))]
-        _PLANS[key] = program
-    return program
+    def make() -> Program:
+        grid = grids.make_grid(steps, schedule, time_grid)
+        return Builder(grid, path, prediction, guidance).plan(methods.resolve(method))
+
+    # names are enough of a key, and quicker to look up than the grid and the method that they stand for
+    named = isinstance(method, str) and isinstance(schedule, str) and time_grid is None
+    return planned((method, steps, schedule, *settings_key(path, prediction, guidance)), make) if named else make()
 
 
 # What torch.compiler.assume_constant_result does, which would import the compiler: a traced solve takes the program as
 # it is and unrolls it.
 _plan._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _value_of(path: Path) -> Any:
-    """A path by its kind and parameters."""
-    return (type(path), *sorted(vars(path).items())) if hasattr(path, "__dict__") else path
 
 
 def _watcher(

@@ -114,13 +114,14 @@ class CombineFunction(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]
         count, grad = ctx.count, grads[0]
+        impl = ctx.impl if grad is None else _dispatch.backward_impl(ctx.impl, grad)
         saved = ctx.saved_tensors  # once: what checkpoints recompute is unpacked at each access
         tensors, coefs = saved[:count], saved[count:]
         needs = ctx.needs_input_grad[5:]
         results: list[Tensor | None] = [None] * len(needs)
         for i in range(count) if grad is not None else ():
             if needs[i]:
-                results[i] = combine([grad], [ctx.values[i] if coefs[i] is None else coefs[i]], impl=ctx.impl)
+                results[i] = combine([grad], [ctx.values[i] if coefs[i] is None else coefs[i]], impl=impl)
             if needs[count + i]:
                 operand = reference.materialise([tensors[i]], [ctx.streams[i]], [ctx.offsets[i]], grad)[0]
                 product = grad.to(coefs[i].dtype) * operand.to(coefs[i].dtype)

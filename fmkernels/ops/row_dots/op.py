@@ -48,9 +48,9 @@ class RowDotsFunction(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        tensors = ctx.saved_tensors
+        tensors, impl = ctx.saved_tensors, _dispatch.backward_impl(ctx.impl, grad)
         results: list[Tensor | None] = [
-            _gradient(i, tensors, ctx.first, ctx.second, grad, ctx.impl) if need else None
+            _gradient(i, tensors, ctx.first, ctx.second, grad, impl) if need else None
             for i, need in enumerate(ctx.needs_input_grad[3:])
         ]
         return None, None, None, *results
