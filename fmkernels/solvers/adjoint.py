@@ -106,7 +106,7 @@ class _Adjoint(torch.autograd.Function):
             state[2] = state[2] + grad_ys[i - 1]
         grad_t[0] = state[0]
         grads = (
-            (torch.view_as_complex(grad.contiguous()) if p.is_complex() else grad).to(p.dtype)
+            (torch.view_as_complex(grad.clone()) if p.is_complex() else grad).to(p.dtype)
             for grad, p in zip(state[3:], params, strict=True)
         )
         return None, state[2].to(ys.dtype), grad_t if with_times else None, *grads

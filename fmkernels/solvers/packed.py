@@ -54,7 +54,8 @@ class Packed:
         if self.plain:
             return y
         if self.complex:
-            y = torch.view_as_complex(y.contiguous())
+            y = y.contiguous()
+            y = torch.view_as_complex(y.clone() if y.storage_offset() % 2 else y)
         if not self.is_tuple:
             return y
         parts = y.split(self.sizes, dim=lead)
