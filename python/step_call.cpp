@@ -59,7 +59,7 @@ void step_control(bool on_cpu, int64_t rows, Address clock, Address count, int d
                   const Wanted& wanted, bool start, Address stream) {
   fm::StepControlArguments a = control_arguments(rows, clock, count, static_cast<fm::Dtype>(dtype), error, step,
                                                  static_cast<fm::Dtype>(time_dtype), times, nodes, rules, wanted);
-  a.start = start;
+  a.phase = start ? fm::StepPhase::first : fm::StepPhase::taken;
   check(on_cpu ? fm::step_control_cpu(a) : fm::step_control_cuda(a, pointer(stream)));
 }
 
@@ -114,18 +114,41 @@ class StepPlan {
     ++at_;
     combine(combinations_[static_cast<size_t>(at_ - 1)]);
     if (at_ < stages()) return 0;
-    judge(false);
+    judge(fm::StepPhase::taken);
     return look_ ? 0 : move();
   }
 
-  void judge(bool start) {
-    control_.start = start;
+  void judge(fm::StepPhase phase) {
+    control_.phase = phase;
     check(on_cpu_ ? fm::step_control_cpu(control_) : fm::step_control_cuda(control_, stream_));
   }
   // The first step sizes have been written to the error norms.
   void start(Address stream) {
     stream_ = reinterpret_cast<void*>(stream);
-    judge(true);
+    judge(fm::StepPhase::first);
+  }
+
+  // Hairer's rule for the first step: the trial step's time and state, for one more output.
+  void trial(Address stream) {
+    stream_ = reinterpret_cast<void*>(stream);
+    char* sizes = static_cast<char*>(sizes_);
+    norm({states_[current_]}, {1.0}, sizes);
+    norm({states_[current_], data_[0]}, {0.0, 1.0}, sizes + rows_ * real_bytes());
+    control_.sizes = sizes;
+    check(on_cpu_ ? fm::step_trial_cpu(control_) : fm::step_trial_cuda(control_, stream_));
+    fm::CombineArguments a = plain_combination({states_[current_], data_[0]});
+    a.operands[1].coefficient = {control_.step, 1, 1, 0.0, 1.0};
+    run(a);
+  }
+  // Its output; answers like next().
+  int64_t begin(py::handle k) {
+    const char* data = nullptr;
+    if (!plain(k.ptr(), data)) return irregular;
+    if (overlap(data, data_[0])) return overlaps_stage;
+    if (overlap(data, states_[0]) || overlap(data, states_[1])) return overlaps_state;
+    norm({states_[current_], data_[0], data}, {0.0, -1.0, 1.0}, const_cast<void*>(control_.error));
+    judge(fm::StepPhase::trial);
+    return 0;
   }
 
   // 2 * rows still running (on the CPU) + the buffer that y is now in.
@@ -182,12 +205,46 @@ class StepPlan {
     std::vector<int> columns;
   };
 
+  void run(const fm::CombineArguments& a) const {
+    release([&] { return on_cpu_ ? fm::combine_cpu(a) : fm::combine_cuda(a, stream_); });
+  }
+
   void combine(Combination& c) {
     fm::CombineArguments& a = c.arguments;
     a.out = states_[1 - current_];
     a.operands[0].data = states_[current_];
     for (size_t i = 0; i < c.columns.size(); ++i) a.operands[i + 1].data = data_[static_cast<size_t>(c.columns[i])];
-    release([&] { return on_cpu_ ? fm::combine_cpu(a) : fm::combine_cuda(a, stream_); });
+    run(a);
+  }
+
+  int64_t real_bytes() const { return dtype_ == fm::Dtype::f64 ? 8 : 4; }
+
+  // y alone, of operands that begin with it.
+  fm::CombineArguments plain_combination(const std::vector<const char*>& operands) const {
+    fm::CombineArguments a{};
+    a.dtype = dtype_;
+    a.out = states_[1 - current_];
+    a.rows = a.samples = rows_;
+    a.inner = inner_;
+    a.count = static_cast<int>(operands.size());
+    for (size_t i = 0; i < operands.size(); ++i) {
+      a.operands[i].data = operands[i];
+      a.operands[i].coefficient = {nullptr, 1, 0, i == 0 ? 1.0 : 0.0};
+    }
+    return a;
+  }
+
+  // Norms of a combination over the tolerance at y.
+  void norm(const std::vector<const char*>& operands, const std::vector<double>& weights, void* norms) const {
+    fm::CombineArguments a = plain_combination(operands);
+    for (size_t i = 0; i < operands.size(); ++i) a.operands[i].error = {nullptr, 1, 0, weights[i]};
+    const fm::CombineArguments& last = combinations_.back().arguments;
+    a.has_error = true;
+    a.atol = last.atol;
+    a.rtol = last.rtol;
+    a.norm = norms;
+    a.workspace = last.workspace;
+    run(a);
   }
 
   void make_control(const py::dict& d) {
@@ -198,6 +255,8 @@ class StepPlan {
                                  d["step"].cast<Address>(), static_cast<fm::Dtype>(d["time_dtype"].cast<int>()),
                                  d["times"].cast<Address>(), nodes, d["rules"].cast<std::vector<double>>(),
                                  d["wanted"].cast<Wanted>());
+    control_.order = d["order"].cast<double>();
+    sizes_ = pointer(d["sizes"]);
     k_.resize(nodes.size(), py::none());
     data_.resize(nodes.size(), nullptr);
   }
@@ -313,6 +372,7 @@ class StepPlan {
   char* states_[2];  // y is in states_[current_], the stages' states and the new one are formed in the other
   int current_ = 0;
   char* k0_;
+  void* sizes_;
   void* stream_ = nullptr;
   int at_ = 1;  // the stage whose output comes next
   std::vector<py::object> k_;
@@ -333,6 +393,8 @@ void define_steps(py::module_& m) {
       .def("first", &StepPlan::first)
       .def("next", &StepPlan::next)
       .def("start", &StepPlan::start)
+      .def("trial", &StepPlan::trial)
+      .def("begin", &StepPlan::begin)
       .def("move", &StepPlan::move)
       .def_readwrite("look", &StepPlan::look_)
       .def_readwrite("steal", &StepPlan::steal_);

@@ -549,3 +549,37 @@ def test_only_what_belongs_to_samples_follows_them(impl: str) -> None:
     y0 = torch.rand(8, 3, dtype=torch.float64)
     result = solve(func, y0, 0.0, 1.0, tol=1e-6, model_kwargs=kwargs, impl=impl)
     torch.testing.assert_close(result.y, 1 + (y0 - 1) * torch.exp(-rates)[:, None], rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif("auto" not in IMPLS, reason="there is no compiled library")
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("backward", [False, True])
+def test_first_steps_compiled_and_reference(shared: bool, backward: bool) -> None:
+    """Hairer's rule, also where the field is zero, huge, or not finite at one of its two evaluations."""
+    from fmkernels.ops.step_control.op import Clock, Count, new_state
+    from fmkernels.solvers.native_stepper import NativeStepper
+    from fmkernels.solvers.stepper import Batch, Stepper
+
+    kind = torch.arange(9)
+
+    def func(t: Tensor, y: Tensor, kind: Tensor) -> Tensor:
+        scale = torch.tensor([1.0, 0.0, 1e30, 1e-30, math.nan, math.inf, 1.0, 1.0, 30.0], dtype=torch.float64)
+        late = torch.where((kind == 6) & (t != 0), math.nan, torch.where((kind == 7) & (t != 0), math.inf, 1.0))
+        return scale[kind][:, None] * late[:, None] * y.sin()
+
+    for row in ([0], [1], [2], [3], [4], [5], [6], [7], [8]) if shared else [list(range(9))]:
+        y0 = torch.rand(len(row), 5, dtype=torch.float64) * torch.tensor([1.0, 1e-9]).repeat(5)[: len(row), None] + 0.1
+        start = torch.zeros(1 if shared else len(row), dtype=torch.float64)
+        options = AdaptiveOptions(shared=shared)
+        states = []
+        for made in (Stepper, NativeStepper):
+            batch = Batch(y0.clone(), *new_state(start, start + (-1.0 if backward else 1.0)), {"kind": kind[row]})
+            with torch.no_grad():
+                assert made(options.problem(func, DOPRI5, torch.float64), batch).begin(None) == 2
+            states.append(batch)
+        a, b = states
+        torch.testing.assert_close(a.clock[Clock.H], b.clock[Clock.H], rtol=1e-9, atol=0)
+        assert torch.equal(a.count, b.count)
+        bad = [kind in (4, 5) for kind in row]
+        assert (a.count[Count.STATUS] == Status.NON_FINITE).tolist() == ([any(bad)] if shared else bad)
+        assert (torch.sign(a.clock[Clock.H][~torch.tensor(bad)]) == (-1 if backward else 1)).all()

@@ -60,6 +60,7 @@ Status regression_loss_cuda(const RegressionLossArguments&, void*) { return Stat
 Status random_cuda(const RandomArguments&, void*) { return Status::no_cuda; }
 Status row_dots_cuda(const RowDotsArguments&, void*) { return Status::no_cuda; }
 Status step_control_cuda(const StepControlArguments&, void*) { return Status::no_cuda; }
+Status step_trial_cuda(const StepControlArguments&, void*) { return Status::no_cuda; }
 Status step_rows_cuda(const StepRowsArguments&, void*) { return Status::no_cuda; }
 int64_t workspace_elements_cuda(int64_t, int64_t) { return 0; }
 #endif

@@ -85,6 +85,19 @@ FM_HOST_DEVICE void control_row(const StepRules& rules, double error, bool start
   if (row.status != step_running) row.h = 0;
 }
 
+// Hairer, Norsett, Wanner 1993, II.4: from the norms of y and y' over the tolerance.
+FM_HOST_DEVICE double trial_size(double y, double slope) { return y < 1e-5 || slope < 1e-5 ? 1e-6 : 0.01 * y / slope; }
+
+// And from that of the change of y' over a step of that size. NaN where y' is not finite.
+FM_HOST_DEVICE double first_size(double y, double slope, double change, double order) {
+  const double trial = trial_size(y, slope), curvature = change / trial;
+  const double most = slope > curvature ? slope : curvature;
+  const double size = smaller(100 * trial, most <= 1e-15 ? larger(1e-6, 1e-3 * trial) : pow(0.01 / most, 1 / order));
+  // a trial step may leave the domain: then its own size is all that is known
+  const bool finite = curvature - curvature == 0 && size - size == 0;
+  return (finite ? size : trial) + 0 * (y + slope);
+}
+
 // Time number stage of the next step.
 FM_HOST_DEVICE double stage_time(double node, const StepRow& row) {
   if (node == 1 && row.h == row.t_end - row.t) return row.t_end;
@@ -110,6 +123,27 @@ FM_HOST_DEVICE int32_t outputs_until(const WantedTimes& wanted, int64_t row, int
   return next;
 }
 
+FM_HOST_DEVICE double load_real(const void* data, Dtype dtype, int64_t i) {
+  return dtype == Dtype::f64 ? static_cast<const double*>(data)[i]
+                             : static_cast<double>(static_cast<const float*>(data)[i]);
+}
+
+FM_HOST_DEVICE void store_real(void* data, Dtype dtype, int64_t i, double value) {
+  if (dtype == Dtype::f64)
+    static_cast<double*>(data)[i] = value;
+  else
+    static_cast<float*>(data)[i] = static_cast<float>(value);
+}
+
+// The trial step does not leave the interval.
+FM_HOST_DEVICE void trial_thread(const StepControlArguments& a, int64_t r) {
+  const double t = a.clock[at_t * a.rows + r], span = a.clock[at_t_end * a.rows + r] - t;
+  const double size = trial_size(load_real(a.sizes, a.dtype, r), load_real(a.sizes, a.dtype, a.rows + r));
+  const double step = size == size ? copysign(smaller(size, fabs(span)), span) : 0;
+  store_real(a.step, a.dtype, r, step);
+  store_time(a.times, a.time_dtype, a.rows + r, t + step);
+}
+
 FM_HOST_DEVICE void control_thread(const StepControlArguments& a, int64_t r) {
   double* clock = a.clock + r;
   int32_t* count = a.count + r;
@@ -127,9 +161,11 @@ FM_HOST_DEVICE void control_thread(const StepControlArguments& a, int64_t r) {
               count[at_accepted * n],
               count[at_failures * n],
               false};
-  const double error = a.dtype == Dtype::f64 ? static_cast<const double*>(a.error)[r]
-                                             : static_cast<double>(static_cast<const float*>(a.error)[r]);
-  control_row(a.rules, error, a.start, row);
+  double error = load_real(a.error, a.dtype, r);
+  if (a.phase == StepPhase::trial)
+    error = first_size(load_real(a.sizes, a.dtype, r), load_real(a.sizes, a.dtype, n + r), error, a.order);
+  const bool start = a.phase != StepPhase::taken;
+  control_row(a.rules, error, start, row);
   clock[at_t * n] = row.t;
   clock[at_h * n] = row.h;
   clock[at_ratio_1 * n] = row.ratio_1;
@@ -142,16 +178,13 @@ FM_HOST_DEVICE void control_thread(const StepControlArguments& a, int64_t r) {
   count[at_accepted * n] = row.accepted;
   count[at_failures * n] = row.failures;
   count[at_accept * n] = row.accept ? 1 : 0;
-  if (a.dtype == Dtype::f64)
-    static_cast<double*>(a.step)[r] = row.h;
-  else
-    static_cast<float*>(a.step)[r] = static_cast<float>(row.h);
+  store_real(a.step, a.dtype, r, row.h);
   for (int s = 0; s < a.stages; ++s) store_time(a.times, a.time_dtype, s * n + r, stage_time(a.nodes[s], row));
   if (a.wanted.times != nullptr) {
     int32_t next = count[at_next_output * n];
     count[at_first_output * n] = next;
     const double direction = row.t_end - row.t_from;
-    if (row.accept || a.start)
+    if (row.accept || start)
       next = outputs_until(a.wanted, r, next, row.t, direction > 0 ? 1.0 : direction < 0 ? -1.0 : 0.0);
     count[at_next_output * n] = next;
   }

@@ -41,20 +41,26 @@ struct WantedTimes {
   int64_t count, stride;
 };
 
+// What `error` holds: norms of the step that was taken; or sizes of the first step; or what Hairer's rule makes one of,
+// the norm of the change of the derivative over the trial step.
+enum class StepPhase : int { taken, first, trial };
+
 struct StepControlArguments {
   int64_t rows;
   double* clock;
   int32_t* count;
   Dtype dtype;        // f64 or f32, of
-  const void* error;  // [rows] error norms, or first steps where start
-  void* step;         // [rows] the next step
+  const void* error;  // [rows]
+  void* step;         // [rows] receives the next step
   Dtype time_dtype;
-  void* times;  // [stages][rows]
+  void* times;  // [stages][rows] receives its times
   int stages;
   double nodes[max_stages];
   StepRules rules;
   WantedTimes wanted;
-  bool start;
+  StepPhase phase;
+  const void* sizes;  // [2][rows] of dtype, norms of y and of its derivative: where the phase is `trial`
+  double order;
 };
 
 struct StepRowsArguments {
@@ -79,6 +85,10 @@ struct StepRowsArguments {
   int64_t out_stride;  // elements between the outputs of two times
 };
 
+// The step to where Hairer's rule looks at the derivative again, from sizes: into step, and its end into times' second
+// row.
+Status step_trial_cpu(const StepControlArguments& arguments);
+Status step_trial_cuda(const StepControlArguments& arguments, void* stream);
 Status step_control_cpu(const StepControlArguments& arguments);
 Status step_control_cuda(const StepControlArguments& arguments, void* stream);
 Status step_rows_cpu(const StepRowsArguments& arguments);

@@ -61,6 +61,11 @@ Status step_control_cpu(const StepControlArguments& a) {
   return Status::ok;
 }
 
+Status step_trial_cpu(const StepControlArguments& a) {
+  for (int64_t r = 0; r < a.rows; ++r) trial_thread(a, r);
+  return Status::ok;
+}
+
 Status step_rows_cpu(const StepRowsArguments& a) {
   if (a.stages > max_stages || a.degree > max_degree) return Status::bad_argument;
   const int32_t* count = a.count;

@@ -21,7 +21,7 @@ from .._checks import check_choice, check_float_tensor, check_int, check_number,
 from ..ops.step_control.op import Clock, Count, Rules, Status, new_state
 from .controllers import Controller, IController
 from .native_stepper import make_stepper
-from .stepper import AdaptiveStep, Batch, Dense, Field, Norm, Problem, Stepper
+from .stepper import AdaptiveStep, Batch, Dense, Field, Norm, Problem, Stepper, to_device
 from .tableaus import Tableau
 
 OnStep = Callable[[AdaptiveStep], Any]
@@ -208,7 +208,8 @@ def _times(name: str, t: float | Tensor, rows: int, device: torch.device) -> Ten
         return torch.full((rows,), float(t), dtype=torch.float64, device=device)
     if t.dim() > 1 or (t.dim() == 1 and t.shape[0] != rows):
         raise value_error(name, f"a number or a tensor of shape () or ({rows},)", t)
-    return t.detach().to(device, torch.float64).expand(rows).clone()
+    times = t.detach().double()
+    return (to_device(times, device) if times.is_cpu else times.to(device)).expand(rows).clone()
 
 
 def _dense(t_eval: Tensor, start: Tensor, end: Tensor, y0: Tensor) -> Dense:
@@ -224,7 +225,7 @@ def _dense(t_eval: Tensor, start: Tensor, end: Tensor, y0: Tensor) -> Dense:
         steps = wanted.diff(dim=-1) * (end - start).sign().to(wanted.device)[:, None]
         if not bool(((wanted >= low) & (wanted <= high)).all()) or not bool((steps >= 0).all()):
             raise value_error("t_eval", "times from t0 to t1, in the order of the solve", t_eval)
-    wanted = wanted.to(y0.device)
+    wanted = to_device(wanted, y0.device) if wanted.is_cpu else wanted.to(y0.device)
     wanted = wanted.contiguous() if wanted.dim() == 2 else wanted.contiguous().expand(rows, -1)
     # each time's states laid out like the state
     size, strides = (wanted.shape[1], *y0.shape), (y0.numel(), *y0.stride())
@@ -270,11 +271,6 @@ class Watch:
         self._pending.clear()
 
 
-def to_device(index: Tensor, device: torch.device) -> Tensor:
-    """An index of the host's, on a GPU without waiting for it."""
-    return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index.to(device)
-
-
 def gather(batch: Batch, keep: Tensor, places: Tensor, kwargs: Mapping[str, Any]) -> Batch:
     """The rows ``keep`` as a batch of their own; ``places`` are their rows in the results."""
     dense = batch.dense
@@ -311,6 +307,8 @@ class _Solve:
         self.whole = batch
         self.size = batch.y.shape[0] if batch.y.dim() else 1
         self.places: Tensor | None = None  # of the batch's rows, where it is not the whole any more
+        self.host_places = torch.arange(batch.rows)
+        self.host_status = torch.zeros(batch.rows, dtype=torch.int32)
         self.calls = self.row_calls = 0
         self.record: list[tuple[Tensor, Tensor]] = []
 
@@ -320,20 +318,22 @@ class _Solve:
         if batch.y.numel() == 0:
             batch.clock[Clock.T].copy_(batch.clock[Clock.T_END])
             batch.count[Count.STATUS].fill_(Status.SUCCESS)
+            self.host_status.fill_(Status.SUCCESS)
             return self.result()
         stepper = make_stepper(self.problem, batch)
         self._count(stepper.begin(options.first_step))
         watch = Watch(delay=1)
         answer: Any = None
         while not answer:
-            running, status = stepper.running, None
-            if running is None and (status := watch.look(self.batch.count)) is not None:
+            status = None
+            if stepper.running is None or stepper.running <= self.batch.rows * options.compact_below:
+                status = watch.look(self.batch.count)
+            if status is not None:
+                self.host_status[self.host_places] = status
                 running = int((status == Status.RUNNING).sum())
-            if running is not None:
                 if running == 0:
                     break
                 if running <= self.batch.rows * options.compact_below and self.on_step is None:
-                    status = self.batch.count[Count.STATUS] if status is None else status
                     stepper = self._compact(stepper, (status == Status.RUNNING).nonzero()[:, 0])
                     watch.forget()
             for _ in range(options.chunk):
@@ -344,6 +344,8 @@ class _Solve:
                     self.record.append((clock[Clock.T_FROM].clone(), clock[Clock.H_TAKEN] * count[Count.ACCEPT]))
                 if answer or stepper.running == 0:
                     break
+        if answer:
+            self.host_status = batch.count[Count.STATUS].cpu()
         return self.result()
 
     def _count(self, calls: int) -> None:
@@ -351,6 +353,7 @@ class _Solve:
         self.row_calls += calls * (self.batch.y.shape[0] if self.batch.y.dim() else 1)
 
     def _compact(self, stepper: Stepper, keep: Tensor) -> Stepper:
+        self.host_places = self.host_places[keep]
         keep = to_device(keep, self.batch.y.device)
         self._scatter()
         self.places = keep if self.places is None else self.places.index_select(0, keep)
@@ -373,15 +376,14 @@ class _Solve:
         self._scatter()
         clock, count, dense = self.whole.clock, self.whole.count, self.whole.dense
         status = count[Count.STATUS]
-        host_status = status.cpu()  # the solve is over
         ys = None
         if dense is not None:
             ys = dense.out
-            if not bool((host_status == Status.SUCCESS).all()):
+            if not bool((self.host_status == Status.SUCCESS).all()):
                 number = torch.arange(ys.shape[0], device=ys.device)[:, None]
                 missing = number >= count[Count.NEXT_OUTPUT]
                 ys.masked_fill_(missing.reshape(missing.shape + (1,) * (ys.dim() - 2)), math.nan)
-        _warn(host_status, self.options)
+        _warn(self.host_status, self.options)
         rows = self.size if self.problem.shared else count.shape[1]
         return AdaptiveResult(
             self.whole.y,

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import _dispatch, _native
 from ..ops.step_control.native import wanted_times
 from ..ops.step_control.op import Clock
-from .stepper import AdaptiveStep, Batch, Problem, Restart, Stepper, check_output
+from .stepper import AdaptiveStep, Batch, Problem, Restart, Stepper, check_output, overlap
 
 # What StepPlan.next answers where it does not take an output.
 OVERLAPS_STAGE = -2
@@ -45,6 +45,7 @@ class NativeStepper(Stepper):
         *stages, last = problem.columns
         weights = [[row[j] for j in used] for row, used in zip(tableau.a[1:], stages, strict=True)]
         self._error = torch.empty(batch.rows, dtype=self.step_size.dtype, device=y.device)
+        self._sizes = self._error.new_empty(2, batch.rows)
         self._workspace = _native.workspace(y, batch.rows)
         self._states = (y, self.y1)
         self._stage_times = self.time_views[1:]
@@ -65,6 +66,8 @@ class NativeStepper(Stepper):
                 "step": self.step_size.data_ptr(),
                 "times": self.times.data_ptr(),
                 "error": self._error.data_ptr(),
+                "sizes": self._sizes.data_ptr(),
+                "order": float(tableau.order),
                 "workspace": 0 if self._workspace is None else self._workspace.data_ptr(),
                 "time_dtype": _native.DTYPE_CODE[problem.time_dtype],
                 "nodes": list(tableau.c),
@@ -97,15 +100,43 @@ class NativeStepper(Stepper):
         if hasattr(self, "plan"):
             self.plan.steal = False
 
-    def control(self, error: Tensor, *, start: bool = False) -> None:
-        assert start
-        self._error.copy_(error)
-        self.plan.start(self._stream())
+    def begin(self, first_step: float | None) -> int:
+        if self._on_cpu:
+            return self._begin(first_step)
+        with torch.cuda.device(self.y1.device):
+            return self._begin(first_step)
+
+    def _begin(self, first_step: float | None) -> int:
+        batch = self.batch
+        time = self.time_view(batch.clock[Clock.T].to(self.problem.time_dtype))
+        self.set_derivative(self.evaluate(0, time, batch.y, ()))
+        if first_step is not None:
+            self._error.fill_(first_step)
+            self.plan.start(self._stream())
+            return 1
+        self.plan.trial(self._stream())
+        k = self.problem.func(self.time_views[1], self.y1, **batch.kwargs)
+        if self.plan.begin(k) < 0:
+            # evaluated again where an output overwrites another: the derivative at y may be lost
+            check_output(k, self.y1)
+            if overlap(k, [self.derivative]):
+                self.copy_outputs()
+                self.set_derivative(self.evaluate(0, time, batch.y, ()))
+                self.plan.trial(self._stream())
+                k = self.problem.func(self.time_views[1], self.y1, **batch.kwargs)
+            self.plan.begin(torch.empty_like(self.y1).copy_(k))
+        return 2
 
     def _stream(self) -> int:
         return 0 if self._on_cpu else torch.cuda.current_stream().cuda_stream
 
     def step(self, on_step: Callable[[AdaptiveStep], Any] | None = None) -> Any:
+        if self._on_cpu:
+            return self._step(on_step)
+        with torch.cuda.device(self.y1.device):
+            return self._step(on_step)
+
+    def _step(self, on_step: Callable[[AdaptiveStep], Any] | None) -> Any:
         plan, func, kwargs, y1 = self.plan, self.problem.func, self.batch.kwargs, self.y1
         plan.look = on_step is not None
         plan.first(self._stream())
@@ -121,7 +152,7 @@ class NativeStepper(Stepper):
             self.copy_outputs()
             t = self.time_view(self.batch.clock[Clock.T].to(self.problem.time_dtype))
             self.set_derivative(self.evaluate(0, t, self.batch.y, ()))
-            return self.step(on_step)
+            return self._step(on_step)
         answer = None
         if on_step is not None:
             answer = on_step(AdaptiveStep(self))

@@ -128,6 +128,11 @@ class AdaptiveStep:
         return combine(flat, [1.0, *weights], impl=self._stepper.problem.impl).reshape(self.y.shape)
 
 
+def to_device(value: Tensor, device: torch.device) -> Tensor:
+    """A copy of the host's on a device; the host does not wait for a GPU."""
+    return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
+
+
 def check_output(k: Any, y: Tensor) -> None:
     """A network output must look like the state."""
     if type(k) is Tensor and k.dtype is y.dtype and k.shape == y.shape and k.device == y.device:
@@ -186,8 +191,8 @@ class Stepper:
             shifts += [own] + [0.0] * len(row)
             slopes += [0.0, *row]
         device = self.batch.y.device
-        self._shifts = torch.tensor([shifts], dtype=torch.float64).to(device)
-        self._slopes = torch.tensor(slopes, dtype=torch.float64).to(device)
+        self._shifts = to_device(torch.tensor([shifts], dtype=torch.float64), device)
+        self._slopes = to_device(torch.tensor(slopes, dtype=torch.float64), device)
         self._table = torch.empty(self.batch.rows, len(slopes), dtype=self.step_size.dtype, device=device)
 
     def copy_outputs(self) -> None:
@@ -292,7 +297,7 @@ class Stepper:
         )
         first = torch.minimum(100.0 * h0, h1)
         # a trial step may leave the domain: then its own size is all that is known
-        return torch.where(first.isfinite(), first, h0) + 0.0 * (d0 + d1)
+        return torch.where(first.isfinite() & d2.isfinite(), first, h0) + 0.0 * (d0 + d1)
 
     def _scaled_norm(self, weights: list[float], *more: Tensor) -> Tensor:
         """(R,) norms of a combination of y, k0 and more over the tolerance at y, in float64."""

@@ -12,12 +12,12 @@ from torch import Tensor
 from .._checks import check_float_tensor, check_int, check_like, check_number, type_error, value_error
 from ..ops.step_control.op import Count, Status, new_state
 from ..paths import CondOT, Path
-from .adaptive import AdaptiveOptions, Watch, gather, to_device
+from .adaptive import AdaptiveOptions, Watch, gather
 from .controllers import Controller, IController
 from .methods import adaptive_tableau
 from .native_stepper import make_stepper
 from .sample import Solver, _Field
-from .stepper import Batch, Problem, Stepper
+from .stepper import Batch, Problem, Stepper, to_device
 from .tableaus import Tableau
 
 Request = Tensor | tuple[Tensor, Mapping[str, Any]]
