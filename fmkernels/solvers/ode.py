@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from operator import gt, lt
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ from .adaptive import AdaptiveOptions, AdaptiveStep, Status, solve_adaptive
 from .controllers import Controller, IController
 from .dense import DenseBuilder, Replay, value_of
 from .packed import Field, Packed, State
-from .program import Builder, Method, Number, as_grid
+from .program import Builder, Method, Number
 from .run import Buffers, Run, check_output, coefficients_of, time_rows
 from .runge_kutta import MAX_ORDER, AdamsBashforth, AdamsMoulton
 from .tableaus import Tableau
@@ -58,10 +59,10 @@ def check_times(t: Any, y0: Tensor) -> Tensor:
         raise type_error("t", "a floating tensor", t)
     if t.dim() != 1 or t.shape[0] == 0:
         raise value_error("t", "times of shape (T,), T >= 1", t)
-    try:
-        as_grid(t)
-    except ValueError:
-        raise value_error("t", "finite, strictly increasing or decreasing times", t) from None
+    times = t.detach().tolist()
+    monotone = all(map(lt, times, times[1:])) or all(map(gt, times, times[1:]))  # a NaN is neither
+    if not (monotone and math.isfinite(times[0]) and math.isfinite(times[-1])):
+        raise value_error("t", "finite, strictly increasing or decreasing times", t)
     return t
 
 
@@ -201,7 +202,8 @@ def new_run(packed: Packed, builder: Builder, method: Method, **kwargs: Any) -> 
     dtype = torch.float64 if y0.dtype == torch.float64 else torch.float32
     if y0.dtype in (torch.float16, torch.bfloat16):
         dtype = y0.dtype
-    calls = {"": lambda y, t: packed.field(t, y)}
+    func = packed.func if packed.plain and packed.limits is None else packed.field
+    calls = {"": lambda y, t: func(t, y)}
     times, coefficients = time_rows(program, y0, dtype, "scalar"), coefficients_of(program, y0)
     run = Run(program, calls, y0, times, coefficients, **kwargs)
     run.function_name = "func"

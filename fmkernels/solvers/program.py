@@ -134,6 +134,10 @@ class Step(NamedTuple):
     u: Number
 
 
+# What the executor reads in its loop: index, kind and fields of an instruction, and registers that are free after it.
+Prepared = tuple[int, str, Any, tuple[int, ...]]
+
+
 @dataclass(eq=False)
 class Program:
     """What a method does on a grid: instructions over registers (0 is the initial state), and evaluation times."""
@@ -147,7 +151,8 @@ class Program:
     extras: tuple[tuple[str, tuple[int, ...]], ...]
     last_use: tuple[int, ...] = ()
     releases: tuple[tuple[int, ...], ...] = ()
-    prepared: tuple[tuple[int, str, Any, tuple[int, ...]], ...] = ()
+    prepared: tuple[Prepared, ...] = ()
+    unwatched: tuple[Prepared, ...] = ()
     slots: dict[int, int] = field(default_factory=dict)
     slot_count: int = 0
     state_rows: tuple[tuple[int, int], ...] = ()
@@ -161,10 +166,12 @@ class Program:
         # which step's state an update's result is: the first, where steps leave it as it is
         ends = {i.state: i.number for i in reversed(self.instructions) if isinstance(i, EndStep)}
         self.state_rows = tuple((state, number) for state, number in ends.items() if state in self.slots)
-        # what the executor reads in its loop: (index, kind, instruction, registers that are free afterwards)
         self.prepared = tuple(
             (at, type(i).__name__, tuple(i), self.releases[at]) for at, i in enumerate(self.instructions)
         )
+        # where nobody looks at the steps, their ends matter only for states that no update writes to their place
+        written = {(number, state) for state, number in self.state_rows}
+        self.unwatched = tuple(p for p in self.prepared if p[1] != "EndStep" or p[2] not in written)
 
     @property
     def calls(self) -> int:

@@ -14,7 +14,7 @@ from .. import _dispatch, _native
 from .._checks import type_error, value_error
 from ..ops.combine.op import combine
 from ..random import Noise
-from .program import EndStep, Program, Update, perform
+from .program import EndStep, Prepared, Program, Update, perform
 
 _is_alias_of: Callable[[Tensor, Tensor], bool] = torch._C._is_alias_of  # type: ignore[attr-defined]
 
@@ -199,22 +199,25 @@ class Run:
             self.addresses = addresses = [0] * program.registers
             for register, slot in program.slots.items():
                 addresses[register] = starts[slot]
-            for register, number in program.state_rows if rows else ():
-                addresses[register] = rows[number + 1].data_ptr()
+            if rows:
+                first, size = rows[0].data_ptr(), rows[0].numel() * rows[0].element_size()
+                for register, number in program.state_rows:
+                    addresses[register] = first + (number + 1) * size
             self.write = library.combine_into_buffer
             self.kind = (_native.DTYPE_CODE[x_0.dtype], tuple(x_0.shape))
 
     def all(self) -> None:
-        self.execute(0, len(self.program.instructions))
+        """Runs the whole program."""
+        self.execute(self.program.prepared if self.on_step is not None else self.program.unwatched)
 
-    def execute(self, start: int, stop: int) -> None:
-        """Runs instructions start .. stop - 1."""
+    def execute(self, prepared: Sequence[Prepared]) -> None:
+        """Runs instructions in the form of :attr:`Program.prepared`."""
         registers, calls, times, coefficients = self.registers, self.calls, self.times, self.coefficients
         targets, addresses = self.targets, self.addresses
         watched = bool(self.rows) or self.on_step is not None
         if addresses is not None:
             write, (dtype, shape) = self.write, self.kind
-        for at, kind, instruction, released in self.program.prepared[start:stop]:
+        for at, kind, instruction, released in prepared:
             if kind == "Update":
                 result, sources, _ = instruction
                 if addresses is not None and write(
@@ -287,7 +290,7 @@ class Run:
             self.registers = [None] * self.program.registers
             for register, tensor in zip(before, tensors, strict=True):
                 self.registers[register] = tensor
-            self.execute(start, stop)
+            self.execute(self.program.prepared[start:stop])
             after[:] = live(stop)
             return tuple(self.registers[r] for r in after)
 

@@ -277,7 +277,6 @@ def combine(
             raise value_error("out", "a tensor that is no operand but the first", out)
         if in_place[0]:
             tensors, streams = tensors[1:], [IN_PLACE, *streams[1:]]
-        norm = torch.ops.fmkernels.combine_into(
-            out, tensors, streams, offsets, coefs, values, error_coefs, *options, impl
-        )
+        call = _combine_into if _dispatch.plain(out, *tensors, *coefs) else torch.ops.fmkernels.combine_into
+        norm = call(out, tensors, streams, offsets, coefs, values, error_coefs, *options, impl)
     return (out, norm) if want_norm else out
