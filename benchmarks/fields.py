@@ -41,7 +41,8 @@ class Network(nn.Module):
         return self.last(F.silu(self.second(F.silu(self.first(h)))))
 
     def negated(self) -> Network:
-        """The same field with the other sign, at the same cost: for libraries whose time runs the other way."""
+        """The same field with the other sign, at the same cost: for libraries whose time runs the other way. All
+        fields have it."""
         other = copy.deepcopy(self)
         other.last.weight.neg_()
         other.last.bias.neg_()
@@ -51,29 +52,44 @@ class Network(nn.Module):
 class Pixels(nn.Module):
     """sin(x + 3 t + label) of each pixel: as cheap as a field gets."""
 
+    def __init__(self, phase: float = 0.0) -> None:
+        super().__init__()
+        self.phase = phase
+
     def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
-        shift = 3.0 * _column(t, x) + label[:, None]
+        shift = 3.0 * _column(t, x) + (label[:, None] + self.phase)
         return torch.sin(x + shift.reshape(-1, *[1] * (x.dim() - 1)))
+
+    def negated(self) -> Pixels:
+        return Pixels(self.phase + math.pi)
 
 
 class Mixture(nn.Module):
     """The velocity of x_t = t x_1 + (1 - t) x_0 in closed form: x_1 from a mixture of Gaussians on a circle."""
 
     centers: Tensor
+    pulls: Tensor  # the centers, with the field's sign
 
     def __init__(self, modes: int = 8, radius: float = 2.0, std: float = 0.2) -> None:
         super().__init__()
         angles = torch.arange(modes, dtype=torch.float64) * (2.0 * math.pi / modes)
         self.register_buffer("centers", radius * torch.stack([angles.cos(), angles.sin()], 1))
-        self.std = std
+        self.register_buffer("pulls", self.centers.clone())
+        self.std, self.sign = std, 1.0
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
         t, centers = _column(t, x), self.centers.to(x)
         variance = (self.std * t) ** 2 + (1.0 - t) ** 2
         off = x[:, None] - t[..., None] * centers
         weights = torch.softmax(off.square().sum(-1) / (-2.0 * variance), dim=1)
-        slope = (self.std**2 * t - (1.0 - t)) / variance
-        return (weights[..., None] * (centers + slope[..., None] * off)).sum(1)
+        slope = ((self.sign * (self.std**2 + 1.0)) * t - self.sign) / variance
+        return (weights[..., None] * (self.pulls.to(x) + slope[..., None] * off)).sum(1)
+
+    def negated(self) -> Mixture:
+        other = copy.deepcopy(self)
+        other.pulls.neg_()
+        other.sign = -self.sign
+        return other
 
 
 class Recorder:

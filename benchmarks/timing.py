@@ -131,7 +131,7 @@ def interleave(
     """Times every entry and its part; a slow one takes part in fewer rounds, evenly spread."""
     sample = _events if device.type == "cuda" else _host
     order = random.Random(0)
-    samples: dict[str, list[float]] = {}
+    samples: dict[str, list[float]] = {entry.name: [] for entry in entries}
     calls: dict[str, int] = {}
     _plan(entries, sample, budget, rounds)
     total = max(entry.rounds for entry in entries)

@@ -270,6 +270,13 @@ def test_loops_by_hand_agree_with_ours(task: sampling.Task) -> None:
     torch.testing.assert_close(ours, by_hand, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("field", [fields.Network, fields.Pixels, fields.Mixture])
+def test_negated_fields(field: type) -> None:
+    model, label = field(), torch.rand(8)
+    x, t = torch.randn(8, 2), torch.rand(8)
+    torch.testing.assert_close(model.negated()(x, t, label), -model(x, t, label), rtol=1e-5, atol=2e-6)
+
+
 def test_newest_results_of_each_family(tmp_path: Path) -> None:
     case = {"shape": [1], "dtype": "float32", "variant": ""}
     for name, family, date in (("a", "f", "2026-01-01"), ("a", "g", "2026-01-01"), ("b", "g", "2026-01-02")):
