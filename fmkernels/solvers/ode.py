@@ -17,7 +17,7 @@ from torch import Tensor
 from .._checks import check_number, type_error, value_error
 from ..paths import CondOT
 from . import methods
-from .adaptive import AdaptiveOptions, AdaptiveStep, Status, solve_adaptive
+from .adaptive import AdaptiveOptions, AdaptiveResult, AdaptiveStep, Status, solve_adaptive
 from .controllers import Controller, IController
 from .dense import DenseBuilder, Replay, value_of
 from .packed import Field, Packed, State
@@ -373,8 +373,13 @@ def _adaptive(packed: Packed, t: Tensor, tableau: Tableau, rtol: Any, atol: Any,
     if gradient and not engine.shared and t.requires_grad:
         raise value_error("t", "times without gradient with per_sample=True", t)
     norm, watch = packed.norm(options.get("norm")), watcher(packed)
-    times, wanted = numbers_of(t), t.detach().double().cpu()
+    times = numbers_of(t)
     first, last = value_of(times[0]), value_of(times[-1])
+    if len(times) == 2 and not gradient and options.get("step_t") is None and options.get("jump_t") is None:
+        # no time between the ends is asked for
+        end = solve_adaptive(packed.field, packed.y0, first, last, tableau, engine, norm=norm, on_step=watch)
+        return torch.stack([packed.y0, _reached(end)])
+    wanted = t.detach().double().cpu()
     y, parts = packed.y0, []
     for segment in segments(options, first, last, y.dtype):
         inside = (wanted - segment.start) * (wanted - segment.end) <= 0.0
@@ -415,6 +420,14 @@ def _adaptive(packed: Packed, t: Tensor, tableau: Tableau, rtol: Any, atol: Any,
     ys = torch.cat(parts) if len(parts) > 1 else parts[0]
     missing = t.shape[0] - ys.shape[0]
     return ys if missing == 0 else torch.cat([ys, ys.new_full((missing, *ys.shape[1:]), math.nan)])
+
+
+def _reached(result: AdaptiveResult) -> Tensor:
+    """The last state, NaN for what did not reach its time."""
+    y, failed = result.y, result.status != Status.SUCCESS
+    if not bool(failed.any()):
+        return y
+    return y.masked_fill(failed.reshape(failed.shape + (1,) * (y.dim() - 1)) if y.dim() else failed[0], math.nan)
 
 
 def replayed(
