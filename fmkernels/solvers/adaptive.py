@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .._checks import check_choice, check_float_tensor, check_int, check_number, type_error, value_error
 from ..ops.step_control.op import Clock, Count, Rules, Status, new_state
+from .adaptive_graph import CapturedSteps, StepGraph, captured_steps
 from .controllers import Controller, IController
 from .native_stepper import make_stepper
 from .stepper import AdaptiveStep, Batch, Dense, Field, Norm, Problem, Stepper, to_device
@@ -133,6 +134,7 @@ class AdaptiveResult(NamedTuple):
         n_f_evals: calls of func.
         n_row_evals: samples that these calls had, all together.
         next_step: (B,) float64, the signed step size that would have been next.
+        graph: how the steps ran: "eager", "captured", "replayed", or "eager: " and why no graph was used.
         steps: with ``record``, accepted step number i of each row as (t, h), float64 (R,) tensors; h = 0 for a row that
             has no such step. None without.
     """
@@ -147,6 +149,7 @@ class AdaptiveResult(NamedTuple):
     n_row_evals: int
     next_step: Tensor
     steps: list[tuple[Tensor, Tensor]] | None
+    graph: str = "eager"
 
 
 def solve_adaptive(
@@ -161,6 +164,7 @@ def solve_adaptive(
     model_kwargs: Mapping[str, Any] | None = None,
     on_step: OnStep | None = None,
     norm: Norm | None = None,
+    graph: StepGraph | None = None,
 ) -> AdaptiveResult:
     """Solves dy/dt = func(t, y, **model_kwargs) from y0 at t0 to t1, without gradients.
 
@@ -175,6 +179,7 @@ def solve_adaptive(
         on_step: called with an :class:`AdaptiveStep` after each step was judged; a true answer ends the solve. Rows
             then keep their places.
         norm: of the tensor of error ratios, to () where shared, else (B,); None for the root mean square.
+        graph: asks for steps captured as a CUDA graph. Rows then keep their places too.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or value; an output of func unlike y.
@@ -189,7 +194,7 @@ def solve_adaptive(
         dense = None if t_eval is None else _dense(t_eval, start, end, y)
         problem = options.problem(func, tableau, y0.dtype, norm)
         batch = Batch(y, *new_state(start, end), dict(model_kwargs or {}), dense)
-        return _Solve(problem, options, batch, on_step).run()
+        return _Solve(problem, options, batch, on_step).run(graph)
 
 
 def own_copy(y: Tensor) -> Tensor:
@@ -310,9 +315,10 @@ class _Solve:
         self.host_places = torch.arange(batch.rows)
         self.host_status = torch.zeros(batch.rows, dtype=torch.int32)
         self.calls = self.row_calls = 0
+        self.graph = "eager"
         self.record: list[tuple[Tensor, Tensor]] = []
 
-    def run(self) -> AdaptiveResult:
+    def run(self, graph: StepGraph | None) -> AdaptiveResult:
         batch, options = self.batch, self.options
         first_outputs(batch)
         if batch.y.numel() == 0:
@@ -320,7 +326,18 @@ class _Solve:
             batch.count[Count.STATUS].fill_(Status.SUCCESS)
             self.host_status.fill_(Status.SUCCESS)
             return self.result()
-        stepper = make_stepper(self.problem, batch)
+        captured = None
+        if graph is not None and self.on_step is None and not options.record:
+            captured, self.graph = captured_steps(graph, self.problem, batch, options.first_step, options.chunk)
+        if captured is None:
+            self._run()
+        else:
+            self._replay(captured)
+        return self.result()
+
+    def _run(self) -> None:
+        options = self.options
+        stepper = make_stepper(self.problem, self.batch)
         self._count(stepper.begin(options.first_step))
         watch = Watch(delay=1)
         answer: Any = None
@@ -329,10 +346,9 @@ class _Solve:
             if stepper.running is None or stepper.running <= self.batch.rows * options.compact_below:
                 status = watch.look(self.batch.count)
             if status is not None:
-                self.host_status[self.host_places] = status
-                running = int((status == Status.RUNNING).sum())
+                running = self._see(status)
                 if running == 0:
-                    break
+                    return
                 if running <= self.batch.rows * options.compact_below and self.on_step is None:
                     stepper = self._compact(stepper, (status == Status.RUNNING).nonzero()[:, 0])
                     watch.forget()
@@ -344,9 +360,21 @@ class _Solve:
                     self.record.append((clock[Clock.T_FROM].clone(), clock[Clock.H_TAKEN] * count[Count.ACCEPT]))
                 if answer or stepper.running == 0:
                     break
-        if answer:
-            self.host_status = batch.count[Count.STATUS].cpu()
-        return self.result()
+        self.host_status = self.batch.count[Count.STATUS].cpu()
+
+    def _replay(self, captured: CapturedSteps) -> None:
+        captured.load(self.batch)
+        self._count(captured.stepper.begin(self.options.first_step))
+        watch = Watch(delay=1)
+        while (status := watch.look(captured.batch.count)) is None or self._see(status):
+            captured.replay()
+            self._count(self.options.chunk * (self.problem.tableau.stages - 1))
+        captured.unload(self.batch)
+
+    def _see(self, status: Tensor) -> int:
+        """Keeps the statuses of the batch on the host; returns how many rows still run."""
+        self.host_status[self.host_places] = status
+        return int((status == Status.RUNNING).sum())
 
     def _count(self, calls: int) -> None:
         self.calls += calls
@@ -396,6 +424,7 @@ class _Solve:
             self.row_calls,
             clock[Clock.H_NEXT].expand(rows).clone(),
             packed_steps(self.record) if self.options.record else None,
+            self.graph,
         )
 
 
