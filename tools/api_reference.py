@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -31,6 +32,7 @@ def signature(value: Any) -> str:
         text = str(inspect.signature(value))
     except (TypeError, ValueError):
         return ""
+    text = re.sub(r"<function (\w+) at 0x[0-9a-f]+>", r"\1", text)
     return text.replace("torch.Tensor", "Tensor").replace("'", "")
 
 
