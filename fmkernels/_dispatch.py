@@ -45,7 +45,12 @@ def transform_active() -> bool:
 def backward_impl(impl: str, grad: Tensor) -> str:
     """The implementation of a backward pass: the reference for a batch of gradients (``is_grads_batched``), which has
     no address."""
-    return "reference" if torch._C._functorch.is_legacy_batchedtensor(grad) else impl
+    return "reference" if legacy_batched(grad) else impl
+
+
+def legacy_batched(tensor: Tensor) -> bool:
+    """True for a batch of gradients, as autograd.grad(is_grads_batched=True) makes it."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(tensor)
 
 
 def wanted(impl: str) -> str:

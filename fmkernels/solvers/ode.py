@@ -377,8 +377,8 @@ def _adaptive(packed: Packed, t: Tensor, tableau: Tableau, rtol: Any, atol: Any,
     first, last = value_of(times[0]), value_of(times[-1])
     if len(times) == 2 and not gradient and options.get("step_t") is None and options.get("jump_t") is None:
         # no time between the ends is asked for
-        end = solve_adaptive(packed.field, packed.y0, first, last, tableau, engine, norm=norm, on_step=watch)
-        return torch.stack([packed.y0, _reached(end)])
+        whole = solve_adaptive(packed.field, packed.y0, first, last, tableau, engine, norm=norm, on_step=watch)
+        return torch.stack([packed.y0, _reached(whole)])
     wanted = t.detach().double().cpu()
     y, parts = packed.y0, []
     for segment in segments(options, first, last, y.dtype):

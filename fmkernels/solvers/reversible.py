@@ -36,6 +36,7 @@ from .packed import Packed
 from .run import accumulator, check_output
 from .runge_kutta import RungeKutta
 from .tableaus import Tableau
+from .velocity import Velocity
 
 if TYPE_CHECKING:
     from .sample import SampleResult, Solver
@@ -251,7 +252,7 @@ def sample_reversible(
     solver: Solver, x: Tensor, return_trajectory: bool, watched: bool, model_kwargs: dict[str, Any]
 ) -> tuple[Tensor, SampleResult]:
     """``fm.sample`` with gradient="reversible": the same scheme with and without gradients."""
-    from .sample import SampleResult, _Field  # which uses this
+    from .sample import SampleResult  # which uses this
 
     if watched:
         raise value_error("gradient", "no callback or progress bar beside 'reversible'", solver.gradient)
@@ -259,7 +260,7 @@ def sample_reversible(
     grid = [torch.as_tensor(t, dtype=torch.float64) for t in solver.grid()]
     times = torch.stack(grid).to(x.device)
     steps, dtype = len(grid) - 1, solver.time_dtype_of(x)
-    field = _Field(solver.model, solver.guidance, solver.path, solver.prediction)
+    field = Velocity(solver.model, solver.guidance, solver.path, solver.prediction)
 
     def time(t: Tensor) -> Tensor:
         t = t.to(dtype)

@@ -17,14 +17,15 @@ from ..random import draw_seed
 from ..times import Shift
 from . import grids, methods
 from .adaptive import AdaptiveOptions, Status, solve_adaptive
+from .adaptive_graph import StepGraph
 from .controllers import Controller, IController
 from .graph import graphs_of
 from .program import Builder, Guidance, Method, Number, Program, planned, settings_key
 from .reversible import sample_reversible
 from .run import Buffers, Call, Run, coefficients_of, time_rows
 from .tableaus import Tableau
+from .velocity import Model, Velocity
 
-Model = Callable[..., Tensor]
 Callback = Callable[[int, float, Tensor], object]
 GRADIENTS = ("none", "direct", "checkpoint", "reversible")
 DEFAULT_STEPS = 50
@@ -280,32 +281,13 @@ class Solver:
         t_eval = torch.as_tensor(np.asarray(grid)).to(x.device) if return_trajectory else None
         if self.guidance is not None:
             model_kwargs = self.guidance.per_sample(model_kwargs, x)
-        field = _Field(self.model, self.guidance, self.path, self.prediction)
-        result = solve_adaptive(field, x, grid[0], grid[-1], tableau, options, t_eval=t_eval, model_kwargs=model_kwargs)
-        return result.y, SampleResult(round(field.evaluations), result.n_steps, result.status, t_eval, result.ys)
-
-
-class _Field:
-    """The guided velocity as a function (t, x, **model_kwargs), as adaptive solvers call it.
-
-    Attributes:
-        evaluations: of the network for each row of x, the branches of guidance counted each.
-    """
-
-    def __init__(self, model: Model, guidance: Any, path: Path, prediction: str) -> None:
-        self.model, self.guidance, self.path, self.prediction = model, guidance, path, prediction
-        self.evaluations = 0.0
-
-    def __call__(self, t: Tensor, x: Tensor, **model_kwargs: Any) -> Tensor:
-        def counted(rows: Tensor, times: Tensor, **kwargs: Any) -> Tensor:
-            self.evaluations += rows.shape[0] / x.shape[0]
-            return self.model(rows, times, **kwargs)
-
-        if self.guidance is not None:
-            return self.guidance.at(counted, model_kwargs, self.path, self.prediction)(x, t)
-        self.evaluations += 1
-        v = self.model(x, t, **model_kwargs)
-        return v if self.prediction == "velocity" else self.path.convert(v, x, t, self.prediction, "velocity")
+        velocity = Velocity(self.model, self.guidance, self.path, self.prediction)
+        graph = None if self.cuda_graph is False else StepGraph(self.model, velocity.key, self.cuda_graph)
+        result = solve_adaptive(
+            velocity, x, grid[0], grid[-1], tableau, options, t_eval=t_eval, model_kwargs=model_kwargs, graph=graph
+        )
+        nfe = round(result.n_f_evals * velocity.branches)
+        return result.y, SampleResult(nfe, result.n_steps, result.status, t_eval, result.ys, graph=result.graph)
 
 
 def _plan(
@@ -413,8 +395,9 @@ def sample(
         return_trajectory: also return the states at all times.
         callback: called as callback(step, t, x) after each step of a fixed grid; x is written again later.
         progress: show a bar (needs tqdm).
-        cuda_graph: True captures the whole solve of a fixed grid, the network included, and replays it at the next
-            calls; "auto" does so from the second call with the same model and shapes on; False does not.
+        cuda_graph: True captures the whole solve of a fixed grid, or the step of an adaptive method, the network
+            included, and replays it at the next calls; "auto" does so from the second call with the same model and
+            shapes on; False does not. Samples of captured adaptive steps do not leave the batch when they finish.
         gradient: "none" runs without gradients; "direct" records the solve; "checkpoint" keeps sqrt(steps) states and
             computes the rest again in the backward pass; "reversible" takes the steps of
             :mod:`fmkernels.solvers.reversible` (Runge-Kutta methods only, twice the calls) and keeps one state. For the

@@ -16,9 +16,10 @@ from .adaptive import AdaptiveOptions, Watch, gather
 from .controllers import Controller, IController
 from .methods import adaptive_tableau
 from .native_stepper import make_stepper
-from .sample import Solver, _Field
+from .sample import Solver
 from .stepper import Batch, Problem, Stepper, to_device
 from .tableaus import Tableau
+from .velocity import Velocity
 
 Request = Tensor | tuple[Tensor, Mapping[str, Any]]
 
@@ -320,7 +321,7 @@ def sample_stream(
         time_dtype=time_dtype,
     )
     return stream(
-        _Field(model, guidance, solver.path, prediction),
+        Velocity(model, guidance, solver.path, prediction),
         requests,
         tableau,
         options,

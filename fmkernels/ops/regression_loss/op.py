@@ -103,7 +103,7 @@ def scaled_gradient(ctx: Any, grad_output: Tensor) -> Tensor:
     (grad,) = ctx.saved_tensors
     if ctx.waiting is not None:
         grad_output = grad_output * ctx.waiting
-    if torch.compiler.is_compiling() or torch._C._functorch.is_legacy_batchedtensor(grad_output):
+    if torch.compiler.is_compiling() or _dispatch.legacy_batched(grad_output):
         return (grad.to(grad_output.dtype) * expand_leading(grad_output, grad)).to(grad.dtype)
     if torch.is_grad_enabled():
         raise RuntimeError(
