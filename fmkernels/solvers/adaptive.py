@@ -312,8 +312,8 @@ class _Solve:
         self.whole = batch
         self.size = batch.y.shape[0] if batch.y.dim() else 1
         self.places: Tensor | None = None  # of the batch's rows, where it is not the whole any more
-        self.host_places = torch.arange(batch.rows)
-        self.host_status = torch.zeros(batch.rows, dtype=torch.int32)
+        self.host_places: Tensor | None = None  # the same on the host
+        self.host_status: Tensor | None = None  # of all rows, as the host saw them last
         self.calls = self.row_calls = 0
         self.graph = "eager"
         self.record: list[tuple[Tensor, Tensor]] = []
@@ -324,7 +324,7 @@ class _Solve:
         if batch.y.numel() == 0:
             batch.clock[Clock.T].copy_(batch.clock[Clock.T_END])
             batch.count[Count.STATUS].fill_(Status.SUCCESS)
-            self.host_status.fill_(Status.SUCCESS)
+            self.host_status = torch.full(batch.count.shape[1:], Status.SUCCESS, dtype=torch.int32)
             return self.result()
         captured = None
         if graph is not None and self.on_step is None and not options.record:
@@ -341,7 +341,7 @@ class _Solve:
         self._count(stepper.begin(options.first_step))
         watch = Watch(delay=1)
         answer: Any = None
-        while not answer:
+        while not answer and stepper.running != 0:
             status = None
             if stepper.running is None or stepper.running <= self.batch.rows * options.compact_below:
                 status = watch.look(self.batch.count)
@@ -360,7 +360,7 @@ class _Solve:
                     self.record.append((clock[Clock.T_FROM].clone(), clock[Clock.H_TAKEN] * count[Count.ACCEPT]))
                 if answer or stepper.running == 0:
                     break
-        self.host_status = self.batch.count[Count.STATUS].cpu()
+        self._see(self.batch.count[Count.STATUS].cpu())
 
     def _replay(self, captured: CapturedSteps) -> None:
         captured.load(self.batch)
@@ -373,7 +373,10 @@ class _Solve:
 
     def _see(self, status: Tensor) -> int:
         """Keeps the statuses of the batch on the host; returns how many rows still run."""
-        self.host_status[self.host_places] = status
+        if self.host_places is None or self.host_status is None:
+            self.host_status = status
+        else:
+            self.host_status[self.host_places] = status
         return int((status == Status.RUNNING).sum())
 
     def _count(self, calls: int) -> None:
@@ -381,7 +384,11 @@ class _Solve:
         self.row_calls += calls * (self.batch.y.shape[0] if self.batch.y.dim() else 1)
 
     def _compact(self, stepper: Stepper, keep: Tensor) -> Stepper:
-        self.host_places = self.host_places[keep]
+        assert self.host_status is not None
+        if self.host_places is None:
+            self.host_places, self.host_status = keep, self.host_status.clone()
+        else:
+            self.host_places = self.host_places[keep]
         keep = to_device(keep, self.batch.y.device)
         self._scatter()
         self.places = keep if self.places is None else self.places.index_select(0, keep)
@@ -403,26 +410,29 @@ class _Solve:
     def result(self) -> AdaptiveResult:
         self._scatter()
         clock, count, dense = self.whole.clock, self.whole.count, self.whole.dense
-        status = count[Count.STATUS]
+        assert self.host_status is not None
+        all_well = bool((self.host_status == Status.SUCCESS).all())
         ys = None
         if dense is not None:
             ys = dense.out
-            if not bool((self.host_status == Status.SUCCESS).all()):
+            if not all_well:
                 number = torch.arange(ys.shape[0], device=ys.device)[:, None]
                 missing = number >= count[Count.NEXT_OUTPUT]
                 ys.masked_fill_(missing.reshape(missing.shape + (1,) * (ys.dim() - 2)), math.nan)
-        _warn(self.host_status, self.options)
-        rows = self.size if self.problem.shared else count.shape[1]
+        if not all_well:
+            _warn(self.host_status, self.options)
+        if self.problem.shared and self.size != 1:
+            clock, count = clock.expand(-1, self.size), count.expand(-1, self.size)
         return AdaptiveResult(
             self.whole.y,
             ys,
-            clock[Clock.T].expand(rows).clone(),
-            status.expand(rows).clone(),
-            count[Count.STEPS].expand(rows).clone(),
-            count[Count.ACCEPTED].expand(rows).clone(),
+            clock[Clock.T],
+            count[Count.STATUS],
+            count[Count.STEPS],
+            count[Count.ACCEPTED],
             self.calls,
             self.row_calls,
-            clock[Clock.H_NEXT].expand(rows).clone(),
+            clock[Clock.H_NEXT],
             packed_steps(self.record) if self.options.record else None,
             self.graph,
         )

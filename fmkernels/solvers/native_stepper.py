@@ -41,9 +41,6 @@ class NativeStepper(Stepper):
     def prepare(self) -> None:
         problem, batch = self.problem, self.batch
         tableau, y, dense = problem.tableau, batch.y, batch.dense
-        b, error = tableau.b, tableau.error or ()
-        *stages, last = problem.columns
-        weights = [[row[j] for j in used] for row, used in zip(tableau.a[1:], stages, strict=True)]
         self._error = torch.empty(batch.rows, dtype=self.step_size.dtype, device=y.device)
         self._sizes = self._error.new_empty(2, batch.rows)
         self._workspace = _native.workspace(y, batch.rows)
@@ -70,14 +67,14 @@ class NativeStepper(Stepper):
                 "order": float(tableau.order),
                 "workspace": 0 if self._workspace is None else self._workspace.data_ptr(),
                 "time_dtype": _native.DTYPE_CODE[problem.time_dtype],
-                "nodes": list(tableau.c),
+                "nodes": tableau.c,
                 "rules": problem.rules.numbers(),
-                "columns": problem.columns,
-                "weights": [*weights, [b[j] for j in last]],
-                "error_weights": [error[j] for j in last],
+                "columns": tableau.columns,
+                "weights": tableau.weights[:-1],
+                "error_weights": tableau.weights[-1],
                 "atol": float(problem.atol),
                 "rtol": float(problem.rtol),
-                "polynomials": [list(row) for row in tableau.interpolant],
+                "polynomials": tableau.interpolant,
                 "wanted": wanted_times(None if dense is None else dense.wanted),
                 "ids": 0 if dense is None or dense.ids is None else dense.ids.data_ptr(),
                 "out": 0 if dense is None else dense.out.data_ptr(),

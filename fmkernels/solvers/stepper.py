@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, NamedTuple, final
 
 import torch
@@ -48,13 +47,6 @@ class Problem:
     time_dtype: torch.dtype
     norm: Norm | None = None
     impl: str = "auto"
-
-    @cached_property
-    def columns(self) -> list[list[int]]:
-        """For each stage but the first, the earlier stages that it uses; last, those of the solution and its error."""
-        a, b, error = self.tableau.a, self.tableau.b, self.tableau.error or ()
-        used = [[j for j, weight in enumerate(row) if weight != 0.0] for row in a[1:]]
-        return [*used, [j for j in range(len(b)) if b[j] != 0.0 or error[j] != 0.0]]
 
     @property
     def slow_norm(self) -> bool:
@@ -167,7 +159,7 @@ class Stepper:
         self.stages: list[Tensor] = []
         self.step_size = torch.zeros(rows, dtype=dtype, device=y.device)
         self.times = torch.zeros(tableau.stages, rows, dtype=problem.time_dtype, device=y.device)
-        self.time_views = [self.time_view(t) for t in self.times]
+        self.time_views = self.views_of(self.times)
         self._copies: list[Tensor] | None = None
         self.running: int | None = None  # rows, where that is known without waiting
         if copy:
@@ -176,17 +168,11 @@ class Stepper:
 
     def prepare(self) -> None:
         """Makes what steps need: coefficient number n of a table is shifts[n] + h slopes[n], a column a coefficient."""
-        a, b, error = self.problem.tableau.a, self.problem.tableau.b, self.problem.tableau.error or ()
         shifts: list[float] = []
         slopes: list[float] = []
         self._tables: list[slice] = []
-        *stages, last = self.problem.columns
-        rows = [[row[j] for j in used] for row, used in zip(a[1:], stages, strict=True)]
-        for own, row in [
-            *((1.0, row) for row in rows),
-            (1.0, [b[j] for j in last]),
-            (0.0, [error[j] for j in last]),
-        ]:
+        *rows, error = self.problem.tableau.weights
+        for own, row in [*((1.0, row) for row in rows), (0.0, error)]:
             self._tables.append(slice(len(shifts), len(shifts) + 1 + len(row)))
             shifts += [own] + [0.0] * len(row)
             slopes += [0.0, *row]
@@ -219,6 +205,12 @@ class Stepper:
         if not self.problem.shared:
             return x
         return x.as_strided((1, x.numel()), (x.numel(), 1))  # dense, in whatever order
+
+    def views_of(self, times: Tensor) -> Sequence[Tensor]:
+        """Rows of times in func's shape."""
+        if self.problem.scalar_time:
+            return times[:, 0].unbind(0)
+        return [self.time_view(t) for t in times.unbind(0)]
 
     def time_view(self, t: Tensor) -> Tensor:
         """A row of times in func's shape."""
@@ -351,7 +343,7 @@ class Stepper:
         # in float64, rounded once
         self._table.copy_(torch.addr(self._shifts, self.batch.clock[Clock.H], self._slopes))
         y, out = self.flat(self.batch.y), self.flat(y1)
-        *stage_columns, last = problem.columns
+        *stage_columns, last = problem.tableau.columns
         self.stages = stages = [self.k0]
         flat = [self.flat(self.k0)]
         for s, used in enumerate(stage_columns):

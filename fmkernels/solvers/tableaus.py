@@ -62,8 +62,25 @@ class Tableau:
 
     def adaptive(self) -> Tableau:
         """The same method with the derivative at the new state as last stage, as step control and dense output use."""
-        if self.first_same_as_last:
-            return self
+        return self if self.first_same_as_last else self._extended
+
+    @cached_property
+    def columns(self) -> list[list[int]]:
+        """For each stage but the first, the earlier stages that it uses; last, those of the solution and its error."""
+        error = self.error or (0.0,) * self.stages
+        used = [[j for j, weight in enumerate(row) if weight != 0.0] for row in self.a[1:]]
+        return [*used, [j for j in range(self.stages) if self.b[j] != 0.0 or error[j] != 0.0]]
+
+    @cached_property
+    def weights(self) -> list[list[float]]:
+        """The weights in the places of ``columns``; last, those of the error."""
+        *stages, last = self.columns
+        error = self.error or (0.0,) * self.stages
+        rows = [[row[j] for j in used] for row, used in zip(self.a[1:], stages, strict=True)]
+        return [*rows, [self.b[j] for j in last], [error[j] for j in last]]
+
+    @cached_property
+    def _extended(self) -> Tableau:
         error = None if self.error is None else (*self.error, 0.0)
         return replace(self, a=(*self.a, self.b), b=(*self.b, 0.0), error=error)
 

@@ -130,11 +130,9 @@ for _key in ("CPU", "CUDA"):
 def new_state(t0: Tensor, t1: Tensor) -> tuple[Tensor, Tensor]:
     """(clock, count) of rows that are to go from t0 to t1, float64 tensors (R,)."""
     clock = torch.zeros(len(Clock), t0.shape[0], dtype=torch.float64, device=t0.device)
-    clock[Clock.T] = t0
-    clock[Clock.T_FROM] = t0
+    clock[Clock.T] = clock[Clock.T_FROM] = t0
     clock[Clock.T_END] = t1
-    clock[Clock.RATIO_1] = 1.0
-    clock[Clock.RATIO_2] = 1.0
+    clock[Clock.RATIO_1 : Clock.RATIO_2 + 1] = 1.0
     return clock, torch.zeros(len(Count), t0.shape[0], dtype=torch.int32, device=t0.device)
 
 
