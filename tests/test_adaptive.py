@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
 
 import pytest
 import torch
 from adaptive_problems import IMPLS, Prothero, columns, solve
 from torch import Tensor
 
+import fmkernels as fm
 from fmkernels.solvers.adaptive import AdaptiveOptions, AdaptiveStep, Status
 from fmkernels.solvers.controllers import Controller, IController, PIController, PIDController
 from fmkernels.solvers.tableaus import TABLEAUS, Tableau
@@ -318,3 +320,47 @@ def test_bad_arguments() -> None:
         IController(safety=0.0)
     with pytest.raises(ValueError, match="rtol: expected a finite number"):
         AdaptiveOptions(rtol=-1.0)
+
+
+# ---------------------------------------------------------------- steppers kept between solves
+
+
+def test_kept_steppers_are_safe() -> None:
+    class Field:
+        def __call__(self, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return -y
+
+    y0 = torch.rand(5, 3, dtype=torch.float64)
+    first, second = Field(), Field()
+    results = [fm.odeint(field, y0, torch.tensor([0.0, 1.0]), rtol=1e-9, atol=1e-9)[-1] for field in (first, second)]
+    kept = results[0].clone()
+    fm.odeint(lambda t, y: y, y0, torch.tensor([0.0, 2.0]), rtol=1e-9, atol=1e-9)
+    assert torch.equal(results[0], kept)
+    assert torch.equal(results[0], results[1])
+    gone = weakref.ref(first)
+    del first
+    assert gone() is None
+
+    def nested(t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        inner = fm.odeint(lambda s, z: -z, y, torch.tensor([0.0, 1.0]), rtol=1e-9, atol=1e-9)[-1]
+        return -inner * math.e  # -y
+
+    assert torch.allclose(fm.odeint(nested, y0, torch.tensor([0.0, 1.0]), rtol=1e-9, atol=1e-9)[-1], kept, atol=1e-7)
+
+    calls = 0
+
+    def broken(t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 9:
+            raise KeyError("broken")
+        return -y
+
+    with pytest.raises(KeyError):
+        fm.odeint(broken, y0, torch.tensor([0.0, 1.0]), rtol=1e-9, atol=1e-9)
+    again = fm.odeint(lambda t, y: -y, y0, torch.tensor([0.0, 1.0]), rtol=1e-9, atol=1e-9)[-1]
+    assert torch.equal(again, kept)
+    with pytest.warns(UserWarning, match="not finite"):
+        fm.odeint(lambda t, y: y * math.nan, y0, torch.tensor([0.0, 1.0]), rtol=1e-9, atol=1e-9)
+    again = fm.odeint(lambda t, y: -y, y0, torch.tensor([0.0, 1.0]), rtol=1e-9, atol=1e-9)[-1]
+    assert torch.equal(again, kept)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, final
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .._checks import check_choice, check_float_tensor, check_int, check_number, type_error, value_error
 from ..ops.step_control.op import Clock, Count, Rules, Status, new_state
+from . import idle
 from .adaptive_graph import CapturedSteps, StepGraph, captured_steps
 from .controllers import Controller, IController
 from .native_stepper import make_stepper
@@ -189,12 +190,22 @@ def solve_adaptive(
         raise value_error("y0", "at least one dimension, of samples", y0)
     with torch.no_grad():
         rows = 1 if options.shared else y0.shape[0]
+        problem, kwargs = options.problem(func, tableau, y0.dtype, norm), dict(model_kwargs or {})
+        key = None
+        if t_eval is None and type(t0) is float and type(t1) is float:
+            key = idle.key_of(problem, y0, rows)
+            kept = idle.take(key, problem, y0, (t0, t1), kwargs)
+            if kept is not None:
+                return _Solve(problem, options, kept.batch, on_step, key, kept).run(graph)
         start, end = (_times(name, t, rows, y0.device) for name, t in (("t0", t0), ("t1", t1)))
         y = own_copy(y0)
         dense = None if t_eval is None else _dense(t_eval, start, end, y)
-        problem = options.problem(func, tableau, y0.dtype, norm)
-        batch = Batch(y, *new_state(start, end), dict(model_kwargs or {}), dense)
-        return _Solve(problem, options, batch, on_step).run(graph)
+        batch = Batch(y, *new_state(start, end), kwargs, dense)
+        kept = None
+        if key is not None:
+            stepper = make_stepper(problem, batch)
+            kept = idle.Kept(stepper, batch, (float(t0), float(t1)), batch.clock.clone(), problem.tableau)
+        return _Solve(problem, options, batch, on_step, key, kept).run(graph)
 
 
 def own_copy(y: Tensor) -> Tensor:
@@ -307,8 +318,17 @@ def select_rows(value: Any, keep: Tensor, size: int) -> Any:
 class _Solve:
     """One solve: the loop over steps, the batch that shrinks, and the results."""
 
-    def __init__(self, problem: Problem, options: AdaptiveOptions, batch: Batch, on_step: OnStep | None) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        options: AdaptiveOptions,
+        batch: Batch,
+        on_step: OnStep | None,
+        key: Hashable = None,
+        kept: idle.Kept | None = None,
+    ) -> None:
         self.problem, self.options, self.batch, self.on_step = problem, options, batch, on_step
+        self.key, self.kept = key, kept  # the stepper, and under what it goes to the next solve
         self.whole = batch
         self.size = batch.y.shape[0] if batch.y.dim() else 1
         self.places: Tensor | None = None  # of the batch's rows, where it is not the whole any more
@@ -337,7 +357,7 @@ class _Solve:
 
     def _run(self) -> None:
         options = self.options
-        stepper = make_stepper(self.problem, self.batch)
+        stepper = make_stepper(self.problem, self.batch) if self.kept is None else self.kept.stepper
         self._count(stepper.begin(options.first_step))
         watch = Watch(delay=1)
         answer: Any = None
@@ -409,7 +429,10 @@ class _Solve:
 
     def result(self) -> AdaptiveResult:
         self._scatter()
-        clock, count, dense = self.whole.clock, self.whole.count, self.whole.dense
+        y, clock, count, dense = self.whole.y, self.whole.clock, self.whole.count, self.whole.dense
+        if self.kept is not None and self.places is None and not self.kept.stepper.copies_outputs:
+            y, clock, count = y.clone(), clock.clone(), count.clone()  # the batch goes to the next solve
+            idle.put(self.key, self.kept)
         assert self.host_status is not None
         all_well = bool((self.host_status == Status.SUCCESS).all())
         ys = None
@@ -423,16 +446,17 @@ class _Solve:
             _warn(self.host_status, self.options)
         if self.problem.shared and self.size != 1:
             clock, count = clock.expand(-1, self.size), count.expand(-1, self.size)
+        clocks, counts = clock.unbind(0), count.unbind(0)
         return AdaptiveResult(
-            self.whole.y,
+            y,
             ys,
-            clock[Clock.T],
-            count[Count.STATUS],
-            count[Count.STEPS],
-            count[Count.ACCEPTED],
+            clocks[Clock.T],
+            counts[Count.STATUS],
+            counts[Count.STEPS],
+            counts[Count.ACCEPTED],
             self.calls,
             self.row_calls,
-            clock[Clock.H_NEXT],
+            clocks[Clock.H_NEXT],
             packed_steps(self.record) if self.options.record else None,
             self.graph,
         )
