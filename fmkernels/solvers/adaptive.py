@@ -12,7 +12,7 @@ import math
 import warnings
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, final
+from typing import Any, Literal, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from .stepper import AdaptiveStep, Batch, Dense, Field, Norm, Problem, Stepper, 
 from .tableaus import Tableau
 
 OnStep = Callable[[AdaptiveStep], Any]
+COMPACT_ELEMENTS = 1024
 
 
 @final
@@ -45,7 +46,8 @@ class AdaptiveOptions:
         max_step: bound of the step size.
         max_steps: of a row, accepted or not; beyond it ends with Status.MAX_STEPS.
         compact: moves the running rows into a smaller batch where they are at most this share of it; True is one
-            half, False never.
+            half, False never, "auto" one half of states with at least 1024 elements (below, the network's cost hardly
+            depends on the batch).
         chunk: steps between two looks at who has finished.
         time_shape: the shape of t for func: "batch", (B,), or "scalar", () (only where shared).
         time_dtype: of t; None for float32 (float64 for a float64 state).
@@ -62,7 +64,7 @@ class AdaptiveOptions:
     force_min_step: bool = False
     max_step: float = math.inf
     max_steps: int = 10_000
-    compact: bool | float = True
+    compact: bool | float | Literal["auto"] = "auto"
     chunk: int = 1
     time_shape: str = "batch"
     time_dtype: torch.dtype | None = None
@@ -81,16 +83,19 @@ class AdaptiveOptions:
         if self.max_step != math.inf:
             check_number("max_step", self.max_step, above=0.0, low=self.min_step)
         check_int("max_steps", self.max_steps, low=0)
-        check_number("compact", float(self.compact), low=0.0, high=1.0)
+        if self.compact != "auto":
+            check_number("compact", float(self.compact), low=0.0, high=1.0)
         check_int("chunk", self.chunk, low=1)
         check_choice("time_shape", self.time_shape, ("batch", "scalar"))
         if self.time_shape == "scalar" and not self.shared:
             raise value_error("time_shape", "'batch' with step sizes of each sample, whose times differ", "scalar")
 
-    @property
-    def compact_below(self) -> float:
-        """The share of running rows at which a batch shrinks."""
-        return 0.0 if self.shared or self.record else 0.5 if self.compact is True else float(self.compact)
+    def compact_below(self, y: Tensor) -> float:
+        """The share of running rows at which a batch of states y shrinks."""
+        if self.shared or self.record:
+            return 0.0
+        share = y.numel() >= COMPACT_ELEMENTS if self.compact == "auto" else self.compact
+        return 0.5 if share is True else float(share)
 
     def problem(self, func: Field, tableau: Tableau, dtype: torch.dtype, norm: Norm | None = None) -> Problem:
         tableau = tableau.adaptive()
@@ -357,19 +362,20 @@ class _Solve:
 
     def _run(self) -> None:
         options = self.options
+        share = options.compact_below(self.batch.y)
         stepper = make_stepper(self.problem, self.batch) if self.kept is None else self.kept.stepper
         self._count(stepper.begin(options.first_step))
         watch = Watch(delay=1)
         answer: Any = None
         while not answer and stepper.running != 0:
             status = None
-            if stepper.running is None or stepper.running <= self.batch.rows * options.compact_below:
+            if stepper.running is None or stepper.running <= self.batch.rows * share:
                 status = watch.look(self.batch.count)
             if status is not None:
                 running = self._see(status)
                 if running == 0:
                     return
-                if running <= self.batch.rows * options.compact_below and self.on_step is None:
+                if running <= self.batch.rows * share and self.on_step is None:
                     stepper = self._compact(stepper, (status == Status.RUNNING).nonzero()[:, 0])
                     watch.forget()
             for _ in range(options.chunk):

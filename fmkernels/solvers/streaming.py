@@ -74,6 +74,11 @@ class Stream:
         self.own: tuple[str, ...] = ()  # keyword arguments of single samples
         self.watch = Watch(delay=1)
 
+    def _share(self) -> float:
+        """The share of running samples at which the batch shrinks."""
+        assert self.stepper is not None
+        return self.options.compact_below(self.stepper.batch.y)
+
     @torch.no_grad()
     def advance(self) -> list[StreamResult]:
         """Steps until something has finished; nothing when all is done."""
@@ -185,7 +190,7 @@ class Stream:
                 return
         if len(free) == len(self.indices):
             self.stepper = None
-        elif not self.more and len(self.indices) - len(free) <= len(self.indices) * self.options.compact_below:
+        elif not self.more and len(self.indices) - len(free) <= len(self.indices) * self._share():
             keep = [place for place, index in enumerate(self.indices) if index is not None]
             rows = to_device(torch.tensor(keep), stepper.batch.y.device)
             batch = gather(stepper.batch, rows, rows, self._kwargs_of(stepper.batch, rows))
