@@ -13,7 +13,14 @@ from .sampling import HEADLINE, PRECISION
 
 # Okabe and Ito's palette, which colour-blind readers tell apart.
 _COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-_BARS = ("fmkernels", "eager", "torchdiffeq", "torchode", "flow_matching", "diffusers")
+_BARS = {
+    "fmkernels": _COLOURS[0],
+    "eager": _COLOURS[5],
+    "torchdiffeq": _COLOURS[6],
+    "torchode": _COLOURS[7],
+    "flow_matching": _COLOURS[2],
+    "diffusers": _COLOURS[4],
+}
 
 
 def _points(settings: dict[str, Record]) -> list[tuple[float, float, float]]:
@@ -42,6 +49,9 @@ def _curves(error: Any, time: Any, records: Sequence[Record]) -> None:
     for axes, x, y, title in labels:
         axes.set_xscale("log")
         axes.set_yscale("log")
+        axes.tick_params(which="both", labelsize=7)
+        axes.xaxis.set_minor_formatter("")
+        axes.yaxis.set_minor_formatter("")
         axes.set_xlabel(x, fontsize=8)
         axes.set_ylabel(y, fontsize=8)
         axes.set_title(title, fontsize=9, loc="left")
@@ -57,7 +67,7 @@ def _bars(axes: Any, records: Sequence[Record]) -> None:
         if at == shape and variant != PRECISION
     }
     width = 0.8 / len(_BARS)
-    for i, name in enumerate(_BARS):
+    for i, (name, colour) in enumerate(_BARS.items()):
         found = [
             (x, measured[name]["solve"])
             for x, measured in enumerate(cases.values())
@@ -65,21 +75,23 @@ def _bars(axes: Any, records: Sequence[Record]) -> None:
         ]
         at = [x + (i - (len(_BARS) - 1) / 2) * width for x, _ in found]
         own = [1e6 * solve["overhead_per_step"] for _, solve in found]
-        axes.bar(at, own, width, color=plot.COLOURS.get(name, _COLOURS[4 + i % 4]), label=name)
+        axes.bar(at, own, width, color=colour, label=name)
     axes.set_xticks(range(len(cases)), [name.replace(" ", "\n", 1) for name in cases], fontsize=7)
-    axes.set_yscale("symlog", linthresh=1.0)
-    axes.set_ylim(bottom=0.0)
+    axes.set_yscale("log")
+    axes.set_ylim(1.0, 3e3)
+    axes.tick_params(axis="y", labelsize=7)
     axes.set_ylabel("µs a step", fontsize=8)
     axes.set_title(f"the solver's own time, state {shape}", fontsize=9, loc="left")
     axes.grid(axis="y", linewidth=0.3)
     axes.set_axisbelow(True)
-    axes.legend(fontsize=7, frameon=False)
+    axes.legend(fontsize=7, frameon=False, ncols=len(_BARS), loc="upper left")
 
 
 def write(path: Path, machine: str, records: Sequence[Record], digest: str) -> None:
     """Draws the records; ``digest`` names them in the file's metadata."""
     figure = plot.new_figure(11, 7.5)
-    error, time, own = figure.add_subplot(221), figure.add_subplot(222), figure.add_subplot(212)
+    grid = figure.add_gridspec(2, 2)  # one grid, or the layout could not keep them apart
+    error, time, own = (figure.add_subplot(grid[place]) for place in ((0, 0), (0, 1), (1, slice(None))))
     _curves(error, time, records)
     _bars(own, records)
     handles, labels = error.get_legend_handles_labels()
