@@ -1,6 +1,7 @@
 #include "plain_call.h"
 
 #include <cmath>
+#include <cstring>
 
 #include "combine/combine.h"
 #include "regression_loss/regression_loss.h"
@@ -241,7 +242,8 @@ py::object combine_plain(py::handle operands, py::handle coefficients, bool stor
   return fm::combine_cpu(a) == fm::Status::ok ? py::object(results) : py::none();
 }
 
-bool combine_into_buffer(uintptr_t out, int dtype, py::tuple shape, py::handle operands, py::handle coefficients) {
+bool combine_into_buffer(uintptr_t out, int dtype, py::tuple shape, py::handle operands, py::handle coefficients,
+                         uintptr_t copy) {
   View data;
   fm::CombineArguments a{};
   data.data = reinterpret_cast<void*>(out);
@@ -257,7 +259,10 @@ bool combine_into_buffer(uintptr_t out, int dtype, py::tuple shape, py::handle o
   a.out = data.data;
   a.rows = data.elements / a.inner;
   a.samples = 1;
-  return fm::combine_cpu(a) == fm::Status::ok;
+  if (fm::combine_cpu(a) != fm::Status::ok) return false;
+  if (copy != 0)
+    std::memcpy(reinterpret_cast<void*>(copy), a.out, static_cast<size_t>(data.elements) * fm::size_of(data.dtype));
+  return true;
 }
 
 py::object regression_loss_plain(py::handle pred, py::handle operands, py::handle coefficients, int kind, double delta,

@@ -14,8 +14,9 @@ pybind11::object combine_plain(pybind11::handle operands, pybind11::handle coeff
 
 // combine into a contiguous CPU tensor with elements, by its address, dtype code and shape: whether it was done. An
 // operand that is an int is the address of another such tensor; the others are checked. None may overlap the output.
+// With `copy`, an address, the result is written there too.
 bool combine_into_buffer(uintptr_t out, int dtype, pybind11::tuple shape, pybind11::handle operands,
-                         pybind11::handle coefficients);
+                         pybind11::handle coefficients, uintptr_t copy);
 
 // regression_loss(pred, operands, coefficients, kind, delta, scale_value, need_grad) with one scale: (loss, gradient or
 // None), or None.

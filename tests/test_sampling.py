@@ -382,6 +382,40 @@ def test_compiles_as_one_graph(method: str) -> None:
         assert torch.allclose(solve(x_0), fm.sample(network, x_0, steps=4, method=method)[0], atol=1e-6)
 
 
+def test_compiles_with_a_trajectory() -> None:
+    network = Network()
+    x_0 = torch.rand(4, 2)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def solve(x):
+        return fm.sample(network, x, steps=3, return_trajectory=True)[1].trajectory
+
+    with torch.no_grad():
+        expected = fm.sample(network, x_0, steps=3, return_trajectory=True)[1].trajectory
+        assert torch.allclose(solve(x_0), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("columns", [2, 3000])
+def test_trajectories_of_small_and_large_states(columns: int) -> None:
+    x_0 = torch.rand(4, columns)
+    states = [x_0]
+    fm.sample(field, x_0, steps=5, method="rk4", callback=lambda i, t, x: states.append(x.clone()))
+    _, result = fm.sample(field, x_0, steps=5, method="rk4", return_trajectory=True)
+    assert torch.equal(result.trajectory, torch.stack(states))
+    # a step that changes nothing, and states that are the network's own tensors
+    guidance = fm.guidance.CFG(2.0, negative={"y": 0.0}, zero_star=True, zero_init=2)
+    _, result = fm.sample(
+        lambda x, t, y: field(x, t) + y[:, None],
+        x_0,
+        steps=4,
+        guidance=guidance,
+        return_trajectory=True,
+        y=torch.ones(4),
+    )
+    assert torch.equal(result.trajectory[2], x_0)
+    assert not torch.equal(result.trajectory[3], x_0)
+
+
 class Recorder:
     """Stands in for CUDA graph capture: a replay runs the recorded body again on the same tensors."""
 

@@ -149,6 +149,7 @@ class Program:
     result: int
     streams: int
     extras: tuple[tuple[str, tuple[int, ...]], ...]
+    grid: tuple[Number, ...]
     last_use: tuple[int, ...] = ()
     releases: tuple[tuple[int, ...], ...] = ()
     prepared: tuple[Prepared, ...] = ()
@@ -156,6 +157,7 @@ class Program:
     slots: dict[int, int] = field(default_factory=dict)
     slot_count: int = 0
     state_rows: tuple[tuple[int, int], ...] = ()
+    written: frozenset[tuple[int, int]] = frozenset()
     evaluations: int = 0
     cache: dict[Any, Any] = field(default_factory=dict)
 
@@ -170,8 +172,8 @@ class Program:
             (at, type(i).__name__, tuple(i), self.releases[at]) for at, i in enumerate(self.instructions)
         )
         # where nobody looks at the steps, their ends matter only for states that no update writes to their place
-        written = {(number, state) for state, number in self.state_rows}
-        self.unwatched = tuple(p for p in self.prepared if p[1] != "EndStep" or p[2] not in written)
+        self.written = frozenset((number, state) for state, number in self.state_rows)
+        self.unwatched = tuple(p for p in self.prepared if p[1] != "EndStep" or p[2] not in self.written)
 
     @property
     def calls(self) -> int:
@@ -419,6 +421,7 @@ class Builder:
             self._state,
             self._streams,
             tuple((name, tuple(registers)) for name, registers in self._extras.items()),
+            tuple(self.grid),
         )
 
 

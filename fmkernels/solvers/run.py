@@ -14,12 +14,13 @@ from .. import _dispatch, _native
 from .._checks import type_error, value_error
 from ..ops.combine.op import combine
 from ..random import Noise
-from .program import EndStep, Prepared, Program, Update, perform
+from .program import EndStep, Number, Prepared, Program, Update, perform
 
 _is_alias_of: Callable[[Tensor, Tensor], bool] = torch._C._is_alias_of  # type: ignore[attr-defined]
 
 # Beyond this the time is the kernel's, and outputs are written through the operation.
 MOST_ELEMENTS = 1 << 20
+COPIED_BYTES = 1 << 14
 
 # A call of the network at a state and a time; one output, or several for guidance in one batch.
 Call = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, ...]]
@@ -35,18 +36,21 @@ def cached(program: Program, key: Any, make: Callable[[], Any]) -> Any:
     return program.cache[key]
 
 
+def table_of_numbers(numbers: Sequence[Number]) -> Tensor:
+    """Numbers as a float64 tensor, along its first dimension."""
+    if all(isinstance(t, float) for t in numbers):
+        return torch.tensor(numbers, dtype=torch.float64)
+    if any(isinstance(t, Tensor) for t in numbers):
+        return torch.stack([torch.as_tensor(t, dtype=torch.float64) for t in numbers])
+    return torch.from_numpy(np.stack(np.broadcast_arrays(*numbers)))
+
+
 def time_table(program: Program, x: Tensor, dtype: torch.dtype, shape: str) -> Tensor:
     """The program's evaluation times for the network, one a row: () or (B,), or of the grid's leading shape."""
     batch = x.shape[0] if shape == "batch" else None
 
     def make() -> Tensor:
-        times = program.times
-        if all(isinstance(t, float) for t in times):
-            table = torch.tensor(times, dtype=torch.float64).to(dtype)
-        elif any(isinstance(t, Tensor) for t in times):
-            table = torch.stack([torch.as_tensor(t, dtype=dtype) for t in times])
-        else:
-            table = torch.from_numpy(np.stack(np.broadcast_arrays(*times))).to(dtype)
+        table = table_of_numbers(program.times).to(dtype)
         if table.dim() == 1 and batch is not None:
             table = table[:, None].expand(-1, batch)
             # laid out in full where that is cheap, as a network may want to view them
@@ -180,43 +184,56 @@ class Run:
         # where updates write, by register; their addresses where the compiled library takes those
         self.targets: list[Any] | None = None
         self.addresses: list[int] | None = None
-        self.rows: Sequence[Tensor] = () if trajectory is None else trajectory.unbind(0)
+        self.trajectory = trajectory
+        # a trajectory's rows that updates write to, or the addresses to which small states are copied
+        self.rows: Sequence[Tensor] = ()
+        self.copies: list[int] = []
         if buffers is not None:
             self._place(buffers, x_0)
 
     def _place(self, buffers: Buffers, x_0: Tensor) -> None:
-        program, rows = self.program, self.rows
+        program, trajectory = self.program, self.trajectory
         kept = buffers.take(program.slot_count, x_0)
         targets: list[Any] = [None] * program.registers
         self.targets = targets
         for register, slot in program.slots.items():
             targets[register] = kept[slot]
-        for register, number in program.state_rows if rows else ():
-            targets[register] = rows[number + 1]
         library = _dispatch.plain_library("auto") if x_0.device.type == "cpu" and _is_plain(x_0) else None
         if library is not None:
             starts = [tensor.data_ptr() for tensor in kept]
             self.addresses = addresses = [0] * program.registers
             for register, slot in program.slots.items():
                 addresses[register] = starts[slot]
-            if rows:
-                first, size = rows[0].data_ptr(), rows[0].numel() * rows[0].element_size()
-                for register, number in program.state_rows:
-                    addresses[register] = first + (number + 1) * size
+            self.copies = copies = [0] * program.registers
             self.write = library.combine_into_buffer
             self.kind = (_native.DTYPE_CODE[x_0.dtype], tuple(x_0.shape))
+        if trajectory is None:
+            return
+        size = x_0.numel() * x_0.element_size()
+        if self.addresses is not None and size <= COPIED_BYTES:
+            # a copy of a few lines costs less than a tensor for each row
+            first = trajectory.data_ptr() + size
+            for register, number in program.state_rows:
+                copies[register] = first + number * size
+            return
+        self.rows = rows = trajectory.unbind(0)
+        for register, number in program.state_rows:
+            targets[register] = rows[number + 1]
+            if self.addresses is not None:
+                self.addresses[register] = rows[number + 1].data_ptr()
 
     def all(self) -> None:
         """Runs the whole program."""
-        self.execute(self.program.prepared if self.on_step is not None else self.program.unwatched)
+        unwatched = self.on_step is None and (self.trajectory is None or self.targets is not None)
+        self.execute(self.program.unwatched if unwatched else self.program.prepared)
 
     def execute(self, prepared: Sequence[Prepared]) -> None:
         """Runs instructions in the form of :attr:`Program.prepared`."""
         registers, calls, times, coefficients = self.registers, self.calls, self.times, self.coefficients
         targets, addresses = self.targets, self.addresses
-        watched = bool(self.rows) or self.on_step is not None
+        watched = self.trajectory is not None or self.on_step is not None
         if addresses is not None:
-            write, (dtype, shape) = self.write, self.kind
+            write, copies, (dtype, shape) = self.write, self.copies, self.kind
         for at, kind, instruction, released in prepared:
             if kind == "Update":
                 result, sources, _ = instruction
@@ -226,12 +243,15 @@ class Run:
                     shape,
                     [(addresses[s] or registers[s]) if s >= 0 else self.noises[-1 - s] for s in sources],
                     coefficients[at],
+                    copies[result],
                 ):
                     registers[result] = targets[result]  # type: ignore[index]
                 else:
                     operands = [registers[s] if s >= 0 else self.noises[-1 - s] for s in sources]
                     out = None if targets is None else targets[result]
                     registers[result] = combine(operands, coefficients[at], out=out)
+                    if addresses is not None and copies[result]:
+                        self._copy(result)
             elif kind == "Evaluate":
                 branch, source, time, results = instruction
                 x = registers[source]
@@ -259,10 +279,15 @@ class Run:
         # what the network returns must not change when the state's buffer is written again
         return v.clone() if self.targets is not None and _is_alias_of(v, x) else v
 
+    def _copy(self, state: int) -> None:
+        """Writes a state to its place in the trajectory."""
+        assert self.trajectory is not None
+        self.trajectory[dict(self.program.state_rows)[state] + 1].copy_(self.registers[state])
+
     def _end_step(self, number: int, state: int) -> None:
         value = self.registers[state]
-        if self.rows and value is not self.rows[number + 1]:
-            self.rows[number + 1].copy_(value)
+        if self.trajectory is not None and (self.targets is None or (number, state) not in self.program.written):
+            self.trajectory[number + 1].copy_(value)
         if self.on_step is not None:
             self.on_step(number, value)
 

@@ -22,7 +22,7 @@ from .controllers import Controller, IController
 from .graph import graphs_of
 from .program import Builder, Guidance, Method, Number, Program, planned, settings_key
 from .reversible import sample_reversible
-from .run import Buffers, Call, Run, coefficients_of, time_rows
+from .run import Buffers, Call, Run, coefficients_of, table_of_numbers, time_rows
 from .tableaus import Tableau
 from .velocity import Model, Velocity
 
@@ -147,7 +147,7 @@ class Solver:
         if self._adaptive is not None:
             return self._sample_adaptive(self._adaptive, x, return_trajectory, callback, progress, model_kwargs)
         program = self.plan()
-        watcher = _watcher(program, self, callback, progress)
+        watcher = _watcher(program, callback, progress)
         if self.gradient != "none" and torch.is_grad_enabled():
             return self._sample_fixed(program, x, generator, row_offset, return_trajectory, watcher, model_kwargs)
         with torch.no_grad():
@@ -254,8 +254,7 @@ class Solver:
         log_prob = torch.stack(extras["log_prob"]) if "log_prob" in extras else None
         times = None
         if return_trajectory:
-            grid = self.grid() if self.sde is None else self.sde.times(self.grid())
-            times = torch.as_tensor(np.asarray(grid)).to(x.device)
+            times = table_of_numbers(program.grid).to(x.device)
         return samples, SampleResult(program.evaluations, program.steps, None, times, trajectory, log_prob, graph=graph)
 
     def _sample_adaptive(
@@ -313,13 +312,11 @@ def _plan(
 _plan._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _watcher(
-    program: Program, solver: Solver, callback: Callback | None, progress: bool
-) -> Callable[[int, Tensor], None] | None:
+def _watcher(program: Program, callback: Callback | None, progress: bool) -> Callable[[int, Tensor], None] | None:
     """What is told of each step."""
     if callback is None and not progress:
         return None
-    bar, grid = None, solver.grid()
+    bar, grid = None, program.grid
     if progress:
         from tqdm.auto import tqdm  # an optional dependency
 
@@ -327,7 +324,7 @@ def _watcher(
 
     def watch(number: int, state: Tensor) -> None:
         if callback is not None:
-            callback(number, grid[number + 1], state)  # type: ignore[arg-type]
+            callback(number, grid[number + 1], state)
         if bar is not None:
             bar.update()
             if number + 1 == program.steps:
