@@ -128,6 +128,11 @@ def test_adaptive_steps_from_predictions(x_0: Tensor) -> None:
     assert (a - b).abs().max() < 1e-7
 
 
+def test_no_gradients_with_adaptive_steps(x_0: Tensor) -> None:
+    with pytest.raises(ValueError, match="gradient: expected 'none' with adaptive steps"):
+        fm.sample(lambda x, t: x, x_0, method="dopri5", gradient="direct")
+
+
 def test_no_callbacks_with_adaptive_steps(x_0: Tensor) -> None:
     with pytest.raises(ValueError, match="callback: expected none with adaptive steps"):
         fm.sample(lambda x, t: x, x_0, method="dopri5", callback=print)

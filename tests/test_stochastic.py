@@ -295,7 +295,7 @@ def test_noise_belongs_to_its_seed_and_sample(method: str) -> None:
 
 def test_steps_draw_independent_noise() -> None:
     x = torch.zeros(20_000, 2, dtype=torch.float64)
-    states = torch.empty(4, *x.shape, dtype=torch.float64)
+    states = torch.zeros(4, *x.shape, dtype=torch.float64)  # a run writes the states after the first
     run(
         SDE("constant", last_step="none"),
         uniform(3, 0.0, 0.03),

@@ -106,6 +106,10 @@ class Solver:
         if self.sde is not None and self.method != "euler":
             raise value_error("method", "none beside sde=, which has its own", self.method)
         self._adaptive = self._adaptive_tableau()
+        if self._adaptive is not None and self.gradient != "none":
+            raise value_error(
+                "gradient", "'none' with adaptive steps (fm.odeint has gradients), or steps=", self.gradient
+            )
         if self._adaptive is None and self.sde is None and not torch.compiler.is_compiling():
             methods.resolve(self.method)  # a wrong name is told here
         self._buffers = Buffers()
@@ -396,7 +400,7 @@ def sample(
             included, and replays it at the next calls; "auto" does so from the second call with the same model and
             shapes on; False does not. Samples of captured adaptive steps do not leave the batch when they finish.
         gradient: "none" runs without gradients; "direct" records the solve; "checkpoint" keeps sqrt(steps) states and
-            computes the rest again in the backward pass; "reversible" takes the steps of
+            computes the rest again in the backward pass. "reversible" takes the steps of
             :mod:`fmkernels.solvers.reversible` (Runge-Kutta methods only, twice the calls) and keeps one state. For the
             adjoint method see :func:`fmkernels.odeint_adjoint`.
         dtype, device: of the state; x_0's, and for a shape float32 and the model's device, if None.
