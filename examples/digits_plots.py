@@ -68,14 +68,17 @@ def solvers(path: Path, drawn: dict[str, dict[str, Any]], floor: float, per_clas
         stacked[r] = row
     _show(left, stacked, "guided, from the same noise")
     left.set_yticks([9 * r + 3.5 for r in range(len(names))], labels=names)
-    for kind, colour in (("guided", BLUE), ("unguided", RED)):
-        points = [(d.figures["nfe"], d.figures["sliced_wasserstein"]) for d in drawn[kind].values()]
-        right.scatter(*zip(*points, strict=True), color=colour, s=18, label=kind)
-        for name, (x, y) in zip(names, points, strict=True):
-            right.annotate(name, (x, y), xytext=(4, 3), textcoords="offset points", fontsize=7, color=GREY)
-    right.axhline(floor, color=GREY, linestyle="--", linewidth=1, label="real digits among themselves")
-    right.set(xlabel="network evaluations", ylabel="sliced Wasserstein distance", title="distance from held-out digits")
-    right.legend(frameon=False, fontsize=8)
+    for kind, colour, offset in (("guided", BLUE, -0.2), ("unguided", RED, 0.2)):
+        found = [drawn[kind][name].figures for name in names]
+        places = [row + offset for row in range(len(names))]
+        bars = right.barh(places, [f["sliced_wasserstein"] for f in found], 0.38, color=colour, label=kind)
+        right.bar_label(bars, [f"{f['nfe']} evaluations" for f in found], padding=3, fontsize=7, color=GREY)
+    right.axvline(floor, color=GREY, linestyle="--", linewidth=1, label="real digits among themselves")
+    right.set_yticks(range(len(names)), labels=names)
+    right.invert_yaxis()
+    right.set(xlabel="sliced Wasserstein distance", title="distance from held-out digits")
+    right.margins(x=0.2)
+    right.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)
     right.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
