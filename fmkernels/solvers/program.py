@@ -159,12 +159,14 @@ class Program:
     state_rows: tuple[tuple[int, int], ...] = ()
     written: frozenset[tuple[int, int]] = frozenset()
     evaluations: int = 0
+    outputs: frozenset[int] = frozenset()
     cache: dict[Any, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._find_last_uses()
         self._assign_slots()
-        self.evaluations = sum(len(i.results) for i in self.instructions if isinstance(i, Evaluate))
+        self.outputs = frozenset(r for i in self.instructions if isinstance(i, Evaluate) for r in i.results)
+        self.evaluations = len(self.outputs)
         # which step's state an update's result is: the first, where steps leave it as it is
         ends = {i.state: i.number for i in reversed(self.instructions) if isinstance(i, EndStep)}
         self.state_rows = tuple((state, number) for state, number in ends.items() if state in self.slots)

@@ -248,6 +248,8 @@ class Run:
                     registers[result] = targets[result]  # type: ignore[index]
                 else:
                     operands = [registers[s] if s >= 0 else self.noises[-1 - s] for s in sources]
+                    if addresses is not None:
+                        self._check_all(operands)
                     out = None if targets is None else targets[result]
                     registers[result] = combine(operands, coefficients[at], out=out)
                     if addresses is not None and copies[result]:
@@ -257,7 +259,10 @@ class Run:
                 x = registers[source]
                 output = calls[branch](x, times[time])
                 if len(results) == 1:
-                    registers[results[0]] = self._checked(output, x)
+                    if addresses is not None and type(output) is Tensor:  # checked where it is read
+                        registers[results[0]] = output.clone() if _is_alias_of(output, x) else output
+                    else:
+                        registers[results[0]] = self._checked(output, x)
                 else:
                     if not isinstance(output, (tuple, list)) or len(output) != len(results):
                         raise type_error("model", f"{len(results)} outputs", output)
@@ -265,6 +270,8 @@ class Run:
                         registers[result] = self._checked(v, x)
             elif kind == "Compute":
                 function, sources, results = instruction
+                if addresses is not None:
+                    self._check_all([registers[s] for s in sources if s in self.program.outputs])
                 values = perform(function, [registers[s] for s in sources])
                 for result, value in zip(results, values, strict=True):
                     registers[result] = value
@@ -272,6 +279,14 @@ class Run:
                 self._end_step(*instruction)
             for register in released:
                 registers[register] = None
+
+    def _check_all(self, operands: Sequence[Any]) -> None:
+        """States are what they should be; network outputs are told from them by nothing but that."""
+        assert self.targets is not None
+        like = next(target for target in self.targets if target is not None)
+        for operand in operands:
+            if not isinstance(operand, Noise):
+                check_output(operand, like, self.function_name)
 
     def _checked(self, v: Any, x: Tensor) -> Tensor:
         if type(v) is not Tensor or v.dtype is not x.dtype or v.shape != x.shape or v.device != x.device:
