@@ -1,0 +1,147 @@
+"""Log-densities by adaptive steps, and the probes over a solve."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from likelihood_problems import DTYPE, data, expand, network, normal_flow, rng, shapes
+from torch import Tensor, nn
+
+from fmkernels.likelihood import log_prob, sample_with_log_prob
+from fmkernels.ops.step_control.op import Status
+
+# ---------------------------------------------------------------------- adaptive steps
+
+
+@shapes
+@pytest.mark.parametrize("method", ["dopri5", "tsit5", "bosh3"])
+def test_adaptive_normal_to_normal_flow(shape: tuple[int, ...], method: str) -> None:
+    mean, std = 0.7, 0.2
+    x_1 = mean + std * data(shape)
+    target = torch.distributions.Normal(torch.tensor(mean, dtype=DTYPE), std)
+    expected = target.log_prob(x_1).reshape(shape[0], -1).sum(1)
+    for estimate in ("exact", "hutchinson"):  # Rademacher is exact here
+        result = log_prob(
+            normal_flow(mean, std), x_1, method=method, rtol=1e-7, atol=1e-7, divergence=estimate, generator=rng()
+        )
+        torch.testing.assert_close(result.log_prob, expected, rtol=2e-6, atol=2e-6)
+        assert (result.status == Status.SUCCESS).all()
+        back, forward = sample_with_log_prob(normal_flow(mean, std), result.x_0, method=method, rtol=1e-7, atol=1e-7)
+        torch.testing.assert_close(back, x_1, rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(forward.log_prob, expected, rtol=4e-6, atol=4e-6)
+
+
+def test_adaptive_steps_bound_the_error_of_the_log_density_in_many_dimensions() -> None:
+    """A state at rest with a large divergence: only control of the integral itself takes small steps."""
+    dims = 2500
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        return torch.cos(20.0 * expand(t, x)) * x
+
+    x = torch.zeros(2, dims, dtype=DTYPE)
+    for tolerance in (1e-4, 1e-7):
+        # Rademacher probes are exact for this diagonal Jacobian
+        result = log_prob(model, x, rtol=0.0, atol=tolerance, divergence="hutchinson")
+        exact = -dims * math.sin(20.0) / 20.0
+        assert (result.delta_log_p - exact).abs().max() < 5.0 * tolerance
+
+
+def test_samples_with_their_keyword_arguments_and_probes_leave_the_batch_as_they_finish() -> None:
+    """A stiff sample does not change the others, whose probes and conditions move with them."""
+    base, x = network((6, 3)), data((6, 3))
+    scale = torch.tensor([40.0, 1.0, 0.2, 1.0, 0.5, 30.0], dtype=DTYPE)
+
+    def model(x: Tensor, t: Tensor, scale: Tensor) -> Tensor:
+        return base(x, t) * scale[:, None]
+
+    options = {"divergence": "hutchinson", "probes": 2, "distribution": "gaussian", "rtol": 1e-6, "atol": 1e-6}
+    whole = log_prob(model, x, scale=scale, generator=rng(3), **options)
+    for i in range(6):
+        own = slice(i, i + 1)
+        one = log_prob(model, x[own], scale=scale[own], generator=rng(3), row_offset=i, **options)
+        torch.testing.assert_close(one.log_prob, whole.log_prob[own], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(one.x_0, whole.x_0[own], rtol=1e-9, atol=1e-9)
+    fixed = log_prob(model, x, scale=scale, generator=rng(3), **(options | {"method": "rk4", "steps": 400}))
+    torch.testing.assert_close(whole.log_prob, fixed.log_prob, rtol=1e-3, atol=1e-3)
+
+
+def test_gradients_through_adaptive_steps() -> None:
+    model, x = network((3, 2)), data((3, 2)).requires_grad_()
+    inputs = (x, *model.parameters())
+    for prediction in ("exact", "hutchinson"):
+        options = {"divergence": prediction, "gradient": True}
+        adaptive = log_prob(model, x, rtol=1e-8, atol=1e-8, generator=rng(1), **options)
+        fixed = log_prob(model, x, method="rk4", steps=40, generator=rng(1), **options)
+        torch.testing.assert_close(adaptive.log_prob, fixed.log_prob, rtol=1e-6, atol=1e-6)
+        plain = log_prob(model, x, rtol=1e-8, atol=1e-8, generator=rng(1), divergence=prediction)
+        torch.testing.assert_close(adaptive.log_prob, plain.log_prob, rtol=1e-12, atol=1e-12)
+        for ours, theirs in zip(
+            torch.autograd.grad(adaptive.log_prob.sum(), inputs),
+            torch.autograd.grad(fixed.log_prob.sum(), inputs),
+            strict=True,
+        ):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_adaptive_steps_of_half_precision_data() -> None:
+    mean, std = 0.7, 0.4
+    x_1 = (mean + std * data((5, 4))).to(torch.bfloat16)
+    result = log_prob(normal_flow(mean, std), x_1, time_dtype=torch.bfloat16, rtol=1e-2, atol=1e-2)
+    assert (result.x_0.dtype, result.log_prob.dtype) == (torch.bfloat16, torch.float32)
+    target = torch.distributions.Normal(torch.tensor(mean, dtype=DTYPE), std)
+    torch.testing.assert_close(result.log_prob.double(), target.log_prob(x_1.double()).sum(1), rtol=0.1, atol=0.3)
+
+
+# ---------------------------------------------------------------------- probes over a solve
+
+
+class Recorder(nn.Module):
+    """Records the gradients that reach the model's output: the probes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.seen = model, []
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        v = self.model(x, t)
+        v.register_hook(lambda grad: self.seen.append(grad.clone()))
+        return v
+
+
+@pytest.mark.parametrize("distribution", ["rademacher", "gaussian"])
+def test_probes_are_fixed_over_the_solve_or_fresh(distribution: str) -> None:
+    model, x = Recorder(network((3, 4))), data((3, 4))
+    options = {"divergence": "hutchinson", "method": "heun2", "steps": 3, "distribution": distribution}
+    log_prob(model, x, generator=rng(1), **options)
+    assert len(model.seen) == 6
+    assert all(torch.equal(seen, model.seen[0]) for seen in model.seen)
+    fixed, model.seen = model.seen[0], []
+    log_prob(model, x, generator=rng(1), fresh=True, **options)
+    assert len(model.seen) == 6
+    assert len({tuple(seen.flatten().tolist()) for seen in model.seen}) == 6
+    assert torch.equal(model.seen[0], fixed)
+
+
+def test_hutchinson_log_density_is_unbiased_and_reproducible() -> None:
+    model, x = network((4, 6)), data((4, 6))
+    options = {"method": "heun2", "steps": 5}
+    exact = log_prob(model, x, **options).log_prob
+    # many probes at once, as more samples of the same point
+    many = 512
+    repeated = x.repeat_interleave(many, 0)
+    for fresh in (False, True):
+        estimates = log_prob(
+            model, repeated, divergence="hutchinson", generator=rng(4), fresh=fresh, **options
+        ).log_prob.reshape(4, many)
+        error = (estimates.mean(1) - exact).abs()
+        assert (error < 4.5 * estimates.std(1) / math.sqrt(many)).all()
+    several = [
+        log_prob(model, x, divergence="hutchinson", probes=8, generator=rng(4), **options).log_prob for _ in range(2)
+    ]
+    assert torch.equal(*several)
+    shard = log_prob(
+        model, x[2:], divergence="hutchinson", probes=8, generator=rng(4), row_offset=2, **options
+    ).log_prob
+    torch.testing.assert_close(shard, several[0][2:])
