@@ -1,0 +1,117 @@
+"""Guidance's keyword arguments for the network, and what it tells of wrong ones."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from guidance_problems import NULL, B, Model, close, data, euler, pair, solve
+
+from fmkernels.guidance import (
+    APG,
+    CFG,
+    AutoGuidance,
+    CFGPlusPlus,
+    ClassifierGuidance,
+    MultiCondition,
+    RectifiedCFGPlusPlus,
+)
+
+
+def test_keyword_arguments_of_all_kinds() -> None:
+    x, y = data()
+    g = torch.Generator().manual_seed(1)
+    table = torch.randn(7, generator=g, dtype=torch.float64)  # no entry for each sample
+    square = torch.randn(B, 2, generator=g, dtype=torch.float64)  # none either, though it looks like it
+    extra = {"shift": torch.randn(B, generator=g, dtype=torch.float64), "name": "a", "none": None}
+    other = {**extra, "shift": torch.zeros(1, dtype=torch.float64)}
+
+    def solved(batched, **kwargs):
+        guidance = CFG(3.0, negative={"y": NULL, "extra": other}, batched=batched, shared=("table",))
+        return solve(guidance, Model(), x, y=y, extra=extra, flag=True, **kwargs)
+
+    for kwargs in ({"table": table}, {"table": square}, {"table": None}):
+        close(solved(True, **kwargs), solved(False, **kwargs), 0.0)
+    # without `shared` the rows of a table of B rows are taken as the samples'
+    looks = CFG(3.0, negative={"y": NULL})
+    assert not torch.allclose(
+        solve(looks, Model(), x, y=y, table=square),
+        solve(CFG(3.0, negative={"y": NULL}, batched=False), Model(), x, y=y, table=square),
+    )
+    # a scalar time, and a tensor for the null label
+    guidance = CFG(3.0, negative={"y": torch.tensor([NULL])})
+    t = torch.tensor(0.3, dtype=torch.float64)
+    c, u = pair(y)(x, t)
+    close(guidance.at(Model(), {"y": y})(x, t), u + 3.0 * (c - u))
+
+
+def test_what_cannot_be_batched_is_told() -> None:
+    x, y = data()
+    cases = [
+        ({"y": y, "flag": "a cat"}, {"flag": ""}, "flag: expected tensors, or equal values"),
+        ({"y": y}, {"y": None}, "y: expected tensors, or equal values"),
+        ({"y": y}, {"extra": {}}, "extra: expected the same keyword arguments"),
+        ({"extra": {"shift": y}}, {"extra": {"other": y}}, "extra: expected the same structure"),
+        ({"y": y}, {"y": torch.zeros(2)}, r"y: expected tensors with a row for each of 3 samples"),
+        ({"y": torch.tensor(1)}, {"y": torch.tensor(2)}, r"y: expected tensors with a row for each of 3 samples"),
+    ]
+    for kwargs, negative, message in cases:
+        with pytest.raises(ValueError, match=message) as error:
+            solve(CFG(2.0, negative=negative), Model(), x, **kwargs)
+        assert "batched=False" in str(error.value)
+    # and works in two calls
+    got = solve(CFG(2.0, negative={"y": None}, batched=False), Model(), x, y=y)
+    close(got, euler(lambda x, t, i: 2.0 * Model()(x, t, y=y) - Model()(x, t), x))
+    with pytest.raises(ValueError, match="y: expected tensors with a row"):
+        solve(CFG(2.0, negative={"y": NULL}, shared=("y",)), Model(), x, y=y)
+
+
+def test_wrong_arguments_are_told() -> None:
+    x, y = data()
+    null = {"y": NULL}
+    for make, error, message in [
+        (lambda: CFG(3.0), ValueError, "negative: expected the unconditional call's keyword arguments"),
+        (lambda: CFG(0.0, convention="scale"), ValueError, "negative"),
+        (lambda: CFG(3.0, negative=7), TypeError, "negative: expected a dict"),
+        (lambda: CFG("3", negative=null), TypeError, "scale: expected a number"),
+        (lambda: CFG(True, negative=null), TypeError, "scale: expected a number"),
+        (lambda: CFG(math.nan, negative=null), ValueError, "scale: expected a finite"),
+        (lambda: CFG(torch.tensor([1.0, math.inf]), negative=null), ValueError, "scale: expected finite"),
+        (lambda: CFG(3.0, negative=null, convention="omega"), ValueError, "convention: expected one of"),
+        (lambda: CFG(3.0, negative=null, interval=(0.5, 0.1)), ValueError, "interval: expected low <= high"),
+        (lambda: CFG(3.0, negative=null, interval=0.5), TypeError, "interval: expected two times"),
+        (lambda: CFG(3.0, negative=null, rescale=2.0), ValueError, "rescale"),
+        (lambda: CFG(3.0, negative=null, zero_init=-1), ValueError, "zero_init"),
+        (lambda: CFG(3.0, negative=null, shared="y"), TypeError, "shared"),
+        (lambda: APG(3.0, negative=null, base="u"), ValueError, "base"),
+        (lambda: APG(3.0, negative=null, target="u"), ValueError, "target"),
+        (lambda: APG(3.0, negative=null, threshold=-1.0), ValueError, "threshold"),
+        (lambda: CFGPlusPlus(1.0), ValueError, "negative"),
+        (lambda: CFGPlusPlus(1.0, negative=null, step="heun"), ValueError, "step"),
+        (lambda: RectifiedCFGPlusPlus(1.0), ValueError, "negative"),
+        (lambda: RectifiedCFGPlusPlus(1.0, negative=null, fraction=0.0), ValueError, "fraction"),
+        (lambda: AutoGuidance(None, 2.0), TypeError, "weak_model"),
+        (lambda: MultiCondition([]), ValueError, "conditions"),
+        (lambda: MultiCondition([3.0]), TypeError, r"conditions\[0\]"),
+        (lambda: ClassifierGuidance(None, 2.0), TypeError, "gradient"),
+    ]:
+        with pytest.raises(error, match=message):
+            make()
+    for guidance in (
+        CFG(torch.ones(4), negative=null),
+        APG(torch.ones(4), negative=null),
+        AutoGuidance(Model(), torch.ones(4)),
+        MultiCondition([({"y": y}, torch.ones(4))], negative=null),
+    ):
+        with pytest.raises(ValueError, match=r"expected a number or a leading part of the state's shape \(3, 5\)"):
+            solve(guidance, Model(), x, y=y)
+        with pytest.raises(ValueError, match="leading part of the state's shape"):
+            guidance.at(Model(), {"y": y})(x, torch.zeros(B, dtype=torch.float64))
+    with pytest.raises(ValueError, match="no more dimensions than the times"):
+        solve(CFG(torch.ones(B, 5), negative=null), Model(), x, grid=np.linspace(0.0, [1.0, 0.8, 0.4], 5), y=y)
+    with pytest.raises(TypeError, match="model: expected a tensor"):
+        solve(CFG(2.0, negative=null), lambda x, t, y: None, x, y=y)
+    with pytest.raises(ValueError, match="model: expected an output of 6 rows for 2 branches"):
+        solve(CFG(2.0, negative=null), lambda x, t, y: x[:1], x, y=y)

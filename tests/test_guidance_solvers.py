@@ -1,0 +1,173 @@
+"""Guidance in use: gradients, samples that finish early, transforms, compilation, keys of plans, counts of calls."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from guidance_problems import GRID, NULL, RULES, APGOracle, B, Model, W, close, data, each_rule, pair, solve
+
+import fmkernels as fm
+from fmkernels.guidance import (
+    APG,
+    CFG,
+    AutoGuidance,
+    CFGPlusPlus,
+    ClassifierGuidance,
+    MultiCondition,
+    RectifiedCFGPlusPlus,
+)
+from fmkernels.solvers.adaptive import AdaptiveOptions, solve_adaptive
+from fmkernels.solvers.methods import resolve
+from fmkernels.solvers.tableaus import TABLEAUS
+
+
+@pytest.mark.parametrize("method", ["euler", "heun2"])
+def test_gradient_of_a_guided_solve(method: str) -> None:
+    x, y = data()
+    for make, formula in (
+        RULES["scale"],
+        RULES["all"],
+        (lambda **k: APG(3.0, eta=0.3, threshold=0.9, target="velocity", **k), APGOracle(3.0, 0.3, 0.9)),
+    ):
+        leaves = []
+        for ours in (True, False):
+            start = x.clone().requires_grad_()
+            shift = torch.linspace(0.1, 0.4, B, dtype=torch.float64).requires_grad_()
+            zero = {"shift": torch.zeros(1, dtype=torch.float64)}
+            if ours:
+                guidance = make(negative={"y": NULL, "extra": zero})
+                end = solve(guidance, Model(), start, resolve(method), buffers=False, y=y, extra={"shift": shift})
+            else:
+                null = torch.full_like(y, NULL)
+
+                def field(x, t, i=0, shift=shift, zero=zero, formula=formula, null=null):
+                    c = Model()(x, t, y=y, extra={"shift": shift})
+                    return formula(c, Model()(x, t, y=null, extra=zero))
+
+                end = start
+                for a, b in itertools.pairwise(GRID):
+                    t, h = torch.full((B,), a, dtype=torch.float64), b - a
+                    k = field(end, t)
+                    if method == "euler":
+                        end = end + h * k
+                    else:
+                        end = end + 0.5 * h * (k + field(end + h * k, t + h))
+            leaves.append(torch.autograd.grad(end.square().sum(), [start, shift]))
+        for ours_, theirs in zip(*leaves, strict=True):
+            close(ours_, theirs, 1e-9)
+
+
+@each_rule
+def test_per_sample_parts_follow_their_samples(rule: str) -> None:
+    make, formula = RULES[rule]
+    x, y = data()
+    guidance = make(negative={"y": torch.full((B,), NULL)}, interval=(0.0, 0.5))
+    kwargs = guidance.per_sample({"y": y}, x)
+    keep = torch.tensor([2, 0])
+    kept = {name: value[keep] for name, value in kwargs.items()}
+    t = torch.tensor([0.1, 0.3, 0.9], dtype=torch.float64)
+    whole = guidance.at(Model(), kwargs)(x, t)
+    close(whole, guidance.at(Model(), {"y": y})(x, t))
+    close(guidance.at(Model(), kept)(x[keep], t[keep]), whole[keep])
+    close(whole[:2], formula(*pair(y)(x, t))[:2])
+
+
+def test_at_under_vmap_and_jvp() -> None:
+    x, y = data()
+    t = torch.full((B,), 0.3, dtype=torch.float64)
+    for guidance in (CFG(W, negative={"y": NULL}, rescale=0.5, zero_star=True), APG(3.0, negative={"y": NULL})):
+        field = guidance.at(Model(), {"y": y})
+        tangent = torch.ones_like(x)
+        _, got = torch.func.jvp(lambda x, f=field: f(x, t), (x,), (tangent,))
+        step = 1e-6
+        close(got, (field(x + step * tangent, t) - field(x - step * tangent, t)) / (2 * step), 1e-8)
+
+
+def test_plan_keys() -> None:
+    a, b = (CFG(3.0, negative={"y": torch.zeros(2)}) for _ in range(2))
+    assert a.plan_key == b.plan_key
+    assert a is not b
+    assert a != b
+    keys = {
+        a.plan_key,
+        CFG(3.5, negative={"y": NULL}).plan_key,
+        CFG(3.0, negative={"y": NULL}, batched=False).plan_key,
+        CFG(3.0, negative={"y": NULL}, interval=(0.0, 0.5)).plan_key,
+        CFG(W, negative={"y": NULL}).plan_key,
+        CFG(2 * W, negative={"y": NULL}).plan_key,
+        MultiCondition([({"y": NULL}, 3.0)]).plan_key,
+        MultiCondition([({"y": NULL}, 4.0)]).plan_key,
+        AutoGuidance(Model(), 3.0).plan_key,
+    }
+    assert len(keys) == 9
+    assert CFG(W, negative={"y": NULL}).plan_key == CFG(W.clone(), negative={"y": NULL}).plan_key
+    null = torch.zeros(2)
+    key = CFG(3.0, negative={"y": null}).network_key
+    assert key == CFG(W, negative={"y": null}).network_key
+    for other in ({"y": null.clone()}, {"z": null}, {"y": NULL}, {"y": None}):
+        assert key != CFG(3.0, negative=other).network_key
+    assert CFG(3.0, negative={"y": 1}).network_key != CFG(3.0, negative={"y": 2}).network_key
+    scale = W.clone()
+    guidance = CFG(scale, negative={"y": NULL})
+    scale.zero_()
+    assert guidance.scale[1] == 2.0
+
+
+@pytest.mark.parametrize("rule", ["scale", "per sample", "rescale", "zero star"])
+def test_adaptive_solve_drops_finished_samples(rule: str) -> None:
+    """Rows end at different times and the batch shrinks: scales, null labels and labels follow their samples."""
+    make, _ = RULES[rule]
+    x, y = data()
+    guidance = make(negative={"y": torch.full((B,), NULL)})
+    end = torch.tensor([0.3, 1.0, 0.05], dtype=torch.float64)
+    model = Model()
+
+    def field(t, x, **kwargs):
+        return guidance.at(model, kwargs)(x, t)
+
+    options = AdaptiveOptions(rtol=1e-9, atol=1e-9, compact=1.0, impl="reference")
+    got = solve_adaptive(
+        field, x, 0.0, end, TABLEAUS["dopri5"], options, model_kwargs=guidance.per_sample({"y": y}, x)
+    ).y
+    assert {2 * B, 2} <= set(model.rows)
+    times = end[:, None] * torch.linspace(0.0, 1.0, 201, dtype=torch.float64)
+    wanted = solve(guidance, Model(), x, resolve("rk4"), grid=times.T.numpy(), y=y)
+    close(got, wanted, 1e-7)
+
+
+@pytest.mark.parametrize(
+    "guidance",
+    [
+        CFG(lambda t: 1.0 + t, negative={"y": NULL}, interval=(0.2, 0.8)),
+        CFG(W.float(), negative={"y": NULL}, rescale=0.5, zero_star=True),
+        APG(3.0, negative={"y": NULL}, momentum=-0.5, threshold=1.0),
+        CFGPlusPlus(0.5, negative={"y": NULL}),
+        ClassifierGuidance(lambda x, t: -x, 2.0),
+    ],
+    ids=lambda g: type(g).__name__,
+)
+def test_sample_compiles_whole(guidance) -> None:
+    x, y = data(dtype=torch.float32)
+
+    def net(x, t, y):
+        return torch.sin(x) * t[:, None] + torch.cos(y[:, None].to(x.dtype) + x)
+
+    def sampled(x, y):
+        return fm.sample(net, x, steps=3, guidance=guidance, y=y)[0]
+
+    torch._dynamo.reset()
+    close(torch.compile(sampled, fullgraph=True, backend="eager")(x, y), sampled(x, y), 1e-6)
+
+
+def test_nfe_counts_every_branch() -> None:
+    x, y = data()
+    for guidance, nfe in (
+        (CFG(3.0, negative={"y": NULL}), 20),
+        (CFG(3.0, negative={"y": NULL}, interval=(0.0, 0.45)), 15),
+        (CFG(3.0, negative={"y": NULL}, zero_star=True), 18),
+        (RectifiedCFGPlusPlus(3.0, negative={"y": NULL}), 30),
+    ):
+        _, result = fm.sample(Model(), x, steps=10, guidance=guidance, y=y)
+        assert result.nfe == nfe

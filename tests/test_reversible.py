@@ -1,0 +1,131 @@
+"""The reversible scheme: its order, its inverse, and its gradients."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from adjoint_problems import D, Net, assert_all_close, loss_of
+from torch import Tensor
+
+import fmkernels as fm
+from fmkernels.solvers import methods
+from fmkernels.solvers.reversible import Scheme
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("coupling", [True, 0.8])
+@pytest.mark.parametrize("size", [None, 0.04])
+@pytest.mark.parametrize("method", ["euler", "midpoint", "rk4", "ralston"])
+def test_reversible_gradients_are_those_of_the_plain_scheme(method: str, size: float | None, coupling: Any) -> None:
+    net = Net()
+    y0 = torch.randn(3, 2, dtype=D, requires_grad=True)
+    t = torch.tensor([1.0, 0.7, 0.3, 0.0], dtype=D, requires_grad=True)
+    options = {"reversible": coupling} if size is None else {"reversible": coupling, "step_size": size}
+    y = fm.odeint(net, y0, t, method=method, options=options)
+
+    tableau = methods.resolve({"rk4": "rk4_38"}.get(method, method)).tableau  # type: ignore[attr-defined]
+    scheme = Scheme(net, tableau, [], 0.999 if coupling is True else coupling)
+    a = b = y0
+    states = [y0]
+    for start, end in itertools.pairwise(t):
+        count = 1 if size is None else math.ceil(float((start - end).detach()) / size - 1e-9)
+        grid = [start + (end - start) * (i / count) for i in range(count + 1)]
+        for now, later in itertools.pairwise(grid):
+            a, b = scheme.forward(now, later, a, b)
+        states.append(a)
+    plain = torch.stack(states)
+    torch.testing.assert_close(y, plain, rtol=1e-12, atol=1e-12)
+    grads = [torch.autograd.grad(loss_of(x), [y0, t, *net.used()]) for x in (y, plain)]
+    assert_all_close(*grads, 1e-10 if coupling is True else 1e-8)
+
+
+def test_reversible_scheme_keeps_its_order_and_reverses() -> None:
+    net, t = Net(), torch.tensor([0.0, 1.0], dtype=D)
+    y0 = torch.randn(3, 2, dtype=D)
+    net.requires_grad_(False)
+    exact = fm.odeint(net, y0, t, rtol=1e-12, atol=1e-12)[1]
+    for method, order in (("euler", 1), ("midpoint", 2), ("heun3", 3), ("rk4", 4)):
+        errors = []
+        for h in (1 / 20, 1 / 40):
+            y = fm.odeint(net, y0, t, method=method, options={"reversible": True, "step_size": h})
+            errors.append(float((y[1] - exact).norm()))
+        assert math.log2(errors[0] / errors[1]) > order - 0.35
+    a = b = y0
+    scheme = Scheme(net, methods.resolve("rk4").tableau, [])  # type: ignore[attr-defined]
+    grid = torch.linspace(0, 1, 31, dtype=D)
+    with torch.no_grad():
+        for now, later in itertools.pairwise(grid):
+            a, b = scheme.forward(now, later, a, b)
+        for later, now in zip(grid.flip(0)[:-1], grid.flip(0)[1:], strict=True):
+            b = b + scheme.increment(later, now, a)
+            a = (a - 0.001 * b - scheme.increment(now, later, b)) / 0.999
+    torch.testing.assert_close(a, y0, rtol=0.0, atol=1e-12)
+    torch.testing.assert_close(b, y0, rtol=0.0, atol=1e-12)
+
+
+def test_reversible_samples() -> None:
+    net = Net()
+    raw = torch.randn(4, 2, dtype=D, requires_grad=True)
+    shift = torch.randn(2, dtype=D, requires_grad=True)  # held by the model, no parameter of it
+
+    def model(x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        assert t.shape == (4,)
+        time = t[:, None]
+        return torch.tanh(torch.cat([x, time], -1) @ net.w) @ net.v + condition * time + shift.sin()
+
+    x_0 = torch.randn(4, 2, dtype=D, requires_grad=True)
+    inputs = [x_0, raw, shift, *net.used()]
+    settings: Any = {"method": "rk4", "steps": 40}
+    ours, result = fm.sample(model, x_0, gradient="reversible", condition=raw.exp(), **settings)
+    direct, _ = fm.sample(model, x_0, gradient="direct", condition=raw.exp(), **settings)
+    torch.testing.assert_close(ours, direct, rtol=1e-6, atol=1e-6)
+    grads = [torch.autograd.grad((x**2).sum(), inputs) for x in (ours, direct)]
+    assert_all_close(*grads, 1e-5)
+    assert result.nfe == 2 * 4 * 40 + 1  # one call looks for what the model uses
+    with torch.no_grad():
+        settings["return_trajectory"] = True
+        same, result = fm.sample(model, x_0, gradient="reversible", condition=raw.exp(), **settings)
+    assert torch.equal(same, ours)
+    assert result.trajectory is not None
+    assert result.trajectory.shape == (41, 4, 2)
+    assert torch.equal(result.trajectory[-1], same)
+
+
+def test_reversible_with_times_of_each_sample_and_guidance() -> None:
+    class Model(Net):
+        def forward(self, x: Tensor, t: Tensor, scale: float = 1.0) -> Tensor:  # type: ignore[override]
+            return scale * torch.tanh(torch.cat([x, t[:, None]], -1) @ self.w) @ self.v
+
+    model, x_0 = Model(), torch.randn(3, 2, dtype=D, requires_grad=True)
+    grid = torch.linspace(0, 1, 31, dtype=D)[:, None] * torch.tensor([1.0, 0.5, 0.8], dtype=D)
+    guidance = fm.guidance.CFG(1.5, negative={"scale": 0.5}, batched=False)
+    settings: Any = {"method": "heun3", "time_grid": grid, "guidance": guidance}
+    pairs = [fm.sample(model, x_0, gradient=gradient, **settings)[0] for gradient in ("reversible", "direct")]
+    torch.testing.assert_close(*pairs, rtol=1e-4, atol=1e-4)
+    grads = [torch.autograd.grad((x**2).sum(), [x_0, model.w, model.v]) for x in pairs]
+    assert_all_close(*grads, 1e-3)
+
+
+def test_reversible_refuses_what_it_cannot_do() -> None:
+    y0, t = torch.ones(2, dtype=D), torch.tensor([0.0, 1.0], dtype=D)
+    func = lambda t, y: -y  # noqa: E731
+    for method, options in (
+        ("ab2", {"reversible": True}),
+        ("rk4", {"reversible": 1.5}),
+        ("rk4", {"reversible": True, "interp": "cubic"}),
+        ("rk4", {"reversible": True, "grid_constructor": lambda f, y, t: t}),
+    ):
+        with pytest.raises(ValueError, match="expected"):
+            fm.odeint(func, y0, t, method=method, options=options)
+    with pytest.raises(ValueError, match="method: expected an explicit Runge-Kutta"):
+        fm.sample(lambda x, t: x, (2, 2), steps=2, method="dpmpp_2m", gradient="reversible")
+    with pytest.raises(ValueError, match="gradient: expected no callback"):
+        fm.sample(lambda x, t: x, (2, 2), steps=2, gradient="reversible", callback=lambda *a: None)
