@@ -299,9 +299,13 @@ def test_norm_of_the_user(impl: str) -> None:
 def test_bad_arguments() -> None:
     y0 = torch.ones(2, 3)
     for bad, error, text in [
-        (lambda t, y: y[:1], ValueError, r"func: expected to return y's shape \(2, 3\) on cpu, got .*\(1, 3\)"),
-        (lambda t, y: y.double(), TypeError, r"func: expected to return y's dtype torch.float32, got .*float64"),
-        (lambda t, y: 3.0, TypeError, "func: expected to return a tensor like y, got 3.0"),
+        (lambda t, y: y[:1], ValueError, r"func: expected an output of the state's shape, \(2, 3\), got .*\(1, 3\)"),
+        (
+            lambda t, y: y.double(),
+            TypeError,
+            r"func: expected an output of the state's dtype, torch.float32 .*, got .*float64",
+        ),
+        (lambda t, y: 3.0, TypeError, "func: expected a tensor from func, got 3.0"),
     ]:
         with pytest.raises(error, match=text):
             solve(bad, y0, 0.0, 1.0)

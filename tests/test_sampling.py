@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 
 import fmkernels as fm
 from fmkernels.solvers import graph, grids, methods
+from fmkernels.solvers.program import Update
 from fmkernels.solvers.run import Buffers
 from fmkernels.solvers.runge_kutta import AdamsBashforth, AdamsMoulton, RungeKutta
 from fmkernels.solvers.tableaus import TABLEAUS
@@ -357,8 +360,9 @@ def test_a_solver_reuses_its_buffers_but_gives_its_results_away() -> None:
     assert not torch.equal(a, b)
     assert solver.sample(torch.ones(5, 2))[0].shape == (5, 2)
     buffers = Buffers()
-    first = [t.data_ptr() for t in buffers.take(2, a)]
-    assert [t.data_ptr() for t in buffers.take(2, a)] == first
+    taken = buffers.take(2, a)
+    buffers.give_back(taken, but=a)
+    assert [t.data_ptr() for t in buffers.take(2, a)] == [t.data_ptr() for t in taken]
 
 
 def test_model_arguments_reach_the_model() -> None:
@@ -475,3 +479,43 @@ def test_graphs_are_refused_with_a_reason_on_the_cpu() -> None:
     assert "cpu" in fm.sample(field, torch.zeros(2, 2), steps=1)[1].graph
     with pytest.raises(RuntimeError, match="cuda_graph: expected a solve that can be captured"):
         fm.sample(field, torch.zeros(2, 2), steps=1, cuda_graph=True)
+
+
+def test_a_captured_solve_does_not_keep_its_model(recorder: Recorder, monkeypatch) -> None:
+    monkeypatch.setattr(graph, "capture", lambda body, generator: (lambda: None, body()))  # a graph holds no Python
+    network = Network()
+    for how in ("eager", "captured", "replayed"):
+        assert fm.sample(network, torch.rand(4, 2), steps=3)[1].graph.startswith(how)
+    gone = weakref.ref(network)
+    del network
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_solver_within_itself() -> None:
+    inner: list[torch.Tensor] = []
+
+    def model(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        if not inner:
+            inner.append(torch.zeros(()))
+            inner[0] = solver.sample(torch.ones(3, 2))[0]
+        return field(x, t)
+
+    solver = fm.Solver(model, method="rk4", steps=6)
+    samples, _ = solver.sample(torch.zeros(3, 2))
+    assert torch.equal(samples, fm.sample(field, torch.zeros(3, 2), method="rk4", steps=6)[0])
+    assert torch.equal(inner[0], fm.sample(field, torch.ones(3, 2), method="rk4", steps=6)[0])
+
+
+ONE_CALL = [
+    *("euler", "ab2", "ddim", "dpmpp_2m", "dpmpp_3m", "unipc", "unipc_3", "deis", "lms"),
+    *("euler_maruyama", "dpmpp_2m_sde", "ancestral"),
+]
+
+
+@pytest.mark.parametrize("name", ONE_CALL)
+def test_one_update_a_step(name: str) -> None:
+    """Schedule, prediction, multistep terms, noise and guidance: all in the coefficients of a single update."""
+    guidance = fm.guidance.CFG(3.0, negative={"y": 0.0})
+    plan = fm.Solver(field, method=name, steps=12, prediction="x_1", guidance=guidance).plan()
+    assert sum(isinstance(i, Update) for i in plan.instructions) == plan.calls == 12

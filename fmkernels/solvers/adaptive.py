@@ -357,7 +357,8 @@ class _Solve:
         if captured is None:
             self._run()
         else:
-            self._replay(captured)
+            with captured.solving(self.problem):
+                self._replay(captured)
         return self.result()
 
     def _run(self) -> None:
@@ -449,7 +450,7 @@ class _Solve:
                 missing = number >= count[Count.NEXT_OUTPUT]
                 ys.masked_fill_(missing.reshape(missing.shape + (1,) * (ys.dim() - 2)), math.nan)
         if not all_well:
-            _warn(self.host_status, self.options)
+            warn_of_failures(self.host_status, self.options)
         if self.problem.shared and self.size != 1:
             clock, count = clock.expand(-1, self.size), count.expand(-1, self.size)
         clocks, counts = clock.unbind(0), count.unbind(0)
@@ -486,7 +487,8 @@ _ENDINGS = {
 }
 
 
-def _warn(status: Tensor, options: AdaptiveOptions) -> None:
+def warn_of_failures(status: Tensor, options: AdaptiveOptions) -> None:
+    """Tells of rows that did not succeed; their statuses are on the host."""
     parts = [
         f"{number} of {status.numel()} rows of the batch {text.format(options)}"
         for ending, text in _ENDINGS.items()

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import weakref
-from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from .graph import MAX_GRAPHS, capture, signature
+from .graph import Captures, StaticArguments, capture, signature
 from .native_stepper import make_stepper
-from .stepper import Batch, Dense, Problem
+from .stepper import Batch, Dense, Problem, without_function
 
 
 class StepGraph(NamedTuple):
@@ -35,13 +33,11 @@ class CapturedSteps:
     """Steps of a batch of one shape: its buffers, and the graph that reads and writes them."""
 
     def __init__(self, problem: Problem, batch: Batch, first_step: float | None, chunk: int) -> None:
-        leaves, spec = pytree.tree_flatten(dict(batch.kwargs))
-        self.leaves = [v.clone() if isinstance(v, Tensor) else v for v in leaves]
+        self._kwargs = StaticArguments(batch.kwargs)
         dense = batch.dense
         if dense is not None:
             dense = Dense(dense.wanted.contiguous(), dense.ids, torch.empty_like(dense.out))
-        kwargs = pytree.tree_unflatten(self.leaves, spec)
-        self.batch = Batch(batch.y.clone(), batch.clock.clone(), batch.count.clone(), kwargs, dense)
+        self.batch = Batch(batch.y.clone(), batch.clock.clone(), batch.count.clone(), self._kwargs.values, dense)
         self.stepper = make_stepper(problem, self.batch)
         self.stepper.begin(first_step)
 
@@ -52,35 +48,36 @@ class CapturedSteps:
 
         self.replay, _ = capture(body, None)
 
+    @contextmanager
+    def solving(self, problem: Problem) -> Iterator[None]:
+        """Holds the problem's function, for its first calls, no longer than a solve: it holds the owner."""
+        self.stepper.problem = problem
+        try:
+            yield
+        finally:
+            self.stepper.problem = without_function(problem)
+
     def load(self, batch: Batch) -> None:
         """Begins with another batch of the same shape."""
-        for target, source in (
-            (self.batch.y, batch.y),
-            (self.batch.clock, batch.clock),
-            (self.batch.count, batch.count),
-        ):
-            target.copy_(source)
-        for static, value in zip(self.leaves, pytree.tree_leaves(dict(batch.kwargs)), strict=True):
-            if isinstance(static, Tensor):
-                static.copy_(value)
+        self._copy(batch, self.batch)
+        self._kwargs.load(batch.kwargs)
         if self.batch.dense is not None and batch.dense is not None:
             self.batch.dense.wanted.copy_(batch.dense.wanted)
-            self.batch.dense.out.copy_(batch.dense.out)
 
     def unload(self, batch: Batch) -> None:
         """Hands the results over to the batch that was loaded."""
-        for target, source in (
-            (batch.y, self.batch.y),
-            (batch.clock, self.batch.clock),
-            (batch.count, self.batch.count),
-        ):
-            target.copy_(source)
-        if self.batch.dense is not None and batch.dense is not None:
-            batch.dense.out.copy_(self.batch.dense.out)
+        self._copy(self.batch, batch)
+
+    @staticmethod
+    def _copy(source: Batch, target: Batch) -> None:
+        target.y.copy_(source.y)
+        target.clock.copy_(source.clock)
+        target.count.copy_(source.count)
+        if source.dense is not None and target.dense is not None:
+            target.dense.out.copy_(source.dense.out)
 
 
-Entry = CapturedSteps | str | None
-_BY_OWNER: weakref.WeakKeyDictionary[Any, OrderedDict[Any, Entry]] = weakref.WeakKeyDictionary()
+_STEPS: Captures[CapturedSteps] = Captures()
 
 
 def can_capture(y: Tensor) -> bool:
@@ -96,10 +93,6 @@ def captured_steps(
         if graph.mode is True:
             raise RuntimeError("cuda_graph: expected a state on a CUDA device")
         return None, "eager"
-    try:
-        graphs = _BY_OWNER.setdefault(graph.owner, OrderedDict())
-    except TypeError:  # no weak references or no hash
-        graphs = OrderedDict()
     if problem.slow_norm:
         return None, "eager: the error norm is a function of the user's or has tensors of tolerances"
     dense = batch.dense
@@ -111,25 +104,4 @@ def captured_steps(
         None if dense is None else dense.out.shape,
         signature(dict(batch.kwargs)),
     )
-    entry = graphs.get(key)
-    if isinstance(entry, CapturedSteps):
-        graphs.move_to_end(key)
-        return entry, "replayed"
-    if isinstance(entry, str):
-        return None, entry
-    if key not in graphs and graph.mode == "auto":
-        graphs[key] = None
-        return None, "eager: a graph is captured at the second call"
-    try:
-        entry = CapturedSteps(problem, batch, first_step, chunk)
-    except RuntimeError as error:
-        if graph.mode is True:
-            raise
-        torch.cuda.synchronize()
-        reason = f"eager: the model cannot be captured: {str(error).splitlines()[0]}"
-        graphs[key] = reason
-        return None, reason
-    graphs[key] = entry
-    while sum(isinstance(e, CapturedSteps) for e in graphs.values()) > MAX_GRAPHS or len(graphs) > 64:
-        graphs.popitem(last=False)
-    return entry, "captured"
+    return _STEPS.obtain(graph.owner, key, graph.mode, lambda: CapturedSteps(problem, batch, first_step, chunk))

@@ -20,12 +20,11 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from .._checks import check_choice, check_float_tensor, check_int, check_like, type_error, value_error
+from .._checks import check_choice, check_float_tensor, check_int, check_like, check_output, type_error, value_error
 from ..ops._operands import compute_dtype
 from ..ops.random.op import randn, random_words
 from ..ops.row_dots.op import row_dots
 from ..random import Noise, check_noise, draw_seed
-from .run import check_output
 
 Field = Callable[..., Tensor]
 
@@ -82,7 +81,7 @@ class _Reverse:
         with torch.enable_grad():
             self.x = x if gradient and x.requires_grad else x.detach().requires_grad_()
             self.v = func(t, self.x, **kwargs)
-        check_output(self.v, x)
+        check_output("model", self.v, x)
         if not self.v.requires_grad:
             raise _no_derivative()
 
@@ -121,7 +120,7 @@ class _Forward:
     def product(self, e: Tensor, last: bool) -> Tensor:
         with torch.set_grad_enabled(self.gradient), forward_ad.dual_level():
             dual = self.func(self.t, forward_ad.make_dual(self.x, e.contiguous()), **self.kwargs)
-            check_output(dual, self.x)
+            check_output("model", dual, self.x)
             self.velocity, tangent = forward_ad.unpack_dual(dual)
         if tangent is None:
             raise _no_derivative()
@@ -138,7 +137,7 @@ class _Forward:
 
     def _at(self, x: Tensor) -> Tensor:
         v = self.func(self.t, x, **self.kwargs)
-        check_output(v, x)
+        check_output("model", v, x)
         return v
 
     @property

@@ -1,11 +1,11 @@
-"""Whole fixed-grid solves, the network included, as CUDA graphs: captured once, replayed with new data."""
+"""CUDA graphs of solves: what all captures share, and whole fixed-grid solves, captured once and replayed."""
 
 from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .sample import Solver
 
 MAX_GRAPHS = 4  # kept for one model; each holds the memory of a solve
+MAX_KEYS = 64
 WARM_UPS = 2
 
 
@@ -73,6 +74,64 @@ def _hashable(value: Any) -> Any:
     return value
 
 
+Captured = TypeVar("Captured")
+
+
+class Captures(Generic[Captured]):
+    """Captured work of one kind, by owner (a model) and key; what it holds must not hold the owner."""
+
+    def __init__(self) -> None:
+        self._by_owner: weakref.WeakKeyDictionary[Any, OrderedDict[Any, Captured | str | None]]
+        self._by_owner = weakref.WeakKeyDictionary()
+
+    def obtain(
+        self, owner: Any, key: Any, mode: bool | Literal["auto"], make: Callable[[], Captured]
+    ) -> tuple[Captured | None, str]:
+        """(what was captured, "captured" or "replayed"), or (None, why single launches must do).
+
+        mode: True captures at the first call and raises where that fails; "auto" at the second call with the same key.
+        """
+        try:
+            graphs = self._by_owner.setdefault(owner, OrderedDict())
+        except TypeError:  # no weak references or no hash
+            graphs = OrderedDict()
+        entry = graphs.get(key)
+        if isinstance(entry, str):
+            return None, entry
+        if entry is not None:
+            graphs.move_to_end(key)
+            return entry, "replayed"
+        if mode == "auto" and key not in graphs:
+            graphs[key] = None
+            return None, "eager: a graph is captured at the second call"
+        try:
+            entry = make()
+        except RuntimeError as error:
+            if mode is True:
+                raise
+            torch.cuda.synchronize()
+            graphs[key] = reason = f"eager: the model cannot be captured: {str(error).splitlines()[0]}"
+            return None, reason
+        graphs[key] = entry
+        while sum(not isinstance(e, str | None) for e in graphs.values()) > MAX_GRAPHS or len(graphs) > MAX_KEYS:
+            graphs.popitem(last=False)
+        return entry, "captured"
+
+
+class StaticArguments:
+    """Keyword arguments whose tensors stay where a captured graph reads them."""
+
+    def __init__(self, model_kwargs: Mapping[str, Any]) -> None:
+        leaves, spec = pytree.tree_flatten(dict(model_kwargs))
+        self._leaves = [v.clone() if isinstance(v, Tensor) else v for v in leaves]
+        self.values: dict[str, Any] = pytree.tree_unflatten(self._leaves, spec)
+
+    def load(self, model_kwargs: Mapping[str, Any]) -> None:
+        for static, value in zip(self._leaves, pytree.tree_leaves(dict(model_kwargs)), strict=True):
+            if isinstance(static, Tensor):
+                static.copy_(value)
+
+
 class CapturedSolve:
     """One captured solve and the tensors that it reads."""
 
@@ -85,20 +144,18 @@ class CapturedSolve:
         row_offset: int,
         model_kwargs: dict[str, Any],
     ) -> None:
-        self.x = x.clone()
-        leaves, spec = pytree.tree_flatten(model_kwargs)
-        self.leaves = [v.clone() if isinstance(v, Tensor) else v for v in leaves]
-        kwargs = pytree.tree_unflatten(self.leaves, spec)
-        self.coefficients, views = table_of(program, x)
+        self.x, self.program, self.kwargs = x.clone(), program, StaticArguments(model_kwargs)
+        table, views_of = table_of(program, x)
+        self.coefficients = table.clone()
         self.times = time_table(program, x, solver.time_dtype_of(x), solver.time_shape).clone()
-        times = self.times.unbind(0)
+        views, times = views_of(self.coefficients), self.times.unbind(0)
         self.guidance, self.generator = solver.guidance, generator  # what the graph points to must stay
         buffers = Buffers()
 
         def body() -> Tensor:
             seed = draw_seed(x.device, generator) if program.streams else None
             run = solver.new_run(
-                program, self.x, views, times, kwargs, seed=seed, row_offset=row_offset, buffers=buffers
+                program, self.x, views, times, self.kwargs.values, seed=seed, row_offset=row_offset, buffers=buffers
             )
             run.all()
             return run.result
@@ -107,74 +164,40 @@ class CapturedSolve:
 
     def run(self, solver: Solver, program: Program, x: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
         self.x.copy_(x)
-        for static, value in zip(self.leaves, pytree.tree_leaves(model_kwargs), strict=True):
-            if isinstance(static, Tensor):
-                static.copy_(value)
-        self.coefficients.copy_(table_of(program, x)[0])
-        self.times.copy_(time_table(program, x, solver.time_dtype_of(x), solver.time_shape))
+        self.kwargs.load(model_kwargs)
+        if program is not self.program:  # the same work with other numbers
+            self.program = program
+            self.coefficients.copy_(table_of(program, x)[0])
+            self.times.copy_(time_table(program, x, solver.time_dtype_of(x), solver.time_shape))
         self.replay()
         return self.result.clone()
 
 
-class GraphCache:
-    """The captured solves of one model."""
-
-    def __init__(self) -> None:
-        self._graphs: OrderedDict[Any, CapturedSolve | str | None] = OrderedDict()
-
-    def run(
-        self,
-        solver: Solver,
-        program: Program,
-        x: Tensor,
-        generator: torch.Generator | None,
-        row_offset: int,
-        model_kwargs: dict[str, Any],
-    ) -> tuple[Tensor | None, str]:
-        """(samples, how), or (None, why it must run eagerly)."""
-        key = (
-            structure(program),
-            (x.shape, x.dtype, x.device, x.stride()),
-            signature(model_kwargs),
-            held(solver.guidance),
-            id(generator),
-            row_offset,
-            (solver.time_shape, solver.time_dtype_of(x)),
-        )
-        how = "replayed"
-        entry = self._graphs.get(key)
-        if not isinstance(entry, CapturedSolve):
-            first_call = key not in self._graphs
-            if isinstance(entry, str):
-                return None, entry
-            if first_call and solver.cuda_graph == "auto":
-                self._keep(key, None)
-                return None, "eager: a graph is captured at the second call"
-            try:
-                entry, how = CapturedSolve(solver, program, x, generator, row_offset, model_kwargs), "captured"
-            except RuntimeError as error:
-                if solver.cuda_graph is True:
-                    raise
-                torch.cuda.synchronize()
-                reason = f"eager: the model cannot be captured: {str(error).splitlines()[0]}"
-                self._keep(key, reason)
-                return None, reason
-            self._keep(key, entry)
-        self._graphs.move_to_end(key)
-        return entry.run(solver, program, x, model_kwargs), how
-
-    def _keep(self, key: Any, entry: CapturedSolve | str | None) -> None:
-        self._graphs[key] = entry
-        while sum(isinstance(e, CapturedSolve) for e in self._graphs.values()) > MAX_GRAPHS or len(self._graphs) > 64:
-            self._graphs.popitem(last=False)
+_SOLVES: Captures[CapturedSolve] = Captures()
 
 
-_BY_MODEL: weakref.WeakKeyDictionary[Any, GraphCache] = weakref.WeakKeyDictionary()
-
-
-def graphs_of(model: Any) -> GraphCache:
-    """The graphs kept for a model, as long as it lives."""
-    try:
-        return _BY_MODEL.setdefault(model, GraphCache())
-    except TypeError:  # no weak references or no hash
-        return GraphCache()
+def replayed(
+    solver: Solver,
+    program: Program,
+    x: Tensor,
+    generator: torch.Generator | None,
+    row_offset: int,
+    model_kwargs: dict[str, Any],
+) -> tuple[Tensor | None, str]:
+    """(samples, how), or (None, why it must run eagerly)."""
+    key = (
+        structure(program),
+        (x.shape, x.dtype, x.device, x.stride()),
+        signature(model_kwargs),
+        held(solver.guidance),
+        id(generator),
+        row_offset,
+        (solver.time_shape, solver.time_dtype_of(x)),
+    )
+    captured, how = _SOLVES.obtain(
+        solver.model,
+        key,
+        solver.cuda_graph,
+        lambda: CapturedSolve(solver, program, x, generator, row_offset, model_kwargs),
+    )
+    return (None if captured is None else captured.run(solver, program, x, model_kwargs)), how

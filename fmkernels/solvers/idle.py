@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 from ..ops.step_control.op import Clock
 from .native_stepper import runs_natively
-from .stepper import Batch, Problem, Stepper
+from .stepper import Batch, Problem, Stepper, without_function
 from .tableaus import Tableau
 
 MAX_ELEMENTS = 1 << 14
@@ -28,10 +27,6 @@ class Kept(NamedTuple):
 
 
 _KEPT: dict[Hashable, Kept] = {}
-
-
-def _let_go(*_: Any) -> Tensor:
-    raise AssertionError("a kept stepper was run before it was taken")
 
 
 def key_of(problem: Problem, y0: Tensor, rows: int) -> Hashable:
@@ -64,5 +59,5 @@ def put(key: Hashable, kept: Kept) -> None:
     if len(_KEPT) >= MAX_KEPT:
         _KEPT.pop(next(iter(_KEPT)), None)
     kept.batch.kwargs = {}
-    kept.stepper.problem = replace(kept.stepper.problem, func=_let_go)
+    kept.stepper.problem = without_function(kept.stepper.problem)
     _KEPT[key] = kept

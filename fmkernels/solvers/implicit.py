@@ -30,24 +30,13 @@ from torch import Tensor
 
 from .._checks import check_number
 from ..ops.step_control.op import Clock, Count, Rules, Status, new_state, step_control
-from .adaptive import AdaptiveOptions, _warn
-from .controllers import IController
+from .adaptive import AdaptiveOptions, warn_of_failures
 from .implicit_system import Factors, Field, Norm, Stage, System, factorise, linear_solve, rms
 from .implicit_tableaus import IMPLICIT, IMPLICIT_TABLEAUS, ImplicitTableau
+from .options import STEP_CONTROL, step_control_arguments
 
 FIXED_OPTIONS = ("step_size", "per_sample")
-ADAPTIVE_OPTIONS = (
-    "per_sample",
-    "first_step",
-    "min_step",
-    "max_step",
-    "max_num_steps",
-    "safety",
-    "ifactor",
-    "dfactor",
-    "controller",
-    "norm",
-)
+ADAPTIVE_OPTIONS = ("per_sample", *STEP_CONTROL)
 
 _NEWTON_TOLERANCE = 0.01  # of the error tolerance
 _SIMPLIFIED_ITERATIONS = 8
@@ -318,7 +307,7 @@ class _Adaptive(_Solve):
     the tolerance."""
 
     def run(self, y0: Tensor, t: Tensor, options: dict[str, Any]) -> Tensor:
-        system, settings = self.system, self._settings(options)
+        system, settings = self.system, AdaptiveOptions(**step_control_arguments(options))
         rules = self._rules(settings)
         times = (t if self.gradient else t.detach()).to(y0.device, torch.float64)
         fixed = times.detach()
@@ -348,21 +337,6 @@ class _Adaptive(_Solve):
             ys.append(point.y.masked_fill((status != Status.SUCCESS)[:, None], math.nan))
         self._tell(count[Count.STATUS], settings)
         return torch.stack(ys)
-
-    def _settings(self, options: dict[str, Any]) -> AdaptiveOptions:
-        first = options.get("first_step")
-        return AdaptiveOptions(
-            controller=options.get("controller")
-            or IController(
-                safety=float(options.get("safety", 0.9)),
-                ifactor=float(options.get("ifactor", 10.0)),
-                dfactor=float(options.get("dfactor", 0.2)),
-            ),
-            first_step=None if first is None else abs(float(first)),
-            min_step=float(options.get("min_step", 0.0)),
-            max_step=float(options.get("max_step", math.inf)),
-            max_steps=min(int(options.get("max_num_steps", 2**31 - 1)), 2**31 - 1),
-        )
 
     def _rules(self, settings: AdaptiveOptions) -> Rules:
         controller = settings.controller
@@ -404,7 +378,7 @@ class _Adaptive(_Solve):
 
     def _tell(self, status: Tensor, settings: AdaptiveOptions) -> None:
         status = status.cpu()
-        _warn(status, settings)
+        warn_of_failures(status, settings)
         if self.gradient and bool((status != Status.SUCCESS).any()):
             raise RuntimeError("odeint: expected a solve that succeeds where its gradient is wanted; see the warning")
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from .. import _dispatch, _native
+from .._checks import check_output
 from ..ops.step_control.native import wanted_times
 from ..ops.step_control.op import Clock
-from .stepper import AdaptiveStep, Batch, Problem, Restart, Stepper, check_output, overlap
+from .stepper import AdaptiveStep, Batch, Problem, Restart, Stepper, overlap
 
 # What StepPlan.next answers where it does not take an output.
 OVERLAPS_STAGE = -2
@@ -115,7 +116,7 @@ class NativeStepper(Stepper):
         k = self.problem.func(self.time_views[1], self.y1, **batch.kwargs)
         if self.plan.begin(k) < 0:
             # evaluated again where an output overwrites another: the derivative at y may be lost
-            check_output(k, self.y1)
+            check_output(self.problem.name, k, self.y1)
             if overlap(k, [self.derivative]):
                 self.copy_outputs()
                 self.set_derivative(self.evaluate(0, time, batch.y, ()))
@@ -161,13 +162,13 @@ class NativeStepper(Stepper):
         return answer
 
     def _copied(self, number: int, k: Tensor) -> Tensor:
-        check_output(k, self.y1)
+        check_output(self.problem.name, k, self.y1)
         assert self._copies is not None
         return self._copies[number].copy_(k)
 
     def _take(self, k: Any, code: int) -> int:
         """Hands over an output that is not taken as it is."""
-        check_output(k, self.y1)
+        check_output(self.problem.name, k, self.y1)
         if code == OVERLAPS_STAGE:
             raise Restart
         if code == OVERLAPS_STATE:

@@ -14,15 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import check_number, type_error, value_error
+from .._checks import check_number, check_output, type_error, value_error
 from ..paths import CondOT
 from . import methods
 from .adaptive import AdaptiveOptions, AdaptiveResult, AdaptiveStep, Status, solve_adaptive
-from .controllers import Controller, IController
 from .dense import DenseBuilder, Replay, value_of
+from .options import STEP_CONTROL, step_control_arguments
 from .packed import Field, Packed, State
 from .program import Builder, Method, Number
-from .run import Buffers, Run, check_output, coefficients_of, time_rows
+from .run import Buffers, Run, coefficients_of, time_rows
 from .runge_kutta import MAX_ORDER, AdamsBashforth, AdamsMoulton
 from .tableaus import Tableau
 
@@ -34,21 +34,7 @@ _NAMES: dict[str, Any] = {
     "fixed_adams": AdamsMoulton(4),
 }
 _FIXED_OPTIONS = ("step_size", "grid_constructor", "interp", "checkpoint", "max_order", "reversible")
-_ADAPTIVE_OPTIONS = (
-    "first_step",
-    "min_step",
-    "max_step",
-    "max_num_steps",
-    "safety",
-    "ifactor",
-    "dfactor",
-    "controller",
-    "norm",
-    "step_t",
-    "jump_t",
-    "per_sample",
-    "checkpoint",
-)
+_ADAPTIVE_OPTIONS = (*STEP_CONTROL, "step_t", "jump_t", "per_sample", "checkpoint")
 _IGNORED_OPTIONS = ("dtype", "norm", "perturb", "max_iters")  # torchdiffeq's, without a meaning here
 CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
 
@@ -276,22 +262,13 @@ def _per_sample(packed: Packed, options: dict[str, Any]) -> bool:
 def adaptive_options(packed: Packed, rtol: Any, atol: Any, options: dict[str, Any], record: bool) -> AdaptiveOptions:
     """The options in the engine's words."""
     per_sample = _per_sample(packed, options)
-    controller: Controller = options.get("controller") or IController(
-        safety=float(options.get("safety", 0.9)),
-        ifactor=float(options.get("ifactor", 10.0)),
-        dfactor=float(options.get("dfactor", 0.2)),
-    )
     return AdaptiveOptions(
+        **step_control_arguments(options),
         rtol=packed.tolerance("rtol", rtol),
         atol=packed.tolerance("atol", atol),
-        controller=controller,
         shared=not per_sample,
         compact=False,  # func may hold what belongs to the samples
-        first_step=None if options.get("first_step") is None else abs(float(options["first_step"])),
-        min_step=float(options.get("min_step", 0.0)),
         force_min_step=True,
-        max_step=float(options.get("max_step", math.inf)),
-        max_steps=min(int(options.get("max_num_steps", 2**31 - 1)), 2**31 - 1),
         time_shape="batch" if per_sample else "scalar",
         time_dtype=packed.y0.dtype,
         record=record,
@@ -361,7 +338,7 @@ def needs_gradient(packed: Packed, t: Tensor, per_sample: bool = False) -> bool:
         return True
     start = t[0].to(packed.y0.dtype)
     value = packed.field(start.expand(packed.y0.shape[:1]) if per_sample else start, packed.y0)
-    check_output(value, packed.y0, "func")
+    check_output("func", value, packed.y0)
     return value.requires_grad
 
 

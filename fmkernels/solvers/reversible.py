@@ -28,12 +28,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .._checks import check_number, value_error
+from .._checks import check_number, check_output, value_error
 from ..ops.combine.op import combine
 from . import methods
 from .dense import value_of
 from .packed import Packed
-from .run import accumulator, check_output
+from .run import accumulator
 from .runge_kutta import RungeKutta
 from .tableaus import Tableau
 from .velocity import Velocity
@@ -79,7 +79,7 @@ class Scheme:
             chosen = [k for k, w in zip(ks, row, strict=True) if w != 0.0]
             state = combine([y, *chosen], [1.0, *scaled(row)]) if chosen else y
             k = self.field(self.time(t if c == 0.0 else u if c == 1.0 else t + c * h), state)
-            check_output(k, y, self.name)
+            check_output(self.name, k, y)
             ks.append(k)
         return [k for k, b in zip(ks, tableau.b, strict=False) if b != 0.0], scaled(tableau.b)
 
@@ -204,7 +204,7 @@ def solve_reversible(
         if isinstance(module, nn.Module):
             inputs += [p for p in module.parameters() if p.requires_grad]
     probe = scheme.field(scheme.time(times[0].detach()), y0.detach())
-    check_output(probe, y0, scheme.name)
+    check_output(scheme.name, probe, y0)
     inputs += used_tensors(probe, inputs)
     return _Solve.apply(scheme, y0, times, *inputs)  # type: ignore[no-untyped-call, no-any-return]
 

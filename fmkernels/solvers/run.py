@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .. import _dispatch, _native
-from .._checks import type_error, value_error
+from .._checks import check_output, type_error
 from ..ops.combine.op import combine
 from ..random import Noise
 from .program import EndStep, Number, Prepared, Program, Update, perform
@@ -66,6 +66,10 @@ def time_rows(program: Program, x: Tensor, dtype: torch.dtype, shape: str) -> Se
     return cached(program, key, lambda: time_table(program, x, dtype, shape).unbind(0))
 
 
+def _placed(values: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return values.to(device, dtype, non_blocking=True)
+
+
 def accumulator(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -76,7 +80,10 @@ def coefficients_of(program: Program, x: Tensor) -> list[list[Any]]:
 
     def make() -> list[list[Any]]:
         return [
-            [c if isinstance(c, float) else torch.as_tensor(c).to(x.device, dtype) for c in i.coefficients]
+            [
+                c if isinstance(c, float) else torch.as_tensor(c).to(x.device, dtype, non_blocking=True)
+                for c in i.coefficients
+            ]
             if isinstance(i, Update)
             else []
             for i in program.instructions
@@ -85,56 +92,41 @@ def coefficients_of(program: Program, x: Tensor) -> list[list[Any]]:
     return cached(program, ("coefficients", x.device, dtype), make)
 
 
-def table_of(program: Program, x: Tensor) -> tuple[Tensor, list[Any]]:
-    """The coefficients as one flat table on the device and a view of it for each update.
+def table_of(program: Program, x: Tensor) -> tuple[Tensor, Callable[[Tensor], list[Any]]]:
+    """The coefficients as one flat table on the device, and from such a table to its view for each update.
 
     A captured graph reads them from there: other numbers need no new capture.
     """
     dtype = accumulator(x)
-    rows = [np.stack(np.broadcast_arrays(*i.coefficients), -1) for i in program.instructions if isinstance(i, Update)]
-    flat = np.concatenate([row.ravel() for row in rows]) if rows else np.zeros(0)
-    table = torch.from_numpy(flat).to(dtype).to(x.device)
-    views: list[Any] = []
-    start, remaining = 0, iter(rows)
-    for instruction in program.instructions:
-        if isinstance(instruction, Update):
-            row = next(remaining)
-            views.append(table[start : start + row.size].view(row.shape))
-            start += row.size
-        else:
-            views.append([])
-    return table, views
+    updates = [i if isinstance(i, Update) else None for i in program.instructions]
+    rows = [None if i is None else np.stack(np.broadcast_arrays(*i.coefficients), -1) for i in updates]
 
+    def make() -> Tensor:
+        flat = [row.ravel() for row in rows if row is not None]
+        return torch.from_numpy(np.concatenate(flat) if flat else np.zeros(0)).to(dtype).to(x.device, non_blocking=True)
 
-def check_output(v: Any, x: Tensor, name: str = "model") -> None:
-    """The network's output must be like the state."""
-    if not isinstance(v, Tensor):
-        raise type_error(name, f"a tensor from {name}", v)
-    if v.shape != x.shape:
-        raise value_error(name, f"an output of the state's shape, {tuple(x.shape)}", v)
-    if v.dtype is not x.dtype:
-        raise type_error(name, f"an output of the state's dtype, {x.dtype} (cast it, or set dtype=)", v)
-    if v.device != x.device:
-        raise value_error(name, f"an output on the state's device, {x.device}", v)
+    def views(table: Tensor) -> list[Any]:
+        parts = iter(table.split([row.size for row in rows if row is not None]))
+        return [[] if row is None else next(parts).view(row.shape) for row in rows]
+
+    return cached(program, ("table", x.device, dtype), make), views
 
 
 class Buffers:
-    """Tensors for the results of updates, kept between runs."""
+    """Tensors for the results of updates, kept between runs; a run within another one finds none and makes its own."""
 
     def __init__(self) -> None:
         self._tensors: list[Tensor] = []
 
     def take(self, count: int, like: Tensor) -> list[Tensor]:
-        kept = self._tensors
+        kept, self._tensors = self._tensors, []
         if kept and (kept[0].shape != like.shape or kept[0].dtype != like.dtype or kept[0].device != like.device):
-            kept.clear()
-        while len(kept) < count:
-            kept.append(torch.empty_like(like))
-        return kept[:count]
+            kept = []
+        return kept[:count] + [torch.empty_like(like) for _ in range(count - len(kept))]
 
-    def give_away(self, tensor: Tensor) -> None:
-        """Forgets a tensor that its new owner keeps."""
-        self._tensors = [kept for kept in self._tensors if kept is not tensor]
+    def give_back(self, tensors: list[Tensor], but: Tensor) -> None:
+        """After a run: all but what it returned."""
+        self._tensors = [tensor for tensor in tensors if tensor is not but]
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -193,7 +185,7 @@ class Run:
 
     def _place(self, buffers: Buffers, x_0: Tensor) -> None:
         program, trajectory = self.program, self.trajectory
-        kept = buffers.take(program.slot_count, x_0)
+        self.kept = kept = buffers.take(program.slot_count, x_0)
         targets: list[Any] = [None] * program.registers
         self.targets = targets
         for register, slot in program.slots.items():
@@ -286,11 +278,10 @@ class Run:
         like = next(target for target in self.targets if target is not None)
         for operand in operands:
             if not isinstance(operand, Noise):
-                check_output(operand, like, self.function_name)
+                check_output(self.function_name, operand, like)
 
     def _checked(self, v: Any, x: Tensor) -> Tensor:
-        if type(v) is not Tensor or v.dtype is not x.dtype or v.shape != x.shape or v.device != x.device:
-            check_output(v, x, self.function_name)
+        check_output(self.function_name, v, x)
         # what the network returns must not change when the state's buffer is written again
         return v.clone() if self.targets is not None and _is_alias_of(v, x) else v
 

@@ -19,7 +19,7 @@ from . import grids, methods
 from .adaptive import AdaptiveOptions, Status, solve_adaptive
 from .adaptive_graph import StepGraph
 from .controllers import Controller, IController
-from .graph import graphs_of
+from .graph import replayed
 from .program import Builder, Guidance, Method, Number, Program, planned, settings_key
 from .reversible import sample_reversible
 from .run import Buffers, Call, Run, coefficients_of, table_of_numbers, time_rows
@@ -157,7 +157,7 @@ class Solver:
         with torch.no_grad():
             graph = self._graph_refusal(x, generator, return_trajectory, watcher, program)
             if graph is None:
-                samples, how = graphs_of(self.model).run(self, program, x, generator, row_offset, model_kwargs)
+                samples, how = replayed(self, program, x, generator, row_offset, model_kwargs)
                 if samples is not None:
                     return samples, SampleResult(program.evaluations, program.steps, graph=how)
                 graph = how
@@ -250,15 +250,15 @@ class Solver:
         samples = run.result
         if samples is x:
             samples = x.clone()
-        elif kept is not None:
-            kept.give_away(samples)
+        if kept is not None:
+            kept.give_back(run.kept, but=samples)
         if return_trajectory and with_gradient:
             trajectory = torch.stack(states)
         extras = run.extras()
         log_prob = torch.stack(extras["log_prob"]) if "log_prob" in extras else None
         times = None
         if return_trajectory:
-            times = table_of_numbers(program.grid).to(x.device)
+            times = table_of_numbers(program.grid).to(x.device, non_blocking=True)
         return samples, SampleResult(program.evaluations, program.steps, None, times, trajectory, log_prob, graph=graph)
 
     def _sample_adaptive(
@@ -281,7 +281,7 @@ class Solver:
             time_shape=self.time_shape,
             time_dtype=self.time_dtype,
         )
-        t_eval = torch.as_tensor(np.asarray(grid)).to(x.device) if return_trajectory else None
+        t_eval = torch.as_tensor(np.asarray(grid)).to(x.device, non_blocking=True) if return_trajectory else None
         if self.guidance is not None:
             model_kwargs = self.guidance.per_sample(model_kwargs, x)
         velocity = Velocity(self.model, self.guidance, self.path, self.prediction)

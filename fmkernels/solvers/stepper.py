@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
 
-from .._checks import describe
+from .._checks import check_output, describe
 from ..ops._operands import compute_dtype
 from ..ops.combine.op import combine
 from ..ops.step_control.op import Clock, Count, Rules, step_control
@@ -49,9 +49,23 @@ class Problem:
     impl: str = "auto"
 
     @property
+    def name(self) -> str:
+        """What errors call func."""
+        return getattr(self.func, "name_in_errors", "func")
+
+    @property
     def slow_norm(self) -> bool:
         """Whether the error norm is formed by single operations."""
         return self.norm is not None or isinstance(self.atol, Tensor) or isinstance(self.rtol, Tensor)
+
+
+def _let_go(*_: Any) -> Tensor:
+    raise AssertionError("a kept stepper was run without its function")
+
+
+def without_function(problem: Problem) -> Problem:
+    """The problem for a stepper that is kept: its function, and the model in it, are not."""
+    return replace(problem, func=_let_go)
 
 
 class Dense(NamedTuple):
@@ -123,18 +137,6 @@ class AdaptiveStep:
 def to_device(value: Tensor, device: torch.device) -> Tensor:
     """A copy of the host's on a device; the host does not wait for a GPU."""
     return value.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else value.to(device)
-
-
-def check_output(k: Any, y: Tensor) -> None:
-    """A network output must look like the state."""
-    if type(k) is Tensor and k.dtype is y.dtype and k.shape == y.shape and k.device == y.device:
-        return
-    if not isinstance(k, Tensor):
-        raise TypeError(f"func: expected to return a tensor like y, got {describe(k)}")
-    if k.shape != y.shape or k.device != y.device:
-        raise ValueError(f"func: expected to return y's shape {tuple(y.shape)} on {y.device}, got {describe(k)}")
-    if k.dtype is not y.dtype:
-        raise TypeError(f"func: expected to return y's dtype {y.dtype}, got {describe(k)}")
 
 
 def overlap(k: Tensor, others: Sequence[Tensor]) -> bool:
@@ -223,7 +225,7 @@ class Stepper:
     def evaluate(self, number: int, t: Tensor, y: Tensor, held: Sequence[Tensor]) -> Tensor:
         """A network output in memory that stays as it is while ``held`` are in use."""
         k = self.problem.func(t, y, **self.batch.kwargs)
-        check_output(k, y)
+        check_output(self.problem.name, k, y)
         if k.requires_grad:
             k = k.detach()
         if self._copies is not None:

@@ -20,7 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import check_choice, check_float_tensor, check_like, check_number, leading_shape, type_error, value_error
+from .._checks import (
+    check_choice,
+    check_float_tensor,
+    check_like,
+    check_number,
+    check_output,
+    leading_shape,
+    type_error,
+    value_error,
+)
 from ..ops._operands import compute_dtype
 from ..ops.combine.op import combine
 from ..ops.library import sum_trailing
@@ -29,7 +38,6 @@ from ..paths import TARGETS, Path
 from ..paths.targets import conversion_coefficients
 from .diffusions import Diffusion, over_sigma, renewed, resolve
 from .program import ZERO, Builder, Expr, Number, as_number
-from .run import check_output
 
 METHODS = ("euler", "heun", "exponential")
 LAST_STEPS = ("none", "mean", "tweedie", "euler")
@@ -361,7 +369,7 @@ def sde_step_log_prob(
     start, end = (_times(name, value, x) for name, value in (("t", t), ("t_next", t_next)))
     times = start if isinstance(t, Tensor) else start.to(dtype)
     output = model(x, times.expand(x.shape[0]) if times.dim() == 0 else times, **model_kwargs)
-    check_output(output, x)
+    check_output("model", output, x)
     start, end = torch.broadcast_tensors(start.double(), end.double())
     a, b, std = sde.transition(path, start, end)
     if TARGETS[prediction] is not TARGETS["velocity"]:

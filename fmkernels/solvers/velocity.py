@@ -26,6 +26,8 @@ class Velocity:
         evaluations: of the network for each row of x so far, the branches of guidance counted each.
     """
 
+    name_in_errors = "model"
+
     def __init__(self, model: Model, guidance: Any, path: Path, prediction: str) -> None:
         self.model, self.guidance, self.path, self.prediction = model, guidance, path, prediction
         self._velocities, self.evaluations = 0, 0.0
