@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
 from . import weightings
 from ._checks import check_like, type_error
+from .ops._operands import Operand
 from .ops.regression_loss.op import regression_loss
-from .paths.base import Path
 from .paths.batch import Batch, as_times, target_terms
-
-if TYPE_CHECKING:
-    from .ops._operands import Operand
+from .paths.schedule import Schedule
 
 
 def cfm_loss(
@@ -31,7 +27,7 @@ def cfm_loss(
     x_1: Tensor | None = None,
     z: Operand | None = None,
     t: Tensor | float | None = None,
-    path: Path | None = None,
+    path: Schedule | None = None,
     checks: bool = False,
     impl: str = "auto",
 ) -> Tensor:
@@ -81,7 +77,7 @@ def cfm_loss(
         if checks:
             as_times(times, "x_1", x_1, checks)
     else:
-        if not isinstance(path, Path):
+        if not isinstance(path, Schedule):
             raise type_error("path", "a path of fm.paths, or a batch", path)
         if x_1 is None:
             raise type_error("x_1", "a tensor, or a batch", x_1)

@@ -18,25 +18,25 @@ import torch
 from torch import Tensor
 
 from ._checks import check_choice, check_number, type_error
-from .paths.base import SMALL, Path, as_tensor
+from .paths.schedule import SMALL, Schedule, as_tensor
 
 
 @runtime_checkable
 class Weighting(Protocol):
     """A weighting that depends on the path."""
 
-    def weight(self, path: Path, t: Tensor) -> Tensor:
+    def weight(self, path: Schedule, t: Tensor) -> Tensor:
         """Weights of t's shape."""
 
 
 Weight = None | str | Tensor | Weighting | Callable[[Tensor], Tensor]
 
 
-def _sigma(path: Path, t: Tensor) -> Tensor:
+def _sigma(path: Schedule, t: Tensor) -> Tensor:
     return as_tensor(path.sigma(t), t).clamp(min=SMALL)
 
 
-def _snr(path: Path, t: Tensor) -> Tensor:
+def _snr(path: Schedule, t: Tensor) -> Tensor:
     return (as_tensor(path.alpha(t), t) / _sigma(path, t)).square()
 
 
@@ -45,7 +45,7 @@ def _snr(path: Path, t: Tensor) -> Tensor:
 class SNR:
     """alpha^2 / sigma^2. On target "x_1" this is the loss of noise prediction (Ho et al. 2020; Kingma et al. 2021)."""
 
-    def weight(self, path: Path, t: Tensor) -> Tensor:
+    def weight(self, path: Schedule, t: Tensor) -> Tensor:
         return _snr(path, t)
 
 
@@ -54,7 +54,7 @@ class SNR:
 class TruncatedSNR:
     """max(SNR, 1), for target "x_1" (Salimans & Ho 2022, section 4)."""
 
-    def weight(self, path: Path, t: Tensor) -> Tensor:
+    def weight(self, path: Schedule, t: Tensor) -> Tensor:
         return _snr(path, t).clamp(min=1.0)
 
 
@@ -69,7 +69,7 @@ class MinSNR:
     def __post_init__(self) -> None:
         check_number("gamma", self.gamma, above=0.0)
 
-    def weight(self, path: Path, t: Tensor) -> Tensor:
+    def weight(self, path: Schedule, t: Tensor) -> Tensor:
         return _snr(path, t).clamp(max=self.gamma)
 
 
@@ -78,7 +78,7 @@ class MinSNR:
 class SigmaSqrt:
     """sigma^-2, for target "velocity" (Esser et al. 2024, Stable Diffusion 3; diffusers' ``sigma_sqrt``)."""
 
-    def weight(self, path: Path, t: Tensor) -> Tensor:
+    def weight(self, path: Schedule, t: Tensor) -> Tensor:
         return _sigma(path, t).square().reciprocal()
 
 
@@ -87,7 +87,7 @@ class SigmaSqrt:
 class CosMap:
     """2 / (pi (1 - 2 sigma + 2 sigma^2)), for target "velocity" (Esser et al. 2024, section 3.1)."""
 
-    def weight(self, path: Path, t: Tensor) -> Tensor:
+    def weight(self, path: Schedule, t: Tensor) -> Tensor:
         sigma = as_tensor(path.sigma(t), t)
         return (2.0 / math.pi) / (1.0 - 2.0 * sigma + 2.0 * sigma.square())
 
@@ -102,7 +102,7 @@ class Sigmoid:
     def __post_init__(self) -> None:
         check_number("bias", self.bias, low=-40.0, high=40.0)
 
-    def weight(self, path: Path, t: Tensor) -> Tensor:
+    def weight(self, path: Schedule, t: Tensor) -> Tensor:
         # sigmoid(b - log(alpha^2/sigma^2)) = e^b sigma^2 / (e^b sigma^2 + alpha^2), finite where either vanishes
         alpha, sigma = (
             as_tensor(path.alpha(t), t).square(),
@@ -121,7 +121,7 @@ class Likelihood:
     likelihood training of score-based diffusion models", theorem 1).
     """
 
-    def weight(self, path: Path, t: Tensor) -> Tensor:
+    def weight(self, path: Schedule, t: Tensor) -> Tensor:
         alpha, sigma = as_tensor(path.alpha(t), t), _sigma(path, t)
         d_alpha, d_sigma = as_tensor(path.d_alpha(t), t), as_tensor(path.d_sigma(t), t)
         return alpha / (sigma * (sigma * d_alpha - alpha * d_sigma)).clamp(min=SMALL * SMALL)
@@ -132,7 +132,7 @@ class Likelihood:
 class Data:
     """1 / (1 - t)^2, for target "x_1": on CondOT the loss of the velocity."""
 
-    def weight(self, path: Path, t: Tensor) -> Tensor:
+    def weight(self, path: Schedule, t: Tensor) -> Tensor:
         return (1.0 - t).clamp(min=SMALL).square().reciprocal()
 
 
@@ -149,7 +149,7 @@ WEIGHTINGS: dict[str, Weighting | None] = {
 }
 
 
-def resolve(weight: Weight, path: Path, t: Tensor) -> Tensor | None:
+def resolve(weight: Weight, path: Schedule, t: Tensor) -> Tensor | None:
     """The weights at times t as a tensor, or None for uniform.
 
     Args:

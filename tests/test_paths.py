@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import math
+from pathlib import Path as File
 
 import pytest
 import torch
@@ -53,6 +55,18 @@ INSIDE = torch.linspace(0.02, 0.98, 25, dtype=torch.float64)
 NEAR = torch.tensor([0.0, 1e-7, 1e-4, 0.3, 0.9999, 1 - 2.0**-23, 1.0], dtype=torch.float64)
 paths = pytest.mark.parametrize("path", PATHS, ids=repr)
 affine = pytest.mark.parametrize("path", AFFINE, ids=repr)
+
+
+def test_the_files_of_paths_import_one_way() -> None:
+    """schedule <- targets <- batch <- path <- affine <- bridges, imports for types alone included."""
+    order = ["schedule", "targets", "batch", "path", "affine", "bridges", "__init__"]
+    folder = File(fm.paths.__file__).parent
+    assert {file.stem for file in folder.glob("*.py")} == set(order)
+    for rank, name in enumerate(order):
+        for node in ast.walk(ast.parse((folder / f"{name}.py").read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level == 1:
+                for imported in [node.module] if node.module else [alias.name for alias in node.names]:
+                    assert order.index(imported) < rank, f"{name} imports {imported}"
 
 
 @paths

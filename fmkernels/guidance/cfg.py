@@ -14,7 +14,7 @@ from torch import Tensor
 from .._checks import check_choice, check_int, check_number, type_error, value_error
 from ..ops.combine.op import combine
 from ..ops.row_dots.op import row_dots
-from ..paths.base import as_tensor
+from ..paths.schedule import as_tensor
 from ..paths.targets import TARGETS
 from ..solvers.program import ZERO, Builder, Expr, Number, as_number, operation
 from .base import (

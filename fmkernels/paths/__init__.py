@@ -1,9 +1,10 @@
 """Probability paths between a source (t = 0) and data (t = 1)."""
 
 from .affine import VE, VP, CondOT, Cosine, LinearVP, OptimalTransport, Polynomial
-from .base import Coefficients, Path
 from .batch import Batch
 from .bridges import ConstantBridge, SchrodingerBridge
+from .path import Path
+from .schedule import Coefficients, Schedule
 from .targets import TARGETS, convert
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "OptimalTransport",
     "Path",
     "Polynomial",
+    "Schedule",
     "SchrodingerBridge",
     "convert",
 ]

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .._checks import check_number, value_error
 from ..ops._operands import Affine, Coefficient
-from .base import SMALL, Path, half_pi, one_minus_exp, promoted
+from .path import Path
+from .schedule import SMALL, half_pi, one_minus_exp, promoted
 
 
 @final

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, final
+from typing import final
 
 import torch
 from torch import Tensor
 
 from .._checks import check_float_tensor, check_number, leading_shape, type_error, value_error
+from ..ops._operands import Coefficient, Operand
 from ..ops.combine.op import combine
 from ..ops.interpolate.op import interpolate
-
-if TYPE_CHECKING:
-    from ..ops._operands import Coefficient, Operand
-    from .base import Path
+from . import targets
+from .schedule import Schedule
 
 TimeSampler = Callable[..., Tensor]
 
@@ -40,7 +39,7 @@ class Batch:
     __slots__ = ("bridge", "path", "source", "t", "x_1", "x_t")
 
     def __init__(
-        self, x_t: Tensor, t: Tensor, x_1: Tensor, path: Path, source: Operand, bridge: Operand | None
+        self, x_t: Tensor, t: Tensor, x_1: Tensor, path: Schedule, source: Operand, bridge: Operand | None
     ) -> None:
         self.x_t, self.t, self.x_1, self.path, self.source, self.bridge = x_t, t, x_1, path, source, bridge
 
@@ -73,7 +72,7 @@ class Batch:
 
 
 def target_terms(
-    path: Path,
+    path: Schedule,
     t: Tensor,
     target: str,
     x_1: Operand,
@@ -85,7 +84,7 @@ def target_terms(
     names: list[str] = []
     operands: list[Operand] = []
     coefficients: list[Coefficient] = []
-    c_1, c_0, c_z = path.target_coefficients(t, target, **parameters)
+    c_1, c_0, c_z = targets.coefficients(path, t, target, **parameters)
     for name, operand, coefficient in (("x_1", x_1, c_1), ("x_0", x_0, c_0), ("z", z, c_z)):
         if coefficient is None or (type(coefficient) is float and coefficient == 0.0):
             continue
@@ -112,7 +111,7 @@ def as_times(t: Tensor | float, data_name: str, data: Tensor, checks: bool) -> T
 
 
 def sample(
-    path: Path,
+    path: Schedule,
     x_1: Tensor,
     x_0: Operand | None = None,
     t: Tensor | float | None = None,

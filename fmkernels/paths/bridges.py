@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .._checks import check_number, type_error
 from .affine import CondOT
-from .base import SMALL, Path
+from .path import Path
+from .schedule import SMALL
 
 
 class _Bridge(Path):

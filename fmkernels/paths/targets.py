@@ -17,7 +17,6 @@ edm         sigma/(s r) x_1 - alpha s / r x_0,            EDM's F (Karras et al.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,53 +24,45 @@ from torch import Tensor
 from .._checks import check_choice, check_float_tensor, check_like, check_number, leading_shape, value_error
 from ..ops._operands import Coefficient, compute_dtype
 from ..ops.combine.op import combine
-
-if TYPE_CHECKING:
-    from .base import Path
+from .schedule import SMALL, Schedule, as_tensor, promoted
 
 Triple = tuple[Coefficient, Coefficient, Coefficient | None]
 
 
 def _floor(value: Tensor | float, t: Tensor) -> Tensor:
-    from .base import SMALL, as_tensor
-
     return as_tensor(value, t).clamp(min=SMALL)
 
 
-def _no_bridge(path: Path, t: Tensor, target: str) -> None:
+def _no_bridge(path: Schedule, t: Tensor, target: str) -> None:
     if path.gamma(t) is not None:
         raise value_error("target", f"one that is defined on a bridge ({path!r}): velocity, x_1, x_0, score", target)
 
 
-def _velocity(path: Path, t: Tensor) -> Triple:
+def _velocity(path: Schedule, t: Tensor) -> Triple:
     return path.d_alpha(t), path.d_sigma(t), path.d_gamma(t)
 
 
-def _x_1(path: Path, t: Tensor) -> Triple:
+def _x_1(path: Schedule, t: Tensor) -> Triple:
     return 1.0, 0.0, None
 
 
-def _x_0(path: Path, t: Tensor) -> Triple:
+def _x_0(path: Schedule, t: Tensor) -> Triple:
     return 0.0, 1.0, None
 
 
-def _score(path: Path, t: Tensor) -> Triple:
+def _score(path: Schedule, t: Tensor) -> Triple:
     gamma = path.gamma(t)
     if gamma is not None:
         return 0.0, 0.0, -1.0 / _floor(gamma, t)
     return 0.0, -1.0 / _floor(path.sigma(t), t), None
 
 
-def _v(path: Path, t: Tensor) -> Triple:
-    from .base import as_tensor
-
+def _v(path: Schedule, t: Tensor) -> Triple:
     _no_bridge(path, t, "v")
     return -as_tensor(path.sigma(t), t), path.alpha(t), None
 
 
-def _edm(path: Path, t: Tensor, sigma_data: float = 0.5) -> Triple:
-    from .base import as_tensor
-
+def _edm(path: Schedule, t: Tensor, sigma_data: float = 0.5) -> Triple:
     _no_bridge(path, t, "edm")
     check_number("sigma_data", sigma_data, above=0.0)
     alpha, sigma = as_tensor(path.alpha(t), t), as_tensor(path.sigma(t), t)
@@ -91,7 +82,7 @@ TARGETS: dict[str, Callable[..., Triple]] = {
 }
 
 
-def coefficients(path: Path, t: Tensor, target: str, **parameters: float) -> Triple:
+def coefficients(path: Schedule, t: Tensor, target: str, **parameters: float) -> Triple:
     """(c_1, c_0, c_z) of a target at times t: numbers, tensors of t's shape, or None for no z."""
     if target not in TARGETS:
         check_choice("target", target, TARGETS)
@@ -101,11 +92,9 @@ def coefficients(path: Path, t: Tensor, target: str, **parameters: float) -> Tri
 
 
 def conversion_coefficients(
-    path: Path, t: Tensor, source: str, target: str, **parameters: float
+    path: Schedule, t: Tensor, source: str, target: str, **parameters: float
 ) -> tuple[Tensor, Tensor]:
     """(A, B) with target = A x_t + B source, in float64 on the way."""
-    from .base import SMALL, as_tensor
-
     dtype, t = t.dtype, t.double()
     parts = []
     for name in (source, target):
@@ -137,7 +126,7 @@ def conversion_coefficients(
 
 
 def convert(
-    path: Path,
+    path: Schedule,
     prediction: Tensor,
     x_t: Tensor,
     t: Tensor | float,
@@ -150,7 +139,7 @@ def convert(
     Two linear relations, x_t = alpha x_1 + sigma x_0 and prediction = c_1 x_1 + c_0 x_0, give x_1 and x_0 and thereby
     any other target: target = A x_t + B prediction, one pass over memory. Finite at both ends of the path. Where x_t
     and the prediction do not determine the target (x_1 from x_0 at t = 0, where x_t = x_0), quotients are held as said
-    in :mod:`fmkernels.paths.base` and the value has no meaning.
+    in :mod:`fmkernels.paths.schedule` and the value has no meaning.
 
     Args:
         path: an affine path, without a gamma term.
@@ -166,8 +155,6 @@ def convert(
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or device, an unknown target, or a bridge.
     """
-    from .base import promoted
-
     check_float_tensor("x_t", x_t)
     check_like("prediction", prediction, "x_t", x_t, dtype=False)
     for name, value in (("source", source), ("target", target)):

@@ -20,7 +20,7 @@ import torch
 
 from .._checks import value_error
 from ..paths import Path
-from ..paths.base import as_tensor
+from ..paths.schedule import as_tensor
 from .program import ZERO, Builder, Expr, Number, as_number
 
 

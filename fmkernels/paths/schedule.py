@@ -1,10 +1,10 @@
-"""Probability paths x_t = alpha_t x_1 + sigma_t x_0 (+ gamma_t z): the base class, and what all schedules share."""
+"""Schedules: alpha_t, sigma_t and gamma_t of x_t = alpha_t x_1 + sigma_t x_0 (+ gamma_t z), and what they share."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,11 +12,6 @@ from torch import Tensor
 from .._checks import check_float_tensor, type_error
 from .._dispatch import transform_active
 from ..ops._operands import Coefficient
-from . import batch as _batch
-from . import targets
-
-if TYPE_CHECKING:
-    pass
 
 # Below this, a standard deviation or a distance from an end of the path counts as this: quotients by it stay finite in
 # float32 and bfloat16 (1e-4 squared is 1e-8, and float32 resolves t next to 1 to 6e-8). The schedules themselves are
@@ -67,18 +62,11 @@ def derivative(function: Callable[[Tensor], Tensor | float], t: Tensor) -> Tenso
     return result
 
 
-class Path:
-    r"""A probability path. A schedule of your own is a subclass with two methods::
+class Schedule:
+    """What a path is made of: alpha and sigma, their derivatives, and gamma for a path with noise of its own.
 
-        class Mine(fm.paths.Path):
-            def alpha(self, t): return t**2        # multiplies x_1
-            def sigma(self, t): return 1 - t**2    # multiplies x_0
-
-    Each maps times of any shape, float32 or float64, to a tensor of that shape or, for a constant, to a float. The
-    derivatives ``d_alpha`` and ``d_sigma`` come from autograd unless defined. ``gamma`` and ``d_gamma`` add a term
-    gamma_t z with fresh noise z (stochastic interpolants and bridges, Albergo et al. 2023).
-
-    t = 0 is the source (noise), t = 1 the data.
+    Targets, batches and weightings read a schedule; a schedule of your own is a subclass of :class:`Path`, which also
+    samples and converts.
     """
 
     def alpha(self, t: Tensor) -> Tensor | float:
@@ -135,22 +123,6 @@ class Path:
         """(alpha, sigma, gamma) as the kernels take them: constants stay numbers."""
         return self.alpha(t), self.sigma(t), self.gamma(t)
 
-    def target_coefficients(self, t: Tensor, target: str = "velocity", **parameters: float) -> targets.Triple:
-        """(c_1, c_0, c_z) of a target u = c_1 x_1 + c_0 x_0 (+ c_z z); see :mod:`fmkernels.paths.targets`."""
-        return targets.coefficients(self, t, target, **parameters)
-
-    def convert(
-        self,
-        prediction: Tensor,
-        x_t: Tensor,
-        t: Tensor | float,
-        source: str,
-        target: str,
-        **parameters: float,
-    ) -> Tensor:
-        """A prediction of ``source`` at (x_t, t) as one of ``target``; see :func:`fmkernels.paths.targets.convert`."""
-        return targets.convert(self, prediction, x_t, t, source, target, **parameters)
-
     def log_snr(self, t: Tensor | float) -> Tensor:
         """log(alpha^2 / sigma^2); infinite where sigma (or alpha) is 0."""
         t = promoted(t)
@@ -181,8 +153,6 @@ class Path:
             below = self.log_snr(middle) < wanted
             low, high = torch.where(below, middle, low), torch.where(below, high, middle)
         return (0.5 * (low + high)).to(wanted.dtype)
-
-    sample = _batch.sample
 
 
 def one_minus_exp(x: Tensor) -> Tensor:
