@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from fmkernels.solvers.tableaus import tableau
+from fmkernels.solvers.methods.tableaus import tableau
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 Loop = Callable[[Velocity, Tensor, Sequence[float]], Tensor]

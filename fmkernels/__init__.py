@@ -17,37 +17,40 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from . import guidance, likelihood, solvers
-    from .likelihood import log_prob, sample_with_log_prob
-    from .solvers.adaptive import Status
-    from .solvers.adjoint import odeint_adjoint
-    from .solvers.dense_output import odeint_dense
-    from .solvers.divergence import divergence
-    from .solvers.events import odeint_event
-    from .solvers.ode import odeint
-    from .solvers.sample import SampleResult, Solver, sample
-    from .solvers.sdeint import sdeint
-    from .solvers.stochastic import SDE, sde_step_log_prob
-    from .solvers.streaming import sample_stream
+    from .likelihood.density import log_prob, sample_with_log_prob
+    from .likelihood.divergence import divergence
+    from .likelihood.step_log_prob import sde_step_log_prob
+    from .ops.step_control.op import Status
+    from .solvers.equations.adjoint import odeint_adjoint
+    from .solvers.equations.dense import odeint_dense
+    from .solvers.equations.event_times import odeint_event
+    from .solvers.equations.odeint import odeint
+    from .solvers.equations.sdeint import sdeint
+    from .solvers.methods.sde import SDE
+    from .solvers.sampling.result import SampleResult
+    from .solvers.sampling.sample import sample
+    from .solvers.sampling.solver import Solver
+    from .solvers.sampling.streaming import sample_stream
 
 # Sampling is imported at its first use: who trains does not wait for it.
 _LATER = {
-    "SDE": "solvers.stochastic",
-    "SampleResult": "solvers.sample",
-    "Solver": "solvers.sample",
-    "Status": "solvers.adaptive",
-    "divergence": "solvers.divergence",
+    "SDE": "solvers.methods.sde",
+    "SampleResult": "solvers.sampling.result",
+    "Solver": "solvers.sampling.solver",
+    "Status": "ops.step_control.op",
+    "divergence": "likelihood.divergence",
     "guidance": "guidance",
     "likelihood": "likelihood",
-    "log_prob": "likelihood",
-    "odeint": "solvers.ode",
-    "odeint_adjoint": "solvers.adjoint",
-    "odeint_dense": "solvers.dense_output",
-    "odeint_event": "solvers.events",
-    "sample": "solvers.sample",
-    "sample_stream": "solvers.streaming",
-    "sample_with_log_prob": "likelihood",
-    "sde_step_log_prob": "solvers.stochastic",
-    "sdeint": "solvers.sdeint",
+    "log_prob": "likelihood.density",
+    "odeint": "solvers.equations.odeint",
+    "odeint_adjoint": "solvers.equations.adjoint",
+    "odeint_dense": "solvers.equations.dense",
+    "odeint_event": "solvers.equations.event_times",
+    "sample": "solvers.sampling.sample",
+    "sample_stream": "solvers.sampling.streaming",
+    "sample_with_log_prob": "likelihood.density",
+    "sde_step_log_prob": "likelihood.step_log_prob",
+    "sdeint": "solvers.equations.sdeint",
     "solvers": "solvers",
 }
 

@@ -70,7 +70,7 @@ constexpr int64_t overlaps_state = -3;  // in the memory of a state
 
 class StepPlan {
  public:
-  // The fields are described in fmkernels/solvers/native_stepper.py, which makes them.
+  // The fields are described in fmkernels/solvers/adaptive/native_stepper.py, which makes them.
   StepPlan(py::object like, const py::dict& d) : like_(std::move(like)) {
     on_cpu_ = d["on_cpu"].cast<bool>();
     dtype_ = static_cast<fm::Dtype>(d["dtype"].cast<int>());

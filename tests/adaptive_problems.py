@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fmkernels import _dispatch
-from fmkernels.solvers.adaptive import AdaptiveOptions, AdaptiveResult, solve_adaptive
-from fmkernels.solvers.tableaus import TABLEAUS, Tableau
+from fmkernels.solvers.adaptive.options import AdaptiveOptions
+from fmkernels.solvers.adaptive.solve import AdaptiveResult, solve_adaptive
+from fmkernels.solvers.methods.tableaus import TABLEAUS, Tableau
 
 IMPLS = ["reference"] + (["auto"] if _dispatch.unavailable("native", "cpu") is None else [])
 DOPRI5 = TABLEAUS["dopri5"]

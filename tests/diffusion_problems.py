@@ -8,8 +8,9 @@ import torch
 
 import fmkernels as fm
 from fmkernels.paths import VP, CondOT
-from fmkernels.solvers.program import Builder
-from fmkernels.solvers.run import Buffers, Run, coefficients_of
+from fmkernels.solvers.programs.builder import Builder
+from fmkernels.solvers.programs.run import Buffers, Run
+from fmkernels.solvers.programs.tables import coefficients_of
 
 SEED = 12345
 TWO_PATHS = pytest.mark.parametrize("path", [CondOT(), VP()], ids=repr)

@@ -8,8 +8,11 @@ import numpy as np
 import torch
 
 from fmkernels.paths import Path
-from fmkernels.solvers.program import Builder, Compute, Evaluate, Program, Update, as_grid
-from fmkernels.solvers.run import Buffers, Run, coefficients_of, time_rows
+from fmkernels.solvers.programs.builder import Builder
+from fmkernels.solvers.programs.expressions import as_grid
+from fmkernels.solvers.programs.program import Compute, Evaluate, Program, Update
+from fmkernels.solvers.programs.run import Buffers, Run
+from fmkernels.solvers.programs.tables import coefficients_of, time_rows
 
 MEAN, STD = 1.0, 0.5
 

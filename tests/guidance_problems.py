@@ -9,9 +9,11 @@ import torch
 
 from fmkernels.guidance import CFG
 from fmkernels.paths import CondOT
-from fmkernels.solvers.methods import resolve
-from fmkernels.solvers.program import Builder, as_grid
-from fmkernels.solvers.run import Buffers, Run, coefficients_of, time_rows
+from fmkernels.solvers.methods.registry import resolve
+from fmkernels.solvers.programs.builder import Builder
+from fmkernels.solvers.programs.expressions import as_grid
+from fmkernels.solvers.programs.run import Buffers, Run
+from fmkernels.solvers.programs.tables import coefficients_of, time_rows
 
 B, NULL = 3, 9
 SHAPES = [(B, 5), (B, 2, 3, 4)]

@@ -12,7 +12,8 @@ from adaptive_problems import DOPRI5, IMPLS, Prothero, columns, solve
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fmkernels.solvers.adaptive import AdaptiveOptions, AdaptiveStep, Status
+from fmkernels.solvers.adaptive.options import AdaptiveOptions
+from fmkernels.solvers.adaptive.solve import AdaptiveStep, Status
 
 
 @pytest.fixture(params=IMPLS)
@@ -183,8 +184,9 @@ class NoSync(TorchDispatchMode):
 @pytest.mark.parametrize("shared", [False, True])
 def test_steps_do_not_make_the_host_wait(shared: bool) -> None:
     from fmkernels.ops.step_control.op import new_state
-    from fmkernels.solvers.adaptive import _dense
-    from fmkernels.solvers.stepper import Batch, Stepper
+    from fmkernels.solvers.adaptive.rows import Batch
+    from fmkernels.solvers.adaptive.solve import _dense
+    from fmkernels.solvers.adaptive.stepper import Stepper
 
     problem = Prothero([1.0, 40.0])
     start = torch.zeros(1 if shared else 2, dtype=torch.float64)
@@ -221,8 +223,9 @@ def test_only_what_belongs_to_samples_follows_them(impl: str) -> None:
 def test_first_steps_compiled_and_reference(shared: bool, backward: bool) -> None:
     """Hairer's rule, also where the field is zero, huge, or not finite at one of its two evaluations."""
     from fmkernels.ops.step_control.op import Clock, Count, new_state
-    from fmkernels.solvers.native_stepper import NativeStepper
-    from fmkernels.solvers.stepper import Batch, Stepper
+    from fmkernels.solvers.adaptive.native_stepper import NativeStepper
+    from fmkernels.solvers.adaptive.rows import Batch
+    from fmkernels.solvers.adaptive.stepper import Stepper
 
     kind = torch.arange(9)
 
@@ -252,8 +255,8 @@ def test_first_steps_compiled_and_reference(shared: bool, backward: bool) -> Non
 @pytest.mark.parametrize("shared", [False, True])
 def test_captured_steps_serve_other_data(shared: bool, impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph's replay is played by calling the captured function again: same buffers, no Python state in between."""
-    from fmkernels.solvers import adaptive_graph
-    from fmkernels.solvers.adaptive_graph import StepGraph
+    from fmkernels.solvers.adaptive import step_graph as adaptive_graph
+    from fmkernels.solvers.adaptive.step_graph import StepGraph
 
     captures = []
 

@@ -19,10 +19,10 @@ from diffusion_problems import (
 )
 
 from fmkernels.paths import VP, CondOT
-from fmkernels.solvers.diffusion import DDIM, DEIS, LCM, LMS, Ancestral, DPMSolverPP, DPMSolverPP2S, UniPC
-from fmkernels.solvers.edm import EDM, Restart, RestartInterval
-from fmkernels.solvers.runge_kutta import RungeKutta
-from fmkernels.solvers.tableaus import TABLEAUS
+from fmkernels.solvers.methods.diffusion import DDIM, DEIS, LCM, LMS, Ancestral, DPMSolverPP, DPMSolverPP2S, UniPC
+from fmkernels.solvers.methods.edm import EDM, Restart, RestartInterval
+from fmkernels.solvers.methods.runge_kutta import RungeKutta
+from fmkernels.solvers.methods.tableaus import TABLEAUS
 
 
 @pytest.fixture(autouse=True)

@@ -25,13 +25,13 @@ from diffusion_problems import (
 )
 
 from fmkernels.paths import VE, VP, CondOT, ConstantBridge, Cosine, LinearVP, OptimalTransport, Polynomial
-from fmkernels.solvers.diffusion import DDIM, DEIS, LCM, LMS, Ancestral, DPMSolverPP, DPMSolverPP2S, UniPC
-from fmkernels.solvers.edm import EDM, Restart, RestartInterval
-from fmkernels.solvers.exponential import exponential_moments
-from fmkernels.solvers.methods import METHODS
-from fmkernels.solvers.program import Builder
-from fmkernels.solvers.runge_kutta import RungeKutta
-from fmkernels.solvers.tableaus import TABLEAUS
+from fmkernels.solvers.methods.diffusion import DDIM, DEIS, LCM, LMS, Ancestral, DPMSolverPP, DPMSolverPP2S, UniPC
+from fmkernels.solvers.methods.edm import EDM, Restart, RestartInterval
+from fmkernels.solvers.methods.noise_levels import exponential_moments
+from fmkernels.solvers.methods.registry import METHODS
+from fmkernels.solvers.methods.runge_kutta import RungeKutta
+from fmkernels.solvers.methods.tableaus import TABLEAUS
+from fmkernels.solvers.programs.builder import Builder
 
 NAMES = [
     name

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fmkernels as fm
-from fmkernels.solvers.divergence import divergence, draw_probes
+from fmkernels.likelihood.divergence import divergence, draw_probes
 
 
 @shapes

@@ -28,9 +28,10 @@ from guidance_problems import (
 
 from fmkernels.guidance import CFG, AutoGuidance, ClassifierGuidance, MultiCondition, scale_of_weight, weight_of_scale
 from fmkernels.paths import VP, CondOT, Cosine
-from fmkernels.solvers.methods import resolve
-from fmkernels.solvers.program import Builder
-from fmkernels.solvers.run import Run, coefficients_of, time_rows
+from fmkernels.solvers.methods.registry import resolve
+from fmkernels.solvers.programs.builder import Builder
+from fmkernels.solvers.programs.run import Run
+from fmkernels.solvers.programs.tables import coefficients_of, time_rows
 
 
 @each_shape

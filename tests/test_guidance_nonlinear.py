@@ -11,8 +11,8 @@ from guidance_problems import GRID, NULL, APGOracle, B, Model, W, close, data, d
 
 from fmkernels.guidance import APG, CFG, CFGPlusPlus, RectifiedCFGPlusPlus
 from fmkernels.paths import VP, CondOT, Cosine
-from fmkernels.solvers.diffusion import DDIM
-from fmkernels.solvers.methods import resolve
+from fmkernels.solvers.methods.diffusion import DDIM
+from fmkernels.solvers.methods.registry import resolve
 
 # ---------------------------------------------------------------------- APG
 

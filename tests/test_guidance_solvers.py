@@ -18,9 +18,10 @@ from fmkernels.guidance import (
     MultiCondition,
     RectifiedCFGPlusPlus,
 )
-from fmkernels.solvers.adaptive import AdaptiveOptions, solve_adaptive
-from fmkernels.solvers.methods import resolve
-from fmkernels.solvers.tableaus import TABLEAUS
+from fmkernels.solvers.adaptive.options import AdaptiveOptions
+from fmkernels.solvers.adaptive.solve import solve_adaptive
+from fmkernels.solvers.methods.registry import resolve
+from fmkernels.solvers.methods.tableaus import TABLEAUS
 
 
 @pytest.mark.parametrize("method", ["euler", "heun2"])

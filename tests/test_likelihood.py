@@ -9,13 +9,13 @@ import torch
 from likelihood_problems import DTYPE, data, expand, field, network, normal_flow, shapes
 from torch import Tensor, nn
 
-from fmkernels.likelihood import bits_per_dim, log_prob, sample_with_log_prob, standard_normal
+from fmkernels.likelihood.density import bits_per_dim, log_prob, sample_with_log_prob, standard_normal
+from fmkernels.likelihood.divergence import divergence
+from fmkernels.likelihood.log_det import log_det_weights, plan
 from fmkernels.ops.step_control.op import Status
 from fmkernels.paths import CondOT, Cosine
-from fmkernels.solvers import methods
-from fmkernels.solvers.divergence import divergence
-from fmkernels.solvers.log_det import log_det_weights, plan
-from fmkernels.solvers.tableaus import TABLEAUS
+from fmkernels.solvers.methods import registry as methods
+from fmkernels.solvers.methods.tableaus import TABLEAUS
 
 FIXED = [*TABLEAUS, "ab2", "ab3", "ab4", "am2", "am3", "am4"]
 
@@ -46,7 +46,8 @@ def test_every_sum_of_velocities_integrates_the_divergence_as_it_does_the_state(
     grid = [1.0, 0.8, 0.65, 0.3, 0.0]
     result = log_prob(model, x, method=methods.resolve(method), time_grid=grid)
 
-    from fmkernels.solvers.run import Run, coefficients_of, time_rows
+    from fmkernels.solvers.programs.run import Run
+    from fmkernels.solvers.programs.tables import coefficients_of, time_rows
 
     program = plan(methods.resolve(method), grid)
 

@@ -9,7 +9,7 @@ import torch
 from likelihood_problems import DTYPE, data, expand, network, normal_flow, rng, shapes
 from torch import Tensor, nn
 
-from fmkernels.likelihood import log_prob, sample_with_log_prob
+from fmkernels.likelihood.density import log_prob, sample_with_log_prob
 from fmkernels.ops.step_control.op import Status
 
 # ---------------------------------------------------------------------- adaptive steps

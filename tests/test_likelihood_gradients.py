@@ -9,7 +9,7 @@ import torch
 from likelihood_problems import data, network, rng
 from torch import Tensor, nn
 
-from fmkernels.likelihood import log_prob
+from fmkernels.likelihood.density import log_prob
 
 
 def plain_log_prob(model: nn.Module, x: Tensor, steps: int) -> Tensor:

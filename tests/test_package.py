@@ -47,38 +47,83 @@ def test_works_where_triton_is_blocked() -> None:
     )
 
 
-# Who may import whom: a module imports only from its own layer's left. Leaves import only leaves.
-LAYERS = [
-    ("leaf", r"^(_checks|_dispatch|_native|_memory|random|testing|version)$"),
+# The rooms of the house, from the ground up: a module imports from its own room and from those before it. Files of one
+# room form no circle either.
+ROOMS = [
+    ("leaves", r"^(_[a-z]\w*|random|testing|version)$"),
     ("ops", r"^ops(\.|$)"),
     ("paths", r"^(paths(\.|$)|weightings$|times$)"),
     ("losses", r"^losses$"),
-    ("solvers", r"^solvers(\.|$)"),
-    ("guidance", r"^(guidance(\.|$)|likelihood$)"),
+    ("programs", r"^solvers(\.programs(\.|$)|$)"),
+    ("methods", r"^solvers\.methods(\.|$)"),
+    ("adaptive", r"^solvers\.adaptive(\.|$)"),
+    ("implicit", r"^solvers\.implicit(\.|$)"),
+    ("sampling", r"^solvers\.sampling(\.|$)"),
+    ("equations", r"^solvers\.equations(\.|$)"),
+    ("guidance", r"^guidance(\.|$)"),
+    ("likelihood", r"^likelihood(\.|$)"),
     ("top", r"^(__init__|__main__|cli)$"),
 ]
+# Rooms beside each other: what is above in the list knows nothing of these below.
+APART = {"guidance": {"methods", "adaptive", "implicit", "sampling", "equations"}, "equations": {"sampling"}}
 
 
-def layer(module: str) -> int:
-    for rank, (_, pattern) in enumerate(LAYERS):
+def room(module: str) -> int:
+    for rank, (_, pattern) in enumerate(ROOMS):
         if re.match(pattern, module):
             return rank
-    raise AssertionError(f"{module} belongs to no layer: name it in LAYERS")
+    raise AssertionError(f"{module} belongs to no room: name it in ROOMS")
 
 
-def test_imports_go_one_way() -> None:
-    for file in sorted(PACKAGE.rglob("*.py")):
+def imports_of_the_package() -> dict[str, set[str]]:
+    """For each module of the package those of it that it imports, anywhere in its text."""
+    files = {}
+    for file in PACKAGE.rglob("*.py"):
         parts = list(file.relative_to(PACKAGE).with_suffix("").parts)
-        package = parts[:-1]
-        module = ".".join(parts if parts[-1] != "__init__" or len(parts) == 1 else package)
+        files[".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)] = file
+    found: dict[str, set[str]] = {}
+    for module, file in files.items():
+        package = list(file.relative_to(PACKAGE).parts[:-1])
+        found[module] = set()
         for node in ast.walk(ast.parse(file.read_text())):
             if not isinstance(node, ast.ImportFrom) or node.level == 0:
                 continue
-            base = package[: len(package) - (node.level - 1)]
-            targets = [[*base, *node.module.split(".")]] if node.module else [[*base, a.name] for a in node.names]
-            for target in targets:
+            base = package[: len(package) - (node.level - 1)] + (node.module.split(".") if node.module else [])
+            for alias in node.names:
+                whole, stem = ".".join([*base, alias.name]), ".".join(base)
+                target = whole if whole in files else stem
                 if target:
-                    assert layer(".".join(target)) <= layer(module), f"{module} imports {'.'.join(target)}"
+                    assert target in files, f"{module} imports {target}, which does not exist"
+                    found[module].add(target)
+    return found
+
+
+def test_imports_go_one_way_through_the_rooms() -> None:
+    for module, targets in imports_of_the_package().items():
+        for target in targets:
+            assert room(target) <= room(module), f"{module} imports {target}"
+            apart = APART.get(ROOMS[room(module)][0], set())
+            assert ROOMS[room(target)][0] not in apart, f"{module} imports {target}: these rooms stand apart"
+
+
+def test_no_imports_form_a_circle() -> None:
+    imports, order = imports_of_the_package(), {}
+
+    def visit(module: str, chain: list[str]) -> None:
+        assert module not in chain, "a circle of imports: " + " -> ".join([*chain[chain.index(module) :], module])
+        if module not in order:
+            for target in sorted(imports[module]):
+                visit(target, [*chain, module])
+            order[module] = len(order)
+
+    for module in sorted(imports):
+        visit(module, [])
+
+
+def test_files_stay_small() -> None:
+    for file in PACKAGE.rglob("*.py"):
+        count = len(file.read_text().splitlines())
+        assert count <= 500, f"{file.name} has {count} lines: split it by responsibility"
 
 
 def test_implementations_never_import_each_other() -> None:

@@ -12,8 +12,8 @@ from adjoint_problems import D, Net, assert_all_close, loss_of
 from torch import Tensor
 
 import fmkernels as fm
-from fmkernels.solvers import methods
-from fmkernels.solvers.reversible import Scheme
+from fmkernels.solvers.methods import registry as methods
+from fmkernels.solvers.methods.reversible import Scheme
 
 
 @pytest.fixture(autouse=True)

@@ -11,11 +11,14 @@ import pytest
 import torch
 
 import fmkernels as fm
-from fmkernels.solvers import graph, grids, methods
-from fmkernels.solvers.program import Update
-from fmkernels.solvers.run import Buffers
-from fmkernels.solvers.runge_kutta import AdamsBashforth, AdamsMoulton, RungeKutta
-from fmkernels.solvers.tableaus import TABLEAUS
+from fmkernels.solvers.methods import registry as methods
+from fmkernels.solvers.methods.adams import AdamsBashforth, AdamsMoulton
+from fmkernels.solvers.methods.runge_kutta import RungeKutta
+from fmkernels.solvers.methods.tableaus import TABLEAUS
+from fmkernels.solvers.programs import captures as graph
+from fmkernels.solvers.programs.program import Update
+from fmkernels.solvers.programs.run import Buffers
+from fmkernels.solvers.sampling import grids
 
 FIXED = methods.method_names()
 # those for any field; what is made for a probability path is tested with one

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fmkernels as fm
-from fmkernels.solvers import methods
+from fmkernels.solvers.methods import registry as methods
 
 
 class Conditional(torch.nn.Module):

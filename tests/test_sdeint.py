@@ -10,8 +10,8 @@ import torch
 from gaussian_problem import response, uniform
 
 from fmkernels.paths import CondOT
-from fmkernels.solvers.program import Builder
-from fmkernels.solvers.sdeint import AdditiveNoise, sdeint
+from fmkernels.solvers.equations.sdeint import AdditiveNoise, sdeint
+from fmkernels.solvers.programs.builder import Builder
 
 THETA, CENTRE, NOISE = 1.5, 0.7, 0.8
 

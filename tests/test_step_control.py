@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fmkernels import _dispatch
 from fmkernels.ops.step_control.op import MAX_FAILURES, Clock, Count, Rules, Status, new_state, step_control
-from fmkernels.solvers.controllers import Controller, IController, PIController, PIDController
+from fmkernels.solvers.adaptive.controllers import Controller, IController, PIController, PIDController
 
 NODES = (0.0, 0.2, 0.3, 0.8, 8 / 9, 1.0, 1.0)
 IMPLS = ["reference"] + (["native"] if _dispatch.unavailable("native", "cpu") is None else [])

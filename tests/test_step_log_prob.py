@@ -6,9 +6,10 @@ import pytest
 import torch
 from gaussian_problem import Gaussian, run, uniform
 
+from fmkernels.likelihood.step_log_prob import sde_step_log_prob
 from fmkernels.paths import VP, CondOT, Path
-from fmkernels.solvers.program import as_grid
-from fmkernels.solvers.stochastic import SDE, sde_step_log_prob
+from fmkernels.solvers.methods.sde import SDE
+from fmkernels.solvers.programs.expressions import as_grid
 
 each_path = pytest.mark.parametrize("path", [CondOT(), VP()], ids=repr)
 each_method = pytest.mark.parametrize("method", ["euler", "exponential"])

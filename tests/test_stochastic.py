@@ -14,10 +14,11 @@ import torch
 from gaussian_problem import Gaussian, moments, program_of, run, uniform
 
 from fmkernels.paths import VP, CondOT, Cosine, OptimalTransport, Path, Polynomial, SchrodingerBridge
-from fmkernels.solvers.diffusions import DIFFUSIONS, FlowGRPO
-from fmkernels.solvers.methods import resolve
-from fmkernels.solvers.program import Update, as_grid
-from fmkernels.solvers.stochastic import LAST_STEPS, METHODS, SDE
+from fmkernels.solvers.methods.registry import resolve
+from fmkernels.solvers.methods.sde import LAST_STEPS, METHODS, SDE
+from fmkernels.solvers.methods.sde_coefficients import DIFFUSIONS, FlowGRPO
+from fmkernels.solvers.programs.expressions import as_grid
+from fmkernels.solvers.programs.program import Update
 
 each_diffusion = pytest.mark.parametrize("diffusion", DIFFUSIONS)
 each_method = pytest.mark.parametrize("method", METHODS)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 import fmkernels as fm
-from fmkernels.solvers.adaptive import AdaptiveOptions, Status, solve_adaptive
-from fmkernels.solvers.streaming import StreamResult, sample_stream, stream
-from fmkernels.solvers.tableaus import TABLEAUS
+from fmkernels.solvers.adaptive.options import AdaptiveOptions
+from fmkernels.solvers.adaptive.solve import Status, solve_adaptive
+from fmkernels.solvers.methods.tableaus import TABLEAUS
+from fmkernels.solvers.sampling.streaming import StreamResult, sample_stream, stream
 
 DOPRI5 = TABLEAUS["dopri5"]
 

@@ -10,19 +10,14 @@ from types import ModuleType
 from typing import Any
 
 import fmkernels
-from fmkernels import guidance, paths, testing, times, weightings
-from fmkernels.solvers import (
-    adaptive,
-    controllers,
-    diffusion,
-    diffusions,
-    edm,
-    grids,
-    implicit,
-    methods,
-    runge_kutta,
-    tableaus,
-)
+from fmkernels import guidance, likelihood, paths, testing, times, weightings
+from fmkernels.solvers.adaptive import controllers
+from fmkernels.solvers.adaptive import options as adaptive_options
+from fmkernels.solvers.adaptive import solve as adaptive_solve
+from fmkernels.solvers.implicit import newton
+from fmkernels.solvers.methods import adams, diffusion, edm, registry, runge_kutta, sde_coefficients, tableaus
+from fmkernels.solvers.programs import builder
+from fmkernels.solvers.sampling import grids
 
 HEAD = "# API\n\nGenerated from the docstrings by `make docs`.\n"
 
@@ -66,16 +61,20 @@ def render() -> str:
         ("fmkernels.weightings", weightings),
         ("fmkernels.times", times),
         ("fmkernels.guidance", guidance),
-        ("fmkernels.solvers.methods", methods),
-        ("fmkernels.solvers.tableaus", tableaus),
-        ("fmkernels.solvers.runge_kutta", runge_kutta),
-        ("fmkernels.solvers.diffusion", diffusion),
-        ("fmkernels.solvers.edm", edm),
-        ("fmkernels.solvers.diffusions", diffusions),
-        ("fmkernels.solvers.grids", grids),
-        ("fmkernels.solvers.adaptive", adaptive),
-        ("fmkernels.solvers.controllers", controllers),
-        ("fmkernels.solvers.implicit", implicit),
+        ("fmkernels.likelihood", likelihood),
+        ("fmkernels.solvers.methods.registry", registry),
+        ("fmkernels.solvers.methods.tableaus", tableaus),
+        ("fmkernels.solvers.methods.runge_kutta", runge_kutta),
+        ("fmkernels.solvers.methods.adams", adams),
+        ("fmkernels.solvers.methods.diffusion", diffusion),
+        ("fmkernels.solvers.methods.edm", edm),
+        ("fmkernels.solvers.methods.sde_coefficients", sde_coefficients),
+        ("fmkernels.solvers.programs.builder", builder),
+        ("fmkernels.solvers.sampling.grids", grids),
+        ("fmkernels.solvers.adaptive.options", adaptive_options),
+        ("fmkernels.solvers.adaptive.controllers", controllers),
+        ("fmkernels.solvers.adaptive.solve", adaptive_solve),
+        ("fmkernels.solvers.implicit.newton", newton),
         ("fmkernels.testing", testing),
     ):
         lines += [f"## {title}", "", inspect.getdoc(module) or "", ""]

@@ -1,8 +1,8 @@
 """What all guidance shares: scales, the network calls of its branches, and its two ways of being used.
 
-A guidance writes its velocity once, in the expressions of :mod:`fmkernels.solvers.program`. In a fixed-grid solve these
-become part of the solver's own updates; in an adaptive one, where times are known only when it runs, the same lines are
-evaluated at once by :class:`Immediate`.
+A guidance writes its velocity once, in the expressions of :mod:`fmkernels.solvers.programs.expressions`. In a
+fixed-grid solve these become part of the solver's own updates; in an adaptive one, where times are known only when it
+runs, the same lines are evaluated at once by :class:`fmkernels.solvers.programs.immediate.Immediate`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, final
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,17 +19,16 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .._checks import check_number, type_error, value_error
-from ..ops.combine.op import combine
 from ..paths import CondOT, Path
-from ..solvers.program import Builder, Expr, Number, Operation, Work, as_number, perform
-from ..solvers.run import Call
+from ..solvers.programs.builder import Builder
+from ..solvers.programs.expressions import Expr, Number, as_number
+from ..solvers.programs.immediate import Immediate
+from ..solvers.programs.run import Call
+from .calls import Branches, Calls, Model, check_leads
 
-Model = Callable[..., Any]
 # A number, one for each sample (or token), or a function of the time, given as a tensor.
 Scale = float | Tensor | np.ndarray | Callable[[Tensor], Tensor | float]
 Interval = tuple[float, float] | None
-Branches = dict[str, tuple[Model, Mapping[str, Any]]]
-
 # The branch with the caller's own keyword arguments: what an unguided solver calls.
 CONDITIONAL = ""
 UNCONDITIONAL = "unconditional"
@@ -37,9 +36,6 @@ UNCONDITIONAL = "unconditional"
 NETWORK = {"network": True}
 _PREFIX = "guidance:"
 _COND_OT = CondOT()
-
-
-# ---------------------------------------------------------------------- scales
 
 
 def checked_scale(name: str, scale: Scale) -> Scale:
@@ -109,169 +105,6 @@ def scale_at(builder: Builder, scale: Scale, t: Number, interval: Interval = Non
     if not inside.any():
         return outside
     return value if inside.all() else np.where(inside, value, outside)
-
-
-# ---------------------------------------------------------------------- network calls
-
-
-def overridden(model_kwargs: Mapping[str, Any], other: Mapping[str, Any] | None) -> dict[str, Any]:
-    """model_kwargs with other entries in place; a number for a tensor's stands for a tensor full of it."""
-    result = dict(model_kwargs)
-    for name, value in (other or {}).items():
-        old = result.get(name)
-        if isinstance(old, Tensor) and isinstance(value, (int, float)) and not isinstance(value, bool):
-            value = torch.full_like(old, value)
-        result[name] = value
-    return result
-
-
-class Calls(dict[str, Call]):
-    """The network call of each branch; of several, joined by "|", one call on a batch of all of them."""
-
-    def __init__(self, branches: Branches, shared: Sequence[str] = (), leads: Sequence[tuple[str, tuple]] = ()) -> None:
-        super().__init__()
-        self._branches, self._shared, self._leads = branches, shared, leads
-
-    def __missing__(self, branch: str) -> Call:
-        names = branch.split("|")
-        models = [self._branches[name] for name in names]
-        if len(names) > 1:
-            call: Call = _Batched(models[0][0], [kwargs for _, kwargs in models], self._shared)
-        else:
-            call = _bound(*models[0])
-        self[branch] = call = _guarded(call, self._leads) if self._leads else call
-        return call
-
-
-def _bound(model: Model, kwargs: Mapping[str, Any]) -> Call:
-    return (lambda x, t: model(x, t, **kwargs)) if kwargs else model
-
-
-def _guarded(call: Call, leads: Sequence[tuple[str, tuple]]) -> Call:
-    def guarded(x: Tensor, t: Tensor) -> Tensor | tuple[Tensor, ...]:
-        check_leads(leads, x)
-        return call(x, t)
-
-    return guarded
-
-
-def check_leads(leads: Sequence[tuple[str, tuple]], x: Tensor) -> None:
-    for name, shape in leads:
-        if shape != tuple(x.shape[: len(shape)]):
-            raise ValueError(
-                f"{name}: expected a number or a leading part of the state's shape {tuple(x.shape)}, got shape {shape}"
-            )
-
-
-@final
-class _Batched:
-    """Several calls of a network as one, on their rows one after the other."""
-
-    def __init__(self, model: Model, kwargs: list[Mapping[str, Any]], shared: Sequence[str]) -> None:
-        self.model, self.kwargs, self.shared = model, kwargs, shared
-        self.merged: dict[int, dict[str, Any]] = {}  # for each number of rows
-
-    def __call__(self, x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
-        count, rows = len(self.kwargs), x.shape[0]
-        merged = self.merged.get(rows)
-        if merged is None:
-            self.merged[rows] = merged = merge_kwargs(self.kwargs, rows, self.shared)
-        v = self.model(torch.cat([x] * count), t if t.dim() == 0 else torch.cat([t] * count), **merged)
-        if not isinstance(v, Tensor):
-            raise type_error("model", "a tensor from model(x, t)", v)
-        if v.dim() == 0 or v.shape[0] != count * rows:
-            raise value_error("model", f"an output of {count * rows} rows for {count} branches of {rows}", v)
-        return v.unflatten(0, (count, rows)).unbind(0)
-
-
-def merge_kwargs(kwargs: Sequence[Mapping[str, Any]], rows: int, shared: Sequence[str]) -> dict[str, Any]:
-    """The keyword arguments of one call in place of several: what differs is concatenated, samples are repeated."""
-    hint = "in one call for all branches; batched=False makes one call each"
-    names = list(kwargs[0])
-    merged = {}
-    for other in kwargs[1:]:
-        if set(other) != set(names):
-            odd = sorted(set(names) ^ set(other))
-            raise ValueError(f"{odd[0]}: expected the same keyword arguments {hint}; it is not given to all")
-    for name in names:
-        flat = [pytree.tree_flatten(k[name]) for k in kwargs]
-        if any(spec != flat[0][1] for _, spec in flat[1:]):
-            raise ValueError(f"{name}: expected the same structure {hint}")
-        leaves = [
-            _merge(name, values, rows, name in shared, hint)
-            for values in zip(*(leaves for leaves, _ in flat), strict=True)
-        ]
-        merged[name] = pytree.tree_unflatten(leaves, flat[0][1])
-    return merged
-
-
-def _merge(name: str, values: Sequence[Any], rows: int, shared: bool, hint: str) -> Any:
-    first = values[0]
-    if all(value is first for value in values):
-        per_sample = isinstance(first, Tensor) and first.dim() > 0 and first.shape[0] == rows and not shared
-        return torch.cat([first] * len(values)) if per_sample else first
-    if all(isinstance(value, Tensor) for value in values):
-        try:
-            shape = torch.broadcast_shapes(*(value.shape for value in values))
-        except RuntimeError:
-            shape = torch.Size()
-        if not shared and shape and shape[0] in (1, rows):
-            return torch.cat([value.expand(rows, *shape[1:]) for value in values])
-        shapes = " and ".join(str(tuple(value.shape)) for value in values)
-        raise ValueError(f"{name}: expected tensors with a row for each of {rows} samples {hint}; got shapes {shapes}")
-    if any(isinstance(value, Tensor) for value in values) or not all(
-        type(value) is type(first) and bool(value == first) for value in values
-    ):
-        raise ValueError(f"{name}: expected tensors, or equal values, {hint}; got {values[0]!r} and {values[-1]!r}")
-    return first
-
-
-# ---------------------------------------------------------------------- guidance
-
-
-@final
-class Immediate(Builder):
-    """A builder that does at once what it is told, at times that are tensors on the device; it has no steps.
-
-    Registers are tensors; 0 is the state.
-    """
-
-    def __init__(self, calls: Mapping[str, Call], x: Tensor, t: Tensor, path: Path, prediction: str) -> None:
-        super().__init__([t, t], path, prediction)
-        self._calls, self._tensors = calls, [x]
-
-    def register(self, x: Expr) -> int:
-        terms = {base: c for base, c in x.terms.items() if not (isinstance(c, float) and c == 0.0)} or {0: 0.0}
-        if len(terms) == 1:
-            ((base, coefficient),) = terms.items()
-            if isinstance(coefficient, float) and coefficient == 1.0:
-                return base
-        return self._append(combine([self._tensors[base] for base in terms], list(terms.values())))
-
-    def _append(self, tensor: Tensor) -> int:
-        self._tensors.append(tensor)
-        return len(self._tensors) - 1
-
-    def tensor(self, x: Expr) -> Tensor:
-        return self._tensors[self.register(x)]
-
-    def evaluate_all(self, x: Expr, t: Number, branch: str, count: int, prediction: str | None = None) -> list[Expr]:
-        state = self.keep(x)
-        output = self._calls[branch](self.tensor(state), t)
-        outputs = output if isinstance(output, (tuple, list)) else (output,)
-        return [
-            self.convert(state, Expr({self._append(v): 1.0}), t, "velocity", prediction or self.prediction)
-            for v in outputs
-        ]
-
-    def compute(self, function: Work | Operation, sources: Sequence[Expr], count: int) -> list[Expr]:
-        return [Expr({self._append(v): 1.0}) for v in perform(function, [self.tensor(x) for x in sources])]
-
-    def conversion(self, t: Number, source: str, target: str) -> tuple[Number, Number]:
-        key = (id(t), source, target)
-        if key not in self._conversions:
-            self._conversions[key] = super().conversion(t, source, target)
-        return self._conversions[key]
 
 
 @dataclass(frozen=True, eq=False)

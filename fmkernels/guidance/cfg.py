@@ -16,25 +16,25 @@ from ..ops.combine.op import combine
 from ..ops.row_dots.op import row_dots
 from ..paths.schedule import as_tensor
 from ..paths.targets import TARGETS
-from ..solvers.program import ZERO, Builder, Expr, Number, as_number, operation
+from ..solvers.programs.builder import Builder
+from ..solvers.programs.expressions import ZERO, Expr, Number, as_number
+from ..solvers.programs.immediate import Immediate
+from ..solvers.programs.program import operation
 from .base import (
     CONDITIONAL,
     NETWORK,
     UNCONDITIONAL,
-    Branches,
     Guidance,
-    Immediate,
     Interval,
-    Model,
     Scale,
     checked_interval,
     checked_scale,
     is_number,
     mixture,
     outputs,
-    overridden,
     scale_at,
 )
+from .calls import Branches, Model, overridden
 from .linear import scale_of_weight, weight_of_scale
 
 CONVENTIONS = ("scale", "weight")

@@ -11,23 +11,22 @@ import torch
 from torch import Tensor
 
 from .._checks import type_error, value_error
-from ..solvers.program import Builder, Expr, Number, as_number
+from ..solvers.programs.builder import Builder
+from ..solvers.programs.expressions import Expr, Number, as_number
 from .base import (
     CONDITIONAL,
     NETWORK,
     UNCONDITIONAL,
-    Branches,
     Guidance,
     Interval,
-    Model,
     Scale,
     checked_interval,
     checked_scale,
     is_number,
     mixture,
-    overridden,
     scale_at,
 )
+from .calls import Branches, Model, overridden
 
 
 @final

@@ -66,7 +66,7 @@ class Rules(NamedTuple):
 
     Attributes:
         exponents: of the error norms e, e_1 and e_2 in the factor of the step size.
-        safety, ifactor, dfactor: see :mod:`fmkernels.solvers.controllers`.
+        safety, ifactor, dfactor: see :mod:`fmkernels.solvers.adaptive.controllers`.
         least_growth: the least factor where e < 1.
         min_step, max_step: bounds of the step size.
         max_steps: of a row, accepted or not.

@@ -1,0 +1,252 @@
+r"""Solves that carry the log-determinant of their map: the integral of div v along dx/dt = v(x, t).
+
+On a fixed grid, every Runge-Kutta and Adams method is x' = x + sum_i c_i v_i, and the same method's integral of the
+divergence is sum_i c_i div_i: the divergences of all evaluations are kept, B numbers each, and one product with
+the weights at the end of the solve gives the integral, without a pass over the states. Adaptive methods carry the
+integral as one more column of the state, so that its error is controlled too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._checks import value_error
+from ..ops._operands import compute_dtype
+from ..ops.step_control.op import Status
+from ..paths import CondOT, Path
+from ..paths.targets import TARGETS, conversion_coefficients
+from ..random import Noise
+from ..solvers.adaptive.options import AdaptiveOptions
+from ..solvers.adaptive.solve import solve_adaptive
+from ..solvers.methods.runge_kutta import RungeKutta
+from ..solvers.methods.tableaus import Tableau
+from ..solvers.programs.builder import Builder, Method
+from ..solvers.programs.expressions import Number
+from ..solvers.programs.program import Compute, EndStep, Evaluate, Program
+from ..solvers.programs.run import Buffers, Run
+from ..solvers.programs.tables import coefficients_of, time_rows
+from .divergence import Divergence
+
+Model = Callable[..., Tensor]
+
+
+def log_det_weights(program: Program) -> list[Number]:
+    """The weight of each evaluation's divergence in the log-determinant of a program's map.
+
+    Raises:
+        ValueError: a step is not x' = x + sum_i c_i v_i (an exponential integrator, noise, a nonlinear step).
+    """
+    contents: dict[int, dict[int, Number]] = {0: {0: 1.0}}
+    state = 0
+    order: list[int] = []
+    weights: dict[int, Number] = {}
+    for instruction in program.instructions:
+        if isinstance(instruction, Evaluate):
+            if len(instruction.results) != 1:
+                raise _not_a_sum("several outputs in one call of the model")
+            (result,) = instruction.results
+            order.append(result)
+            contents[result] = {result: 1.0}
+            weights[result] = 0.0
+        elif isinstance(instruction, Compute):
+            raise _not_a_sum("a step that is not linear")
+        elif isinstance(instruction, EndStep):
+            for base, coefficient in contents[instruction.state].items():
+                if base in weights:
+                    weights[base] = weights[base] + coefficient
+                elif not np.allclose(coefficient, 1.0 if base == state else 0.0, rtol=0.0, atol=1e-9):
+                    raise _not_a_sum(f"{coefficient} times a state")
+            state = instruction.state
+            contents[state] = {state: 1.0}
+        else:
+            total: dict[int, Number] = {}
+            for source, coefficient in zip(instruction.sources, instruction.coefficients, strict=True):
+                if source < 0:
+                    raise _not_a_sum("noise")
+                for base, inner in contents[source].items():
+                    total[base] = total.get(base, 0.0) + coefficient * inner
+            contents[instruction.result] = total
+    return [weights[result] for result in order]
+
+
+def _not_a_sum(found: str) -> ValueError:
+    return ValueError(
+        "method: expected one whose steps are x + sum_i c_i v_i (Runge-Kutta or Adams methods), as log-densities need, "
+        f"got one with {found}"
+    )
+
+
+def weight_table(program: Program, like: Tensor) -> Tensor:
+    """(evaluations,) or (evaluations, B) weights on the divergences' device."""
+    key = ("log_det", like.device, like.dtype)
+    if key not in program.cache:
+        numbers = np.asarray(np.broadcast_arrays(*log_det_weights(program)), np.float64)
+        if numbers.ndim > 2:
+            raise value_error("time_grid", "times of the whole batch or of each sample", numbers.shape)
+        program.cache[key] = torch.from_numpy(numbers).to(like.dtype).to(like.device, non_blocking=True)
+    return program.cache[key]
+
+
+@lru_cache(maxsize=32)
+def _plan(method: Method, grid: tuple[float, ...]) -> Program:
+    return _build(method, list(grid))
+
+
+def _build(method: Method, grid: Sequence[Number]) -> Program:
+    builder = Builder(grid, CondOT())
+    method(builder)
+    return builder.program()
+
+
+def plan(method: Method, grid: list[Number]) -> Program:
+    """The program of a method for a velocity on a grid; the same object for the same hashable arguments."""
+    if not all(isinstance(t, float) for t in grid) or type(method).__hash__ is None:
+        return _build(method, grid)
+    return _plan(method, tuple(grid))  # type: ignore[arg-type]  # hashable, as has been seen
+
+
+@dataclass
+class Flow:
+    """The velocity and divergence of a model's prediction, and the probes of a solve."""
+
+    model: Model
+    path: Path
+    prediction: str
+    how: Divergence
+    noise: Noise | None
+    fresh: bool
+    gradient: bool
+    kwargs: dict[str, Any]
+    evaluations: int = 0
+
+    @property
+    def fixed(self) -> bool:
+        """Whether all evaluations share their probes."""
+        return self.noise is not None and not self.fresh
+
+    def probes(self, x: Tensor) -> list[Tensor]:
+        """The probes of the next evaluation."""
+        return [] if self.noise is None else self.how.draw(x, self.noise, self.evaluations if self.fresh else 0)
+
+    def __call__(self, t: Tensor, x: Tensor, probes: Sequence[Tensor], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        if self.fresh:
+            probes = self.probes(x)
+        self.evaluations += 1
+        output, div = self.how(self._at, t, x, probes, self.gradient, kwargs)
+        if TARGETS[self.prediction] is TARGETS["velocity"]:
+            return output, div
+        # v = a x + b output, so that div v = a D + b div output
+        times = t.to(div.dtype)
+        a, b = conversion_coefficients(self.path, times, self.prediction, "velocity")
+        v = self.path.convert(output, x, t, self.prediction, "velocity")
+        return v, a * math.prod(x.shape[1:]) + b * div
+
+    def _at(self, t: Tensor, x: Tensor, **kwargs: Any) -> Tensor:
+        return self.model(x, t, **kwargs)
+
+
+class Solution(NamedTuple):
+    """A state at the end of a solve, the integral (B,) of the divergence, the network calls, and the status (B,)."""
+
+    x: Tensor
+    integral: Tensor
+    nfe: int
+    status: Tensor
+
+
+def solve_fixed(
+    flow: Flow, method: Method, grid: list[Number], x: Tensor, time_shape: str, time_dtype: torch.dtype
+) -> Solution:
+    """Along a grid of times."""
+    program = plan(method, grid)
+    like = torch.zeros(0, dtype=compute_dtype(x), device=x.device)
+    weights = weight_table(program, like)
+    divergences: list[Tensor] = []
+    probes = flow.probes(x) if flow.fixed else []
+
+    def call(state: Tensor, t: Tensor) -> Tensor:
+        v, div = flow(t, state, probes, flow.kwargs)
+        divergences.append(div)
+        return v
+
+    run = Run(
+        program,
+        {"": call},
+        x,
+        time_rows(program, x, time_dtype, time_shape) if program.times else (),
+        coefficients_of(program, x),
+        buffers=None if flow.gradient else Buffers(),
+    )
+    run.all()
+    if not divergences:
+        end, integral = x.clone(), like.new_zeros(x.shape[0])
+    else:
+        table = torch.stack(divergences)
+        end, integral = run.result, (table * (weights if weights.dim() == 2 else weights[:, None])).sum(0)
+    return Solution(end, integral, program.evaluations, status_of(end, integral))
+
+
+def status_of(x: Tensor, integral: Tensor) -> Tensor:
+    """SUCCESS, or NON_FINITE where a sample's state or integral is not: int32 (B,)."""
+    states = x.detach().reshape(x.shape[0], math.prod(x.shape[1:]))
+    finite = torch.isfinite(integral.detach()) & torch.isfinite(states).all(1)
+    return torch.where(finite, int(Status.SUCCESS), int(Status.NON_FINITE)).to(torch.int32)
+
+
+_PROBE = "fmkernels_probe_"  # keyword arguments that follow their samples when a batch shrinks
+
+
+def solve_adaptively(
+    flow: Flow, tableau: Tableau, options: AdaptiveOptions, start: Number, end: Number, x: Tensor
+) -> Solution:
+    """By adaptive steps of each sample, the larger of the errors of the state and of the integral under control.
+
+    The state is (B, D + 1): the samples, and the integral as the last column. With gradients, the accepted steps are
+    taken again, as a grid of times for each sample.
+    """
+    shape, dims = x.shape[1:], math.prod(x.shape[1:])
+    dtype = compute_dtype(x)
+
+    def func(t: Tensor, y: Tensor, **kwargs: Any) -> Tensor:
+        probes = [kwargs.pop(name) for name in [name for name in kwargs if name.startswith(_PROBE)]]
+        state = y[:, :dims].to(x.dtype).contiguous().view(-1, *shape)
+        v, div = plain(t, state, probes, kwargs)
+        return torch.cat([v.reshape(-1, dims).to(dtype), div[:, None].to(dtype)], 1)
+
+    plain = replace(flow, gradient=False)
+    probes = flow.probes(x.detach()) if flow.fixed else []
+    kwargs = flow.kwargs | {f"{_PROBE}{p}": probe for p, probe in enumerate(probes)}
+    y0 = torch.cat([x.detach().reshape(-1, dims).to(dtype), x.new_zeros(x.shape[0], 1, dtype=dtype)], 1)
+    t0, t1 = (torch.from_numpy(t) if isinstance(t, np.ndarray) else t for t in (start, end))
+    result = solve_adaptive(func, y0, t0, t1, tableau, options, model_kwargs=kwargs, norm=_joint_norm)
+    if flow.gradient:
+        assert result.steps is not None
+        grid = _grid_of(result.steps, start, x.shape[0])
+        again = solve_fixed(flow, RungeKutta(tableau), grid, x, "batch", options.time_dtype or dtype)
+        return again._replace(nfe=again.nfe + result.n_f_evals, status=result.status)
+    state = result.y[:, :dims].to(x.dtype).contiguous().view(x.shape)
+    return Solution(state, result.y[:, dims].clone(), result.n_f_evals, result.status)
+
+
+def _joint_norm(ratio: Tensor) -> Tensor:
+    """The larger one of the state's root mean square and the integral: no number of dimensions hides its error."""
+    return torch.maximum(ratio[:, :-1].square().mean(1).sqrt(), ratio[:, -1].abs())
+
+
+def _grid_of(steps: list[tuple[Tensor, Tensor]], start: Number, batch: int) -> list[Number]:
+    """Accepted steps (t, h) of each sample as times (B,); a sample with fewer stays where it is."""
+    times = np.broadcast_to(np.asarray(start, np.float64), (batch,))
+    grid: list[Number] = [times]
+    for t, h in steps:
+        size = h.cpu().numpy()
+        times = np.where(size == 0.0, times, t.cpu().numpy() + size)
+        grid.append(times)
+    return grid

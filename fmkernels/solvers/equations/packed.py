@@ -1,0 +1,105 @@
+"""The user's state of `odeint` as one real tensor."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._checks import FLOATING, type_error, value_error
+
+Field = Callable[[Tensor, Any], Any]
+State = Tensor | tuple[Tensor, ...]
+
+
+class Packed:
+    """A state as one real tensor, and the right-hand side on it: tuples are concatenated, complex numbers split."""
+
+    def __init__(self, func: Field, y0: State) -> None:
+        parts = (y0,) if isinstance(y0, Tensor) else y0
+        if not isinstance(parts, (tuple, list)) or not parts or not all(isinstance(p, Tensor) for p in parts):
+            raise type_error("y0", "a tensor or a tuple of tensors", y0)
+        for i, part in enumerate(parts):
+            if part.dtype not in FLOATING and not part.is_complex():
+                raise type_error("y0" if isinstance(y0, Tensor) else f"y0[{i}]", "a floating or complex tensor", part)
+        self.func, self.is_tuple = func, not isinstance(y0, Tensor)
+        self.complex = any(p.is_complex() for p in parts)
+        self.dtype = parts[0].dtype
+        for part in parts[1:]:
+            self.dtype = torch.promote_types(self.dtype, part.dtype)
+        self.shapes = [p.shape for p in parts]
+        self.sizes = [p.numel() for p in parts]
+        self.plain = not self.is_tuple and not self.complex
+        self.limits: tuple[float, float] | None = None
+        self.y0 = self.pack(parts if self.is_tuple else parts[0])
+
+    def part(self, y0: Tensor, limits: tuple[float, float] | None = None) -> Packed:
+        """The same problem from another packed state on, with times for func kept within limits."""
+        other = copy.copy(self)
+        other.y0, other.limits = y0, limits
+        return other
+
+    def pack(self, y: State) -> Tensor:
+        if self.plain:
+            return y  # type: ignore[return-value]
+        parts = (y,) if isinstance(y, Tensor) else y
+        flat = parts[0] if len(parts) == 1 else torch.cat([p.reshape(-1).to(self.dtype) for p in parts])
+        return torch.view_as_real(flat) if self.complex else flat.reshape(-1) if self.is_tuple else flat
+
+    def unpack(self, y: Tensor, lead: int = 0) -> State:
+        """The user's state; the first ``lead`` dimensions are the solver's own."""
+        if self.plain:
+            return y
+        if self.complex:
+            y = y.contiguous()
+            y = torch.view_as_complex(y.clone() if y.storage_offset() % 2 else y)
+        if not self.is_tuple:
+            return y
+        parts = y.split(self.sizes, dim=lead)
+        return tuple(p.reshape(y.shape[:lead] + shape) for p, shape in zip(parts, self.shapes, strict=True))
+
+    def tolerance(self, name: str, value: Any) -> float | Tensor:
+        """A tolerance for the packed state: a number, or one for each tensor of a tuple, or a tensor like y0."""
+        if isinstance(value, Tensor) and value.dim() == 1 and self.is_tuple:
+            value = value.tolist()
+        if isinstance(value, (tuple, list)):
+            if not self.is_tuple or len(value) != len(self.sizes):
+                raise value_error(name, f"a number, or {len(self.sizes)} numbers for a tuple y0", value)
+            parts = [
+                torch.full((size,), float(v), device=self.y0.device) for v, size in zip(value, self.sizes, strict=True)
+            ]
+            flat = torch.cat(parts).to(self.y0.dtype)
+            return flat[:, None] if self.complex else flat
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            return float(value)
+        return value[..., None] if self.complex else value
+
+    def norm(self, given: Callable[[Any], Tensor] | None) -> Callable[[Tensor], Tensor] | None:
+        """The error norm: the user's on the user's state; for a tuple the largest root mean square of its tensors."""
+        if given is not None:
+            return lambda ratio: given(self.unpack(ratio))
+        if not self.is_tuple:
+            return None
+        return lambda ratio: torch.stack(
+            [part.abs().square().mean().sqrt() for part in self.unpack(ratio) if part.numel()]  # type: ignore[union-attr]
+        ).max()
+
+    def field(self, t: Tensor, y: Tensor) -> Tensor:
+        """The right-hand side on the packed state."""
+        if self.limits is not None:
+            t = t.clamp(*self.limits)
+        if self.plain:
+            return self.func(t, y)
+        result = self.func(t, self.unpack(y))
+        parts = result if isinstance(result, (tuple, list)) else (result,)
+        if len(parts) != len(self.shapes):
+            raise value_error("func", f"{len(self.shapes)} tensors like y0", len(parts))
+        for i, (part, shape) in enumerate(zip(parts, self.shapes, strict=True)):
+            if not isinstance(part, Tensor):
+                raise type_error("func", "tensors like y0", part)
+            if part.shape != shape:
+                raise value_error(f"func: output {i}", f"y0's shape, {tuple(shape)}", part)
+        return self.pack(tuple(parts) if self.is_tuple else parts[0])

@@ -1,0 +1,317 @@
+r"""Solvers of the diffusion literature in flow-matching time, on any affine path.
+
+Written in :math:`\lambda = \log(\alpha / \sigma)` and the predictions :math:`D = x_1` and :math:`E = x_0` of one
+network call, for a step from t to u with :math:`h = \lambda_u - \lambda_t`; primes mark values at u. The last step to
+:math:`\sigma' = 0` gives the data prediction, and the first from :math:`\alpha = 0` is of first order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import numpy as np
+
+from ..._checks import check_choice, check_int, check_number
+from ..programs.builder import Builder
+from ..programs.expressions import ZERO, Expr, Number
+from . import noise_levels as ei
+from .noise_levels import Level, Node, Prediction
+
+
+@final
+@dataclass(frozen=True)
+class DDIM:
+    r"""Denoising diffusion implicit model (Song, Meng & Ermon 2021, eq. 12 and 16), on any path. One call a step.
+
+    :math:`x' = \alpha' D + \sqrt{\sigma'^2 - s^2} E + s z` with :math:`s = \eta \sigma' \sqrt{1 - e^{-2h}}`. eta = 0 is
+    deterministic, and on the optimal-transport path Euler's method; eta = 1 is ancestral sampling in the
+    variance-exploding form (k-diffusion's ``sample_euler_ancestral``) and, on a variance-preserving path, DDPM.
+
+    Args:
+        eta: in [0, 1].
+    """
+
+    eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_number("eta", self.eta, low=0.0, high=1.0)
+
+    def __call__(self, builder: Builder) -> None:
+        for t, u in ei.levels(builder, to_data=self.eta > 0.0):
+            p = ei.predict(builder, builder.x, t)
+            kept: Number = 1.0
+            if self.eta > 0.0:
+                kept = ei.fresh(self.eta * np.sqrt(-np.expm1(-2.0 * ei.width(t, u))))
+            builder.advance(ei.noisy(builder, ei.moved(p, u, kept), u.sigma * ei.fresh(kept)))
+
+
+@final
+@dataclass(frozen=True)
+class Ancestral:
+    r"""Ancestral sampling in the noise level of rectified flow. One call a step.
+
+    With :math:`\varsigma = \sigma / (\alpha + \sigma)`, the level on the optimal-transport path, a step goes on without
+    noise to :math:`\varsigma_d = \varsigma' (1 + (\varsigma' / \varsigma - 1) \eta)`, is scaled back and gets the noise
+    that is missing: :math:`x' = \alpha' (D + \frac{\varsigma_d}{1 - \varsigma_d} E) + s z` with :math:`s^2 = \sigma'^2
+    - (\alpha' \varsigma_d / (1 - \varsigma_d))^2` (diffusers' and ComfyUI's ancestral Euler for rectified flow). For
+    the variance-exploding choice of the level between see :class:`DDIM` with eta = 1.
+
+    Args:
+        eta: in [0, 1]; 0 adds no noise.
+    """
+
+    eta: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_number("eta", self.eta, low=0.0, high=1.0)
+
+    def __call__(self, builder: Builder) -> None:
+        for t, u in ei.levels(builder, to_data=self.eta > 0.0):
+            p = ei.predict(builder, builder.x, t)
+            flow_t, flow_u = t.sigma / (t.alpha + t.sigma), u.sigma / (u.alpha + u.sigma)
+            # down' / (1 - down) over sigma' / alpha': the share of the noise that stays
+            factor = 1.0 + (flow_u / flow_t - 1.0) * self.eta if self.eta > 0.0 else 1.0
+            kept = factor * (1.0 - flow_u) / (1.0 - flow_u * factor)
+            builder.advance(ei.noisy(builder, ei.moved(p, u, kept), u.sigma * ei.fresh(kept)))
+
+
+@final
+@dataclass(frozen=True)
+class LCM:
+    r"""Multistep sampling of a consistency model (Song et al. 2023, alg. 1; Luo et al. 2023). One call a step.
+
+    :math:`x' = \alpha' D + \sigma' z`: all noise is fresh, and the last step to :math:`\sigma' = 0` is D. For networks
+    whose prediction is a sample; with the mean of the data, as any other network predicts, samples shrink to it.
+    """
+
+    def __call__(self, builder: Builder) -> None:
+        for t, u in ei.levels(builder, to_data=True):
+            p = ei.predict(builder, builder.x, t)
+            builder.advance(ei.noisy(builder, u.alpha * p.x_1, u.sigma))
+
+
+def _order(wanted: int, builder: Builder, lower_order_final: bool) -> int:
+    """The order that a step may have: at most the number of steps left if the final steps are to be of lower order."""
+    return min(wanted, len(builder.grid) - 1 - builder.step.number) if lower_order_final else wanted
+
+
+SOLVER_TYPES = ("midpoint", "heun", "exact")
+
+
+@final
+@dataclass(frozen=True)
+class DPMSolverPP:
+    r"""DPM-Solver++, multistep, and its SDE form (Lu et al. 2022, alg. 2 and sec. 5). One call a step.
+
+    :math:`x' = \frac{\sigma'}{\sigma} e^{-\eta h} x + \alpha' (m_0 D + \sum_k w_k D^{(k)}) + \sigma' \sqrt{1 - e^{-2
+    \eta h}} z`, :math:`m_0 = 1 - e^{-(1 + \eta) h}`, with divided differences :math:`D^{(k)}` of the last predictions
+    in :math:`\lambda`. The first steps have a lower order. eta = 1 is k-diffusion's ``dpmpp_2m_sde`` and
+    ``dpmpp_3m_sde``; order 1 with eta = 0 is DDIM.
+
+    Args:
+        order: 1, 2 or 3.
+        eta: noise, >= 0; 0 solves the ODE, 1 the SDE of the reversed diffusion.
+        solver_type: weight of the first difference at order 2: "midpoint", m_0 / 2 (as published), or "heun", the
+            integral. Order 3 as published gives the second difference half of its integral, and so converges with
+            order 2; "exact" integrates every polynomial, and reaches order 3.
+        lower_order_final: the order is at most the number of steps left (diffusers' default for few steps).
+    """
+
+    order: int = 2
+    eta: float = 0.0
+    solver_type: str = "midpoint"
+    lower_order_final: bool = False
+
+    def __post_init__(self) -> None:
+        check_int("order", self.order, low=1, high=3)
+        check_number("eta", self.eta, low=0.0)
+        check_choice("solver_type", self.solver_type, SOLVER_TYPES)
+
+    def __call__(self, builder: Builder) -> None:
+        history: list[Node] = []
+        for t, u in ei.levels(builder, to_data=self.eta > 0.0):
+            p, h = ei.predict(builder, builder.x, t), ei.width(t, u)
+            history = [Node(t.log_ratio, p.x_1), *history[: self.order - 1]]
+            kept = ei.decay(self.eta, h)
+            nodes = ei.places(history, t.log_ratio, u.log_ratio)[: _order(self.order, builder, self.lower_order_final)]
+            x = ei.moved(p, u, kept) + u.alpha * self._change(nodes, (1.0 + self.eta) * h)
+            builder.advance(ei.noisy(builder, x, u.sigma * ei.fresh(kept)))
+
+    def _change(self, nodes: list[Node], h: Number) -> Expr:
+        moments = ei.exponential_moments(h, len(nodes))
+        weights = ei.newton_weights(nodes, moments)
+        if len(nodes) == 2 and self.solver_type == "midpoint":
+            weights[0] = 0.5 * moments[0]
+        if len(nodes) == 3 and self.solver_type != "exact":
+            # D2 s^2 / 2 in the place of D2 s^2, beside the slope at s = 0
+            weights[1] = weights[1] - 0.5 * moments[2]
+        return ei.weighted(weights, ei.differences(nodes))
+
+
+@final
+@dataclass(frozen=True)
+class DPMSolverPP2S:
+    r"""DPM-Solver++(2S), singlestep, and its SDE form (Lu et al. 2022, alg. 1; k-diffusion's ``dpmpp_2s``/``_sde``).
+
+    A first-order step to :math:`\lambda_s = \lambda_t + r h`, then :math:`\alpha' m_0 (D_s - D) / (2r)` on top of the
+    first-order step to u. The noise at both times is that of one path of the Ornstein-Uhlenbeck process. Two calls a
+    step, one in a step from pure noise or to pure data, which is of first order.
+
+    Args:
+        eta: noise, >= 0, as in :class:`DPMSolverPP`.
+        r: place of the time between, in (0, 1).
+    """
+
+    eta: float = 0.0
+    r: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_number("eta", self.eta, low=0.0)
+        check_number("r", self.r, above=0.0, high=1.0)
+
+    def __call__(self, builder: Builder) -> None:
+        for t, u in ei.levels(builder, to_data=self.eta > 0.0):
+            p, h = ei.predict(builder, builder.x, t), ei.width(t, u)
+            kept = ei.decay(self.eta, h)
+            x = ei.moved(p, u, kept)
+            if not np.any(np.isfinite(h)):
+                builder.advance(ei.noisy(builder, x, u.sigma * ei.fresh(kept)))
+                continue
+            # samples without a time between stay where they are, and its prediction has no weight for them
+            between = ei.level_at(builder.path, t.log_ratio + self.r * ei.or_zero(h))
+            part = ei.or_zero(ei.width(t, between))
+            first, second = ei.decay(self.eta, part), ei.decay(self.eta, h - part)
+            x_s = ei.moved(p, between, first)
+            if self.eta > 0.0:
+                z = builder.noise()
+                x_s = x_s + (between.sigma * ei.fresh(first)) * z
+                x = x + (u.sigma * second * ei.fresh(first)) * z + (u.sigma * ei.fresh(second)) * builder.noise()
+            history = [Node(t.log_ratio, p.x_1), Node(between.log_ratio, ei.predict(builder, x_s, between).x_1)]
+            (slope,) = ei.differences(ei.places(history, t.log_ratio, u.log_ratio))
+            builder.advance(x + (0.5 * u.alpha * ei.exponential_moments((1.0 + self.eta) * h, 1)[0]) * slope)
+
+
+VARIANTS = ("bh1", "bh2")
+
+
+@final
+@dataclass(frozen=True)
+class UniPC:
+    r"""Unified predictor-corrector (Zhao et al. 2023, alg. 5-8), data prediction. One call a step.
+
+    Both integrate the polynomial in :math:`\lambda` through the last predictions (UniP), and also through the one at
+    the new state (UniC), which is the next step's anyway. Only where one difference is left, UniP-2 and UniC-1, the
+    variant decides, by the weight :math:`B / 2`: B = h for "bh1", :math:`B = 1 - e^{-h}` for "bh2".
+
+    Args:
+        order: 1, 2 or 3, of the predictor; the corrector's is one more.
+        variant: "bh1" or "bh2".
+        corrector: use UniC.
+        lower_order_final: the order is at most the number of steps left (diffusers' default).
+    """
+
+    order: int = 2
+    variant: str = "bh2"
+    corrector: bool = True
+    lower_order_final: bool = False
+
+    def __post_init__(self) -> None:
+        check_int("order", self.order, low=1, high=3)
+        check_choice("variant", self.variant, VARIANTS)
+
+    def __call__(self, builder: Builder) -> None:
+        history: list[Node] = []
+        taken: tuple[Level, Level, list[Node], Expr] | None = None
+        for t, u in ei.levels(builder):
+            p = ei.predict(builder, builder.x, t)
+            x = ei.moved(p, u)
+            if self.corrector and taken is not None:
+                change = self._correction(*taken, p)
+                # the noise in the corrected state, for the same data prediction
+                x = x + (u.sigma * ei.or_zero(np.divide(1.0, t.sigma))) * change
+            history = [Node(t.log_ratio, p.x_1), *history[: self.order - 1]]
+            nodes = ei.places(history, t.log_ratio, u.log_ratio)[: _order(self.order, builder, self.lower_order_final)]
+            added = u.alpha * self._change(nodes, ei.width(t, u), simple=2)
+            taken = t, u, nodes, added
+            builder.advance(x + added)
+
+    def _correction(self, t: Level, u: Level, nodes: list[Node], predicted: Expr, p: Prediction) -> Expr:
+        """What the prediction p at the end of the last step adds to that step."""
+        corrected = [nodes[0], Node(1.0, p.x_1), *nodes[1:]]
+        return u.alpha * self._change(corrected, ei.width(t, u), simple=2 if len(nodes) == 1 else 0) - predicted
+
+    def _change(self, nodes: list[Node], h: Number, simple: int) -> Expr:
+        if len(nodes) == simple:
+            b = ei.or_zero(h) if self.variant == "bh1" else ei.exponential_moments(h, 1)[0]
+            return 0.5 * b * ei.differences(nodes)[0]
+        return ei.interpolated(nodes, ei.exponential_moments(h, len(nodes)))
+
+
+VARIABLES = ("log_rho", "t")
+
+
+@final
+@dataclass(frozen=True)
+class DEIS:
+    r"""Diffusion exponential integrator sampler (Zhang & Chen 2023, eq. 14 and sec. 4). One call a step.
+
+    :math:`x' = \frac{\alpha'}{\alpha} x + \alpha' \int_\rho^{\rho'} P d\rho`, :math:`\rho = \sigma / \alpha`, with the
+    polynomial P through the last noise predictions E, integrated exactly.
+
+    Args:
+        order: 1, 2 or 3: one more than the polynomial's degree, r in the paper.
+        variable: of the polynomial: "log_rho" (diffusers' "logrho") or "t", time (tAB-DEIS). In rho it is :class:`LMS`.
+        lower_order_final: the order is at most the number of steps left (diffusers' default for few steps).
+    """
+
+    order: int = 3
+    variable: str = "log_rho"
+    lower_order_final: bool = False
+
+    def __post_init__(self) -> None:
+        check_int("order", self.order, low=1, high=3)
+        check_choice("variable", self.variable, VARIABLES)
+
+    def __call__(self, builder: Builder) -> None:
+        history: list[Node] = []
+        for t, u in ei.levels(builder):
+            p = ei.predict(builder, builder.x, t)
+            in_time = self.variable == "t"
+            start, end = (t.t, u.t) if in_time else (t.log_ratio, u.log_ratio)
+            history = [Node(start, p.x_0), *history[: self.order - 1]]
+            nodes = ei.places(history, start, end)[: _order(self.order, builder, self.lower_order_final)]
+            change = ZERO
+            if len(nodes) > 1 and in_time:
+                change = ei.interpolated(nodes, ei.time_moments(builder.path, t, u, len(nodes)))
+            elif len(nodes) > 1:
+                # rho falls like e^(-lambda): the weight of a data prediction with the step turned round
+                change = u.sigma * ei.interpolated(nodes, ei.exponential_moments(-ei.width(t, u), len(nodes)))
+            builder.advance(ei.moved(p, u) + change)
+
+
+@final
+@dataclass(frozen=True)
+class LMS:
+    r"""Linear multistep method in the noise level (k-diffusion's ``sample_lms``; rhoAB-DEIS). One call a step.
+
+    :math:`d(x / \alpha) = E d\rho` with :math:`\rho = \sigma / \alpha`: Adams-Bashforth for the grid's own, varying
+    steps in :math:`\rho`, with exact integrals. The first steps have a lower order.
+
+    Args:
+        order: 1 to 4.
+    """
+
+    order: int = 4
+
+    def __post_init__(self) -> None:
+        check_int("order", self.order, low=1, high=4)
+
+    def __call__(self, builder: Builder) -> None:
+        history: list[Node] = []
+        for t, u in ei.levels(builder):
+            p, start, end = ei.predict(builder, builder.x, t), t.ratio, u.ratio
+            history = [Node(start, p.x_0), *history[: self.order - 1]]
+            nodes = ei.places(history, start, end)
+            size = u.alpha * ei.or_zero(end - start)
+            builder.advance(ei.moved(p, u) + ei.interpolated(nodes, ei.uniform_moments(size, len(nodes))))

@@ -1,0 +1,246 @@
+r"""Sampling by stochastic differential equations with the marginals of a path.
+
+For any w(t) >= 0,
+
+.. math:: dx = (v + w s)\,dt + \sqrt{2 w}\,dW
+
+has the marginals of the flow dx = v dt (Ma et al. 2024, "SiT", eq. 5; Albergo et al. 2023). For a Gaussian source the
+score is linear in the velocity of the same network call, :math:`s = -\hat x_0 / \sigma`, and so is every step here:
+x' = a x + b v + c z with numbers that are known before the solve. Against time (noising) the sign of w s turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..._checks import check_choice, check_number, value_error
+from ...paths import Path
+from ...paths.targets import conversion_coefficients
+from ..programs.builder import Builder
+from ..programs.expressions import ZERO, Expr, Number, as_number
+from .sde_coefficients import Diffusion, over_sigma, renewed, resolve
+from .step_density import _report
+
+METHODS = ("euler", "heun", "exponential")
+LAST_STEPS = ("none", "mean", "tweedie", "euler")
+
+
+class Transition(NamedTuple):
+    """A step to N(x_coefficient x + v_coefficient v, std^2), v being the velocity: float64, of the times' shape."""
+
+    x_coefficient: Tensor
+    v_coefficient: Tensor
+    std: Tensor
+
+
+class _Increment(NamedTuple):
+    """The drift times the step, p x + q v, and the variance of its noise: w at one time, over one step."""
+
+    p: Tensor
+    q: Tensor
+    variance: Tensor
+
+
+@final
+@dataclass(frozen=True)
+class SDE:
+    r"""A marginal-preserving SDE and its integrator; itself a method, so that ``method=fm.SDE(...)`` samples with it.
+
+    ============= ===== ========================================================================== ==============
+    method        calls a step                                                                       order
+    ============= ===== ========================================================================== ==============
+    euler         1     Euler-Maruyama: x + h (v + w s) + sqrt(2 w h) z                              weak 1, strong 1
+    heun          2     the drift's trapezoidal rule, with the Euler step as its predictor and one   weak 2, strong 1
+                        noise for both, of the mean variance (w + w') h
+    exponential   1     alpha' x_1 + sigma' (e^-L x_0 + sqrt(1 - e^-2L) z), L the integral of        weak 1, strong 1
+                        w / sigma^2: exact for a fixed data prediction, stable at any step;
+                        stochastic DDIM (Song et al. 2021), DDPM for "sbdm", DDIM for scale 0
+    ============= ===== ========================================================================== ==============
+
+    (Strong order 1 as the noise is additive.) Per step w is limited to sigma^2 / h in the explicit methods, where a
+    step renews all noise: more is unstable, and any w has the right marginals. So each choice is finite from t = 0 to
+    t = 1, also those whose w (SBDM) or w / sigma^2 (constant) is not. "exponential" needs no limit, but at small steps
+    its error is the largest of the three: too little variance, at first order.
+
+    The source must be Gaussian and the path without a gamma term, unless scale is 0.
+
+    Args:
+        diffusion: w(t): "constant", "sigma", "sbdm", "linear", "decreasing", "increasing-decreasing", "flow_grpo", an
+            instance of :mod:`fmkernels.solvers.methods.sde_coefficients`, or a callable of the time, a float64 tensor.
+        scale: a factor of w, >= 0. With 0 "euler" and "heun" are the ODE methods of these names, and no noise is drawn
+            (the last step being "none" or "mean").
+        last_step: "mean": without its noise; "none": like the others; "tweedie": to the data prediction; "euler": an
+            Euler step of the ODE (SiT, appendix).
+        last_step_size: length of the last step: the times before it are stretched or shrunk to make place; None leaves
+            the grid as it is.
+        method: see above.
+        log_prob: also report the log-density of each step's new state given the old one, summed over a sample's
+            elements, as (B,) tensors ``extras["log_prob"]``. 0 for a step, or token, without noise. Not for "heun",
+            whose transition is not Gaussian.
+
+    Raises:
+        TypeError, ValueError: an argument that is none of these.
+    """
+
+    diffusion: str | Diffusion | Callable[[Tensor], Tensor | float] = "sigma"
+    scale: float = 1.0
+    last_step: str = "mean"
+    last_step_size: float | None = None
+    method: str = "euler"
+    log_prob: bool = False
+
+    def __post_init__(self) -> None:
+        resolve(self.diffusion)
+        check_number("scale", self.scale, low=0.0)
+        check_choice("last_step", self.last_step, LAST_STEPS)
+        check_choice("method", self.method, METHODS)
+        if self.last_step_size is not None:
+            check_number("last_step_size", self.last_step_size, above=0.0)
+        if self.log_prob and self.method == "heun":
+            raise value_error("log_prob", "False for method 'heun', whose steps are not Gaussian", self.log_prob)
+
+    @property
+    def order(self) -> int:
+        """The weak order."""
+        return 2 if self.method == "heun" else 1
+
+    # ------------------------------------------------------------------ coefficients
+
+    def transition(self, path: Path, t: Tensor, t_next: Tensor) -> Transition:
+        """The Gaussian step of "euler" or "exponential" from times t to times t_next, in the velocity.
+
+        Args:
+            t, t_next: tensors of one shape.
+        """
+        t, t_next = t.double(), t_next.double()
+        if self.method == "exponential":
+            return self._exponential(path, t, t_next)
+        p, q, variance = self._increment(path, t, t_next, t)
+        return Transition(1.0 + p, q, variance.sqrt())
+
+    def _increment(self, path: Path, t: Tensor, u: Tensor, at: Tensor) -> _Increment:
+        """h (v + w s) of the step from t to u with w and the conversion at one of its ends."""
+        h = u - t
+        sigma_t, sigma_u = path.coefficients(t).sigma_t, path.coefficients(u).sigma_t
+        # |h| w / sigma, limited
+        strength = torch.zeros_like(h)
+        if self.scale > 0.0:
+            free = h.abs() * self.scale * over_sigma(resolve(self.diffusion), path, at, t + u - at)
+            strength = torch.where(h == 0.0, 0.0, torch.minimum(free, torch.maximum(sigma_t, sigma_u)))
+        a, b = conversion_coefficients(path, at, "velocity", "x_0")
+        return _Increment(-strength * a, h - strength * b, 2.0 * strength * path.coefficients(at).sigma_t)
+
+    def _exponential(self, path: Path, t: Tensor, u: Tensor) -> Transition:
+        lost = torch.zeros_like(t)
+        if self.scale > 0.0:
+            lost = self.scale * renewed(resolve(self.diffusion), path, t, u)
+        alpha, sigma = path.coefficients(u)[:2]
+        kept = sigma * torch.exp(-lost)
+        a_1, b_1 = conversion_coefficients(path, t, "velocity", "x_1")
+        a_0, b_0 = conversion_coefficients(path, t, "velocity", "x_0")
+        std = sigma * torch.sqrt(-torch.expm1(-2.0 * lost))
+        return Transition(alpha * a_1 + kept * a_0, alpha * b_1 + kept * b_0, std)
+
+    def times(self, grid: list[Number]) -> list[Number]:
+        """The grid with the last step of the wanted size: idempotent."""
+        size, n = self.last_step_size, len(grid) - 1
+        if size is None or self.last_step == "none" or n < 2:
+            return grid
+        first, last = np.asarray(grid[0]), np.asarray(grid[-1])
+        if not (np.abs(last - first) > size).all():
+            raise value_error("last_step_size", "less than the whole time", size)
+        before = last - np.sign(last - first) * size
+        factor = (before - first) / (np.asarray(grid[-2]) - first)
+        inner = [first + factor * (np.asarray(t) - first) for t in grid[1:-2]]
+        return [grid[0], *(t if t.ndim else float(t) for t in (*inner, before)), grid[-1]]
+
+    # ------------------------------------------------------------------ the method
+
+    def __call__(self, builder: Builder) -> None:
+        if self.scale > 0.0 and builder.path.gamma(torch.zeros(())) is not None:
+            raise value_error("path", "a path without a gamma term: its velocity does not give the score", builder.path)
+        builder.grid = self.times(builder.grid)
+        times = torch.from_numpy(np.asarray(builder.grid, dtype=np.float64))
+        take = _heun(self, builder, times) if self.method == "heun" else _gaussian(self, builder, times)
+        for step in builder.steps():
+            kind = self.last_step if builder.is_last else "none"
+            if kind in ("none", "mean"):
+                take(step.number, kind == "none")
+                continue
+            x, v = builder.x, builder.model(builder.x, step.t)
+            builder.advance(
+                builder.convert(x, v, step.t, "x_1") if kind == "tweedie" else x + (step.u - step.t) * v,
+            )
+            if self.log_prob:
+                _report(builder, x, ZERO, 0.0)
+
+
+# Takes step i, with noise or with none.
+_Take = Callable[[int, bool], None]
+
+
+def _gaussian(sde: SDE, builder: Builder, times: Tensor) -> _Take:
+    table = _numbers(*sde.transition(builder.path, times[:-1], times[1:]))
+
+    def take(i: int, noisy: bool) -> None:
+        a, b, std = table[i]
+        std = std if noisy else 0.0
+        x = builder.x
+        mean = a * x + b * builder.model(x, builder.step.t)
+        builder.advance(mean + _noise(builder, std))
+        if sde.log_prob:
+            _report(builder, builder.x, mean, std)
+
+    return take
+
+
+def _heun(sde: SDE, builder: Builder, times: Tensor) -> _Take:
+    t, u = times[:-1], times[1:]
+    first, second = (sde._increment(builder.path, t, u, at) for at in (t, u))
+    stds = first.variance.sqrt(), (0.5 * (first.variance + second.variance)).sqrt()
+    table = _numbers(first.p, first.q, second.p, second.q, *stds)
+
+    def take(i: int, noisy: bool) -> None:
+        p, q, p_u, q_u, std_t, std = table[i]
+        x, z = builder.x, builder.noise() if noisy and (np.any(std_t) or np.any(std)) else ZERO
+        builder.advance(
+            heun_step(
+                builder,
+                lambda x: p * x + q * builder.model(x, builder.step.t),
+                lambda x: p_u * x + q_u * builder.model(x, builder.step.u),
+                x,
+                std_t * z,
+                std * z,
+            )
+        )
+
+    return take
+
+
+def heun_step(
+    builder: Builder,
+    first: Callable[[Expr], Expr],
+    second: Callable[[Expr], Expr],
+    x: Expr,
+    predictor_noise: Expr,
+    noise: Expr,
+) -> Expr:
+    """x + (d + d') / 2 + noise, d the increment at x and d' that at the predictor x + d + predictor_noise."""
+    increment = first(x)
+    predictor = builder.keep(x + increment + predictor_noise)
+    return x + 0.5 * increment + 0.5 * second(predictor) + noise
+
+
+def _numbers(*columns: Tensor) -> list[tuple[Number, ...]]:
+    """For each step, its coefficients."""
+    return [tuple(as_number(column[i]) for column in columns) for i in range(columns[0].shape[0])]
+
+
+def _noise(builder: Builder, std: Number) -> Expr:
+    return std * builder.noise() if np.any(std) else ZERO

@@ -1,0 +1,238 @@
+r"""Fixed-grid samplers as programs of linear updates.
+
+Every fixed-grid sampler is :math:`x' = a x + \sum_j b_j m_j + c z` with numbers known before the solve. A method
+therefore writes its step down in expressions: linear combinations of states, network outputs and noise, whose
+coefficients are numbers (float64, one for all or one a sample or token). The builder turns an expression into one
+update where a tensor is needed, so that predictions, schedules, guidance and multistep terms never cost a launch of
+their own, and the program that comes out is a list of network calls and updates that one executor runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import is_dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...ops._operands import MAX_TENSORS
+from ...paths import Path
+from ...paths.targets import conversion_coefficients
+from .expressions import Expr, Number, as_number
+from .plans import planned, settings_key
+from .program import Compute, EndStep, Evaluate, Instruction, Operation, Program, Step, Update, Work
+
+
+class Guidance(Protocol):
+    """How network outputs make the guided velocity: see :mod:`fmkernels.guidance`."""
+
+    def velocity(self, builder: Builder, x: Expr, t: Number) -> Expr: ...
+
+
+class Method(Protocol):
+    """A fixed-grid method: writes its steps down in a builder."""
+
+    def __call__(self, builder: Builder) -> None: ...
+
+
+class Builder:
+    """What a method sees: times, the state, and the model as a function from expressions to expressions.
+
+    Args:
+        grid: times t_0, ..., t_n, each a number or an array of the leading shape.
+        path: the probability path, for conversions between predictions.
+        prediction: what the network returns, a target of :mod:`fmkernels.paths.targets`.
+        guidance: how its outputs are combined; None takes the one output.
+    """
+
+    def __init__(
+        self,
+        grid: Sequence[Number],
+        path: Path,
+        prediction: str = "velocity",
+        guidance: Guidance | None = None,
+    ) -> None:
+        self.grid, self.path, self.prediction, self.guidance = list(grid), path, prediction, guidance
+        self.memory: dict[Any, Any] = {}  # what a guidance or method keeps from step to step
+        self.step = Step(0, self.grid[0], self.grid[-1])
+        self._instructions: list[Instruction] = []
+        self._times: list[Number] = []
+        self._registers = 1
+        self._streams = 0
+        self._state = 0
+        self._steps = 0
+        self._extras: dict[str, list[int]] = {}
+        self._known: dict[Any, int] = {}
+        self._conversions: dict[Any, tuple[Number, Number]] = {}
+        self._converted: set[tuple[str, str]] = set()
+
+    # ------------------------------------------------------------------ what a method writes
+
+    @property
+    def x(self) -> Expr:
+        """The current state."""
+        return Expr({self._state: 1.0})
+
+    def steps(self) -> Iterator[Step]:
+        """The intervals of the grid in order; each must end in :meth:`advance`."""
+        for i, (t, u) in enumerate(zip(self.grid[:-1], self.grid[1:], strict=True)):
+            self.step = Step(i, t, u)
+            yield self.step
+
+    @property
+    def is_last(self) -> bool:
+        return self.step.number == len(self.grid) - 2
+
+    def advance(self, x: Expr) -> Expr:
+        """Ends the step with the state x."""
+        self._state = self.register(x)
+        self._instructions.append(EndStep(self.step.number, self._state))
+        self._steps += 1
+        return self.x
+
+    def model(self, x: Expr, t: Number) -> Expr:
+        """The (guided) velocity at the state x and time t."""
+        if self.guidance is None:
+            return self.evaluate(x, t)
+        return self.guidance.velocity(self, self.keep(x), t)
+
+    def noise(self) -> Expr:
+        """Fresh standard normal noise."""
+        self._streams += 1
+        return Expr({-self._streams: 1.0})
+
+    def convert(self, x: Expr, v: Expr, t: Number, target: str, source: str = "velocity") -> Expr:
+        """The target (x_1, x_0, score, ...) that a prediction v means at the state x and time t."""
+        if target == source:
+            return v
+        a, b = self.conversion(t, source, target)
+        return a * x + b * v
+
+    def keep(self, x: Expr) -> Expr:
+        """The expression as one state: a single update, or none where it is one already."""
+        return Expr({self.register(x): 1.0})
+
+    # ------------------------------------------------------------------ what a guidance writes
+
+    def evaluate(self, x: Expr, t: Number, branch: str = "") -> Expr:
+        """The velocity from one call of the network."""
+        return self.evaluate_all(x, t, branch, 1)[0]
+
+    def evaluate_all(self, x: Expr, t: Number, branch: str, count: int, prediction: str | None = None) -> list[Expr]:
+        """The velocities from one call that returns ``count`` outputs.
+
+        Args:
+            prediction: what they are, if not what the network returns; "velocity" leaves them as they are.
+        """
+        state = self.keep(x)
+        results = tuple(range(self._registers, self._registers + count))
+        self._registers += count
+        self._times.append(t)
+        (source,) = state.terms
+        self._instructions.append(Evaluate(branch, source, len(self._times) - 1, results))
+        source_kind = prediction or self.prediction
+        return [self.convert(state, Expr({r: 1.0}), t, "velocity", source_kind) for r in results]
+
+    def compute(self, function: Work | Operation, sources: Sequence[Expr], count: int) -> list[Expr]:
+        """Registers from a function of tensors: row reductions and what is not linear with known coefficients."""
+        registers = tuple(self.register(x) for x in sources)
+        results = tuple(range(self._registers, self._registers + count))
+        self._registers += count
+        self._instructions.append(Compute(function, registers, results))
+        return [Expr({r: 1.0}) for r in results]
+
+    def output(self, name: str, x: Expr) -> None:
+        """Keeps a register for the caller, as one more entry of result.extras[name]."""
+        self._extras.setdefault(name, []).append(self.register(x))
+
+    # ------------------------------------------------------------------ the rest
+
+    def conversion(self, t: Number, source: str, target: str) -> tuple[Number, Number]:
+        """(a, b) with target = a x_t + b prediction at time t."""
+        if isinstance(t, Tensor):
+            return conversion_coefficients(self.path, t, source, target)
+        known, key = self._conversions, (_key(t), source, target)
+        if key not in known and (source, target) not in self._converted:
+            # of all grid times at once: one by one they would take longer than all else that a method does
+            self._converted.add((source, target))
+            if not any(isinstance(time, Tensor) for time in self.grid):
+                a, b = self._conversion(np.asarray(self.grid, dtype=np.float64), source, target)
+                known.update({(_key(u), source, target): (a[i], b[i]) for i, u in enumerate(self.grid)})
+        if key not in known:
+            known[key] = self._conversion(t, source, target)
+        return known[key]
+
+    def _conversion(self, t: Number, source: str, target: str) -> tuple[Number, Number]:
+        a, b = conversion_coefficients(self.path, torch.as_tensor(t, dtype=torch.float64), source, target)
+        return as_number(a), as_number(b)
+
+    def register(self, x: Expr) -> int:
+        """The register that holds the expression, by an update unless it is there."""
+        terms = {base: c for base, c in x.terms.items() if not (isinstance(c, float) and c == 0.0)}
+        if len(terms) == 1:
+            ((base, coefficient),) = terms.items()
+            if base >= 0 and isinstance(coefficient, float) and coefficient == 1.0:
+                return base
+        if not terms:
+            terms = {self._state: 0.0}
+        if len(terms) > MAX_TENSORS:  # more than one launch takes
+            bases = sorted(terms)
+            head, tail = bases[:MAX_TENSORS], bases[MAX_TENSORS:]
+            return self.register(self.keep(Expr({b: terms[b] for b in head})) + Expr({b: terms[b] for b in tail}))
+        if all(isinstance(c, float) for c in terms.values()):
+            known = self._known.get(key := tuple(sorted(terms.items())))
+            if known is not None:
+                return known
+        else:
+            key = None
+        # the state first: it decides dtype and layout, and an update may be nothing but noise
+        bases = sorted(terms, key=lambda base: (base < 0, base))
+        if bases[0] < 0:
+            bases.insert(0, self._state)
+            terms[self._state] = 0.0
+        result = self._registers
+        self._registers += 1
+        # floats of numpy's are floats to Python but not to torch.compile
+        coefficients = (float(c) if isinstance(c := terms[base], float) else c for base in bases)
+        self._instructions.append(Update(result, tuple(bases), tuple(coefficients)))
+        if key is not None:
+            self._known[key] = result
+        return result
+
+    def plan(self, method: Method) -> Program:
+        """The program of a method on this builder's grid: the same object for equal settings."""
+        return planned(self._key(method), lambda: self._written(method))
+
+    def _written(self, method: Method) -> Program:
+        method(self)
+        return self.program()
+
+    def _key(self, method: Method) -> Any:
+        if not is_dataclass(method) or not all(type(t) is float for t in self.grid):
+            return None
+        return (type(self), method, *self._settings(), *self.grid)
+
+    def _settings(self) -> tuple[Any, ...]:
+        """What the program depends on beside the method and the grid."""
+        return settings_key(self.path, self.prediction, self.guidance)
+
+    def program(self) -> Program:
+        """The program of what was written."""
+        if self._steps != max(len(self.grid) - 1, 0):
+            raise AssertionError(f"a method must end each of its {len(self.grid) - 1} steps, ended {self._steps}")
+        return Program(
+            tuple(self._instructions),
+            tuple(self._times),
+            self._registers,
+            self._steps,
+            self._state,
+            self._streams,
+            tuple((name, tuple(registers)) for name, registers in self._extras.items()),
+            tuple(self.grid),
+        )
+
+
+def _key(t: Number) -> float | bytes:
+    return t if isinstance(t, float) else t.tobytes()

@@ -1,0 +1,79 @@
+r"""Linear combinations of states, network outputs and noise: what a method writes down instead of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ..._checks import value_error
+
+# A number for all samples, an array whose shape is a leading part of the state's, or a 0-dim float64 tensor where the
+# gradient with respect to times is wanted.
+Number = Any  # float | np.ndarray | Tensor
+
+
+class Expr:
+    """A linear combination of bases: states, network outputs and noises, by their register."""
+
+    __slots__ = ("terms",)
+
+    def __init__(self, terms: dict[int, Number]) -> None:
+        self.terms = terms
+
+    def __add__(self, other: Expr) -> Expr:
+        terms = dict(self.terms)
+        for base, coefficient in other.terms.items():
+            terms[base] = _sum(terms[base], coefficient) if base in terms else coefficient
+        return Expr(terms)
+
+    def __sub__(self, other: Expr) -> Expr:
+        return self + other * -1.0
+
+    def __mul__(self, number: Number) -> Expr:
+        return Expr({base: coefficient * number for base, coefficient in self.terms.items()})
+
+    __rmul__ = __mul__
+    # numpy must not take `array * expr` apart
+    __array_ufunc__ = None
+
+    def __truediv__(self, number: Number) -> Expr:
+        return self * (1.0 / number)
+
+    def __neg__(self) -> Expr:
+        return self * -1.0
+
+
+def _sum(a: Number, b: Number) -> Number:
+    """a + b, and 0 where only their rounding is left: such a term would cost a read of its tensor."""
+    total = a + b
+    return 0.0 if isinstance(total, float) and abs(total) < 1e-14 * abs(a) else total
+
+
+ZERO = Expr({})
+
+
+def as_number(value: Tensor) -> Number:
+    """A coefficient on the host: a float where it is one number."""
+    return float(value) if value.dim() == 0 else value.double().cpu().numpy()
+
+
+def as_grid(grid: Tensor | np.ndarray | Sequence[float]) -> list[Number]:
+    """Times as numbers: finite, strictly monotone along dimension 0.
+
+    Raises:
+        ValueError: the times are not that.
+    """
+    if isinstance(grid, Tensor):
+        grid = grid.detach().double().cpu().numpy()
+    times = np.asarray(grid, dtype=np.float64)
+    if times.ndim == 0 or times.shape[0] == 0:
+        raise value_error("time_grid", "at least one time along dimension 0", grid)
+    if not np.isfinite(times).all():
+        raise value_error("time_grid", "finite times", grid)
+    steps = np.diff(times, axis=0)
+    if not ((steps > 0).all() or (steps < 0).all()):
+        raise value_error("time_grid", "strictly monotone times", grid)
+    return [float(t) for t in times] if times.ndim == 1 else list(times)

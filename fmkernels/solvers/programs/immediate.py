@@ -1,0 +1,60 @@
+"""Expressions evaluated at once, where times are tensors that only the device knows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import final
+
+from torch import Tensor
+
+from ...ops.combine.op import combine
+from ...paths import Path
+from .builder import Builder
+from .expressions import Expr, Number
+from .program import Operation, Work, perform
+from .run import Call
+
+
+@final
+class Immediate(Builder):
+    """A builder that does at once what it is told, at times that are tensors on the device; it has no steps.
+
+    Registers are tensors; 0 is the state.
+    """
+
+    def __init__(self, calls: Mapping[str, Call], x: Tensor, t: Tensor, path: Path, prediction: str) -> None:
+        super().__init__([t, t], path, prediction)
+        self._calls, self._tensors = calls, [x]
+
+    def register(self, x: Expr) -> int:
+        terms = {base: c for base, c in x.terms.items() if not (isinstance(c, float) and c == 0.0)} or {0: 0.0}
+        if len(terms) == 1:
+            ((base, coefficient),) = terms.items()
+            if isinstance(coefficient, float) and coefficient == 1.0:
+                return base
+        return self._append(combine([self._tensors[base] for base in terms], list(terms.values())))
+
+    def _append(self, tensor: Tensor) -> int:
+        self._tensors.append(tensor)
+        return len(self._tensors) - 1
+
+    def tensor(self, x: Expr) -> Tensor:
+        return self._tensors[self.register(x)]
+
+    def evaluate_all(self, x: Expr, t: Number, branch: str, count: int, prediction: str | None = None) -> list[Expr]:
+        state = self.keep(x)
+        output = self._calls[branch](self.tensor(state), t)
+        outputs = output if isinstance(output, (tuple, list)) else (output,)
+        return [
+            self.convert(state, Expr({self._append(v): 1.0}), t, "velocity", prediction or self.prediction)
+            for v in outputs
+        ]
+
+    def compute(self, function: Work | Operation, sources: Sequence[Expr], count: int) -> list[Expr]:
+        return [Expr({self._append(v): 1.0}) for v in perform(function, [self.tensor(x) for x in sources])]
+
+    def conversion(self, t: Number, source: str, target: str) -> tuple[Number, Number]:
+        key = (id(t), source, target)
+        if key not in self._conversions:
+            self._conversions[key] = super().conversion(t, source, target)
+        return self._conversions[key]

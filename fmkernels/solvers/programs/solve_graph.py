@@ -1,0 +1,108 @@
+"""Whole fixed-grid solves, the network included, as CUDA graphs: captured once, replayed with new data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...random import draw_seed
+from .captures import Captures, StaticArguments, capture, held, signature
+from .program import Program, Update
+from .run import Buffers, Call, Run
+from .tables import table_of, time_table
+
+
+def structure(program: Program) -> tuple:
+    """What a captured graph has fixed: everything of a program but its numbers."""
+    if "structure" not in program.cache:
+        program.cache["structure"] = tuple(
+            (i.result, i.sources, tuple(getattr(c, "shape", ()) for c in i.coefficients))
+            if isinstance(i, Update)
+            else i
+            for i in program.instructions
+        )
+    return program.cache["structure"]
+
+
+class Wanted(NamedTuple):
+    """What a captured solve takes from its solver: the model, its owner, its network calls, how it is captured."""
+
+    model: Any
+    calls: Callable[[dict[str, Any]], dict[str, Call]]
+    guidance: Any
+    time_dtype: torch.dtype
+    time_shape: str
+    mode: bool | Literal["auto"]
+
+
+class CapturedSolve:
+    """One captured solve and the tensors that it reads."""
+
+    def __init__(
+        self,
+        wanted: Wanted,
+        program: Program,
+        x: Tensor,
+        generator: torch.Generator | None,
+        row_offset: int,
+        model_kwargs: dict[str, Any],
+    ) -> None:
+        self.x, self.program, self.kwargs = x.clone(), program, StaticArguments(model_kwargs)
+        table, views_of = table_of(program, x)
+        self.coefficients = table.clone()
+        self.times = time_table(program, x, wanted.time_dtype, wanted.time_shape).clone()
+        views, times = views_of(self.coefficients), self.times.unbind(0)
+        self.guidance, self.generator = wanted.guidance, generator  # what the graph points to must stay
+        buffers = Buffers()
+
+        def body() -> Tensor:
+            seed = draw_seed(x.device, generator) if program.streams else None
+            calls = wanted.calls(self.kwargs.values)
+            run = Run(program, calls, self.x, times, views, seed=seed, row_offset=row_offset, buffers=buffers)
+            run.all()
+            return run.result
+
+        self.replay, self.result = capture(body, generator)
+
+    def run(self, wanted: Wanted, program: Program, x: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
+        self.x.copy_(x)
+        self.kwargs.load(model_kwargs)
+        if program is not self.program:  # the same work with other numbers
+            self.program = program
+            self.coefficients.copy_(table_of(program, x)[0])
+            self.times.copy_(time_table(program, x, wanted.time_dtype, wanted.time_shape))
+        self.replay()
+        return self.result.clone()
+
+
+_SOLVES: Captures[CapturedSolve] = Captures()
+
+
+def replayed(
+    wanted: Wanted,
+    program: Program,
+    x: Tensor,
+    generator: torch.Generator | None,
+    row_offset: int,
+    model_kwargs: dict[str, Any],
+) -> tuple[Tensor | None, str]:
+    """(samples, how), or (None, why it must run eagerly)."""
+    key = (
+        structure(program),
+        (x.shape, x.dtype, x.device, x.stride()),
+        signature(model_kwargs),
+        held(wanted.guidance),
+        id(generator),
+        row_offset,
+        (wanted.time_shape, wanted.time_dtype),
+    )
+    captured, how = _SOLVES.obtain(
+        wanted.model,
+        key,
+        wanted.mode,
+        lambda: CapturedSolve(wanted, program, x, generator, row_offset, model_kwargs),
+    )
+    return (None if captured is None else captured.run(wanted, program, x, model_kwargs)), how

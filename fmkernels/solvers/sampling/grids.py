@@ -1,0 +1,143 @@
+r"""Time grids for sampling, from noise (t = 0) to data (t = 1).
+
+A schedule is a function of the number of steps n to n + 1 increasing float64 times from 0 to 1, or to its own ends.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..._checks import check_choice, check_int, check_number, type_error
+from ...times import Shift
+from ..programs.expressions import Number, as_grid
+
+Schedule = Callable[[int], np.ndarray]
+
+
+@final
+@dataclass(frozen=True)
+class Uniform:
+    """t_i = i / n."""
+
+    def __call__(self, steps: int) -> np.ndarray:
+        return np.linspace(0.0, 1.0, steps + 1)
+
+
+@final
+@dataclass(frozen=True)
+class Power:
+    """t_i = (i / n)^power: power > 1 puts steps near noise, power < 1 near data.
+
+    Args:
+        power: > 0.
+    """
+
+    power: float = 2.0
+
+    def __post_init__(self) -> None:
+        check_number("power", self.power, above=0.0)
+
+    def __call__(self, steps: int) -> np.ndarray:
+        return np.linspace(0.0, 1.0, steps + 1) ** self.power
+
+
+@final
+@dataclass(frozen=True)
+class Cosine:
+    """t_i = sin^2(pi i / (2 n)): fine steps at both ends."""
+
+    def __call__(self, steps: int) -> np.ndarray:
+        times = np.sin(0.5 * math.pi * np.linspace(0.0, 1.0, steps + 1)) ** 2
+        times[-1] = 1.0
+        return times
+
+
+@final
+@dataclass(frozen=True)
+class Log:
+    """Noise levels sigma = 1 - t spaced evenly in log sigma down to ``sigma_min``, then 0: fine steps near data.
+
+    Args:
+        sigma_min: 0 < sigma_min < 1, the last noise level before 0.
+    """
+
+    sigma_min: float = 0.002
+
+    def __post_init__(self) -> None:
+        check_number("sigma_min", self.sigma_min, above=0.0, high=1.0 - 1e-9)
+
+    def __call__(self, steps: int) -> np.ndarray:
+        if steps == 0:
+            return np.zeros(1)
+        sigma = self.sigma_min ** np.linspace(0.0, 1.0, steps)
+        return 1.0 - np.append(sigma, 0.0) if steps > 1 else np.array([0.0, 1.0])
+
+
+@final
+@dataclass(frozen=True)
+class Karras:
+    r"""Variance-exploding noise levels evenly spaced in their root (Karras et al. 2022, eq. 5).
+
+    :math:`s_i = (s_{max}^{1/\rho} + \frac{i}{n-1} (s_{min}^{1/\rho} - s_{max}^{1/\rho}))^\rho`, met at t = 1 / (1 + s)
+    (s is sigma / alpha on the optimal-transport path). The first is moved to t = 0, and t = 1 follows the last.
+
+    Args:
+        sigma_min, sigma_max: 0 < sigma_min < sigma_max.
+        rho: > 0; larger puts more steps near data.
+    """
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+
+    def __post_init__(self) -> None:
+        check_number("sigma_min", self.sigma_min, above=0.0)
+        check_number("sigma_max", self.sigma_max, above=self.sigma_min)
+        check_number("rho", self.rho, above=0.0)
+
+    def __call__(self, steps: int) -> np.ndarray:
+        if steps < 2:
+            return np.linspace(0.0, 1.0, steps + 1)
+        low, high = self.sigma_min ** (1.0 / self.rho), self.sigma_max ** (1.0 / self.rho)
+        # the first interval begins at pure noise: its level sigma_max is moved to t = 0
+        s = (high + np.linspace(0.0, 1.0, steps) * (low - high)) ** self.rho
+        times = np.append(1.0 / (1.0 + s), 1.0)
+        times[0] = 0.0
+        return times
+
+
+SCHEDULES: dict[str, Schedule] = {
+    "uniform": Uniform(),
+    "power": Power(),
+    "cosine": Cosine(),
+    "log": Log(),
+    "karras": Karras(),
+}
+
+
+def times_of(schedule: str | Shift | Schedule, steps: int) -> np.ndarray:
+    """n + 1 times of a schedule by name, a resolution shift of even steps, or any function of n."""
+    check_int("steps", steps, low=0)
+    if isinstance(schedule, str):
+        check_choice("schedule", schedule, SCHEDULES)
+        schedule = SCHEDULES[schedule]
+    if isinstance(schedule, Shift):
+        return schedule(torch.linspace(0.0, 1.0, steps + 1, dtype=torch.float64)).numpy()
+    if not callable(schedule):
+        raise type_error("schedule", "a name, an fm.times.Shift or a function of the number of steps", schedule)
+    times = schedule(steps)
+    return times if isinstance(times, np.ndarray) else np.asarray(torch.as_tensor(times).double())
+
+
+def make_grid(
+    steps: int, schedule: str | Shift | Schedule, time_grid: Tensor | np.ndarray | Sequence[float] | None
+) -> list[Number]:
+    """The times of a solve: given, or of a schedule."""
+    return as_grid(times_of(schedule, steps) if time_grid is None else time_grid)

@@ -1,0 +1,32 @@
+"""What a solve returns beside its samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from torch import Tensor
+
+
+@final
+@dataclass(frozen=True)
+class SampleResult:
+    """What a solve tells besides its samples.
+
+    Args:
+        nfe: network evaluations a sample, the branches of guidance counted each; of an adaptive solve the calls made.
+        steps: steps taken: an int, or of an adaptive solve an int tensor (B,) of accepted and rejected ones.
+        status: int tensor (B,) of :class:`fmkernels.Status`; None for a fixed grid, which cannot fail.
+        times: the times of ``trajectory``, or of the grid.
+        trajectory: (T, B, ...) states, if asked for.
+        log_prob: (steps, B) log-probability of each step of an SDE, if asked for.
+        graph: how the solve ran: "eager", "captured", "replayed", or "eager: " and why no graph was used.
+    """
+
+    nfe: int
+    steps: int | Tensor
+    status: Tensor | None = None
+    times: Tensor | None = None
+    trajectory: Tensor | None = None
+    log_prob: Tensor | None = None
+    graph: str = "eager"
