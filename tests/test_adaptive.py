@@ -12,9 +12,10 @@ from adaptive_problems import IMPLS, Prothero, columns, solve
 from torch import Tensor
 
 import fmkernels as fm
+from fmkernels.ops.step_control.op import Status
 from fmkernels.solvers.adaptive.controllers import Controller, IController, PIController, PIDController
 from fmkernels.solvers.adaptive.options import AdaptiveOptions
-from fmkernels.solvers.adaptive.solve import AdaptiveStep, Status
+from fmkernels.solvers.adaptive.stepper import AdaptiveStep
 from fmkernels.solvers.methods.tableaus import TABLEAUS, Tableau
 
 ADAPTIVE = [tableau for tableau in TABLEAUS.values() if tableau.error is not None]

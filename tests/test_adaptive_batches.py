@@ -12,8 +12,9 @@ from adaptive_problems import DOPRI5, IMPLS, Prothero, columns, solve
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fmkernels.ops.step_control.op import Status
 from fmkernels.solvers.adaptive.options import AdaptiveOptions
-from fmkernels.solvers.adaptive.solve import AdaptiveStep, Status
+from fmkernels.solvers.adaptive.stepper import AdaptiveStep
 
 
 @pytest.fixture(params=IMPLS)

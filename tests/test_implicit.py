@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 import fmkernels as fm
-from fmkernels.solvers.implicit.newton import IMPLICIT, solve_implicit
+from fmkernels.solvers.implicit.newton import solve_implicit
 from fmkernels.solvers.implicit.system import MAX_SIZE
 from fmkernels.solvers.methods import registry as methods
-from fmkernels.solvers.methods.implicit_tableaus import IMPLICIT_TABLEAUS, ImplicitTableau
+from fmkernels.solvers.methods.implicit_tableaus import IMPLICIT, IMPLICIT_TABLEAUS, ImplicitTableau
 
 TABLEAUS = list(IMPLICIT_TABLEAUS.values())
 PAIRS = [tableau.name for tableau in TABLEAUS if tableau.error is not None]

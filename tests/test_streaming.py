@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 import fmkernels as fm
+from fmkernels.ops.step_control.op import Status
 from fmkernels.solvers.adaptive.options import AdaptiveOptions
-from fmkernels.solvers.adaptive.solve import Status, solve_adaptive
+from fmkernels.solvers.adaptive.solve import solve_adaptive
 from fmkernels.solvers.methods.tableaus import TABLEAUS
 from fmkernels.solvers.sampling.streaming import StreamResult, sample_stream, stream
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..._checks import check_number, value_error
 from ...ops.combine.op import combine
-from ..adaptive import Status
+from ...ops.step_control.op import Status
 from ..adaptive.solve import solve_adaptive
 from ..methods import registry as methods
 from ..methods.tableaus import Tableau

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from ..._checks import check_number, type_error, value_error
+from ...ops.step_control.op import Status
 from ...paths import CondOT
-from ..adaptive import AdaptiveStep, Status
 from ..adaptive.options import AdaptiveOptions
 from ..adaptive.solve import solve_adaptive
+from ..adaptive.stepper import AdaptiveStep
 from ..methods import registry as methods
+from ..methods.implicit_tableaus import IMPLICIT
 from ..methods.runge_kutta import RungeKutta
 from ..methods.tableaus import Tableau
 from ..programs.builder import Builder, Method
@@ -109,7 +111,7 @@ def solve_event(
     tableau = methods.adaptive_tableau(method) if isinstance(method, str) else None
     if tableau is not None:
         event_t, ys = _adaptive(packed, t, crossing, tableau, rtol, atol, options, tolerance)
-    elif isinstance(method, str) and method in methods.IMPLICIT:
+    elif isinstance(method, str) and method in IMPLICIT:
         raise value_error("method", "an explicit method with event_fn", method)
     else:
         event_t, ys = _fixed(packed, t, crossing, named_method(method, options), options, tolerance)

@@ -37,8 +37,8 @@ def odeint(
         method: adaptive: "dopri5" (default), "tsit5", "dopri8", "bosh3", "fehlberg", "fehlberg2", "adaptive_heun" (or
             "heun_euler"); fixed grid: any of :func:`fmkernels.sample`'s. As in torchdiffeq "rk4" is the 3/8 rule here,
             and "explicit_adams", "implicit_adams" are of order 4. Implicit, for stiff fields of small states
-            (:func:`fmkernels.solvers.implicit.newton.solve_implicit`): "implicit_euler", "implicit_midpoint", "trapezoid",
-            "sdirk2", "sdirk3"; with step control "trbdf2", "kvaerno3", "kencarp4".
+            (:func:`fmkernels.solvers.implicit.newton.solve_implicit`): "implicit_euler", "implicit_midpoint",
+            "trapezoid", "sdirk2", "sdirk3"; with step control "trbdf2", "kvaerno3", "kencarp4".
         options: adaptive: first_step, min_step, max_step, max_num_steps, safety, ifactor, dfactor, norm, step_t,
             jump_t as in torchdiffeq; controller, an object of :mod:`fmkernels.solvers.adaptive.controllers`;
             per_sample=True controls the step of each index of dimension 0 by itself, func's t being (B,). Fixed:

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from ..._checks import check_number, check_output, value_error
+from ...ops.step_control.op import Status
 from ...paths import CondOT
-from ..adaptive import AdaptiveStep, Status
 from ..adaptive.solve import AdaptiveResult, solve_adaptive
+from ..adaptive.stepper import AdaptiveStep
 from ..methods import registry as methods
+from ..methods.implicit_tableaus import IMPLICIT
 from ..methods.reversible import Scheme, coupling_of, solve_reversible, tableau_of
 from ..methods.tableaus import Tableau
 from ..programs.builder import Builder, Method
@@ -44,7 +46,7 @@ def solve(packed: Packed, t: Tensor, rtol: Any, atol: Any, method: Any, options:
     if tableau is not None:
         check_options(packed, method, options, adaptive=True)
         return _adaptive(packed, t, tableau, rtol, atol, options)
-    if isinstance(method, str) and method in methods.IMPLICIT:
+    if isinstance(method, str) and method in IMPLICIT:
         from ..implicit.newton import option_names, solve_implicit
 
         _warn_unknown(method, options, option_names(method, options))
