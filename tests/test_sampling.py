@@ -15,7 +15,7 @@ from fmkernels.solvers.methods import registry as methods
 from fmkernels.solvers.methods.adams import AdamsBashforth, AdamsMoulton
 from fmkernels.solvers.methods.runge_kutta import RungeKutta
 from fmkernels.solvers.methods.tableaus import TABLEAUS
-from fmkernels.solvers.programs import captures as graph
+from fmkernels.solvers.programs import solve_graph as graph
 from fmkernels.solvers.programs.program import Update
 from fmkernels.solvers.programs.run import Buffers
 from fmkernels.solvers.sampling import grids
