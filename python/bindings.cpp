@@ -12,6 +12,7 @@
 #include "common/build_info.h"
 #include "common/isa.h"
 #include "common/pool.h"
+#include "common/workspace.h"
 #include "plain_call.h"
 #include "random/random.h"
 #include "regression_loss/regression_loss.h"

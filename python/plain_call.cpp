@@ -261,7 +261,7 @@ bool combine_into_buffer(uintptr_t out, int dtype, py::tuple shape, py::handle o
   a.samples = 1;
   if (fm::combine_cpu(a) != fm::Status::ok) return false;
   if (copy != 0)
-    std::memcpy(reinterpret_cast<void*>(copy), a.out, static_cast<size_t>(data.elements) * fm::size_of(data.dtype));
+    std::memcpy(reinterpret_cast<void*>(copy), a.out, static_cast<size_t>(data.elements * fm::bytes_of(data.dtype)));
   return true;
 }
 

@@ -76,7 +76,7 @@ class StepPlan {
     dtype_ = static_cast<fm::Dtype>(d["dtype"].cast<int>());
     rows_ = d["rows"].cast<int64_t>();
     inner_ = d["inner"].cast<int64_t>();
-    bytes_ = rows_ * inner_ * static_cast<int64_t>(fm::size_of(dtype_));
+    bytes_ = rows_ * inner_ * fm::bytes_of(dtype_);
     steal_ = d["steal"].cast<bool>();
     states_[0] = static_cast<char*>(pointer(d["y"]));
     states_[1] = static_cast<char*>(pointer(d["y1"]));

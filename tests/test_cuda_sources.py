@@ -17,7 +17,7 @@ from typing import NamedTuple
 import pytest
 
 SOURCES = Path(__file__).parents[1] / "csrc"
-FILES = tuple(f"{op}/{op}_cuda.cu" for op in ("combine", "random", "regression_loss", "row_dots", "step_control"))
+FILES = tuple(sorted(str(p.relative_to(SOURCES)) for p in SOURCES.glob("*/*_cuda.cu")))
 ARCHITECTURES = os.environ.get("FMKERNELS_TEST_CUDA_ARCHITECTURES", "90").split(",")
 
 NVCC = shutil.which("nvcc")

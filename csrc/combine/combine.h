@@ -22,12 +22,8 @@ struct CombineArguments {
   double atol, rtol;
   void* norm;       // [samples] float, or double for f64 data; null for no norm
   int64_t samples;  // rows is a multiple of it where norm is given
-  void* workspace;  // workspace_elements(rows * inner, samples) doubles where norm is given
+  void* workspace;  // workspace_elements_cuda(rows * inner, samples) doubles where norm is given
 };
-
-// How many doubles of workspace a reduction over `elements` elements in `groups` equal groups needs on a GPU. The CPU
-// kernels need none.
-int64_t workspace_elements_cuda(int64_t elements, int64_t groups);
 
 Status combine_cpu(const CombineArguments& arguments);
 Status combine_cuda(const CombineArguments& arguments, void* stream);

@@ -3,6 +3,7 @@
 #include "../common/cpu_tile.h"
 #include "../common/isa.h"
 #include "combine.h"
+#include "error_ratio.h"
 
 namespace fm {
 namespace FM_ISA {
@@ -18,7 +19,7 @@ bool leaves_unchanged(const CombineArguments& a, int64_t i, int64_t n) {
   return true;
 }
 
-// The sum over a tile of (e / (atol + rtol max(|k_0|, |y|)))^2.
+// The norm's sum over a tile.
 template <typename T>
 double norm_tile(const CombineArguments& a, int64_t i, int64_t n, const T* y) {
   alignas(64) T first_buffer[noise_buffer], error_buffer[noise_buffer];
@@ -31,13 +32,7 @@ double norm_tile(const CombineArguments& a, int64_t i, int64_t n, const T* y) {
   const T atol = static_cast<T>(a.atol), rtol = static_cast<T>(a.rtol);
   T sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < n; ++j) {
-    const T k = std::fabs(first[j]), magnitude = std::fabs(y[j]);
-    // written so that a NaN in either is kept
-    const T larger = k > magnitude || k != k ? k : magnitude;
-    const T ratio = e[j] / (atol + rtol * larger);
-    sum += ratio * ratio;
-  }
+  for (int64_t j = 0; j < n; ++j) sum += error_square(e[j], first[j], y[j], atol, rtol);
   return sum;
 }
 
@@ -94,3 +89,5 @@ Status combine(const CombineArguments& a) {
 
 }  // namespace FM_ISA
 }  // namespace fm
+
+FM_ENTRY_POINTS(combine, fm::CombineArguments)

@@ -1,6 +1,6 @@
-#include "../common/combine_body.cuh"
 #include "../common/reduce.cuh"
 #include "combine.h"
+#include "combine_body.cuh"
 
 namespace fm {
 namespace {
@@ -65,12 +65,6 @@ struct Launch {
 };
 
 }  // namespace
-
-int64_t workspace_elements_cuda(int64_t elements, int64_t groups) {
-  if (elements <= 0 || groups <= 0) return 0;
-  const Partition partition = make_partition(elements, groups);
-  return partition.parts == 1 ? 0 : partition.blocks;
-}
 
 Status combine_cuda(const CombineArguments& a, void* stream) {
   if (a.count < 1 || a.count > max_operands) return Status::bad_argument;

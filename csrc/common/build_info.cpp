@@ -7,12 +7,6 @@
 #endif
 #if defined(FM_HAS_CUDA)
 #include <cuda_runtime_api.h>
-#else
-#include "../combine/combine.h"
-#include "../random/random.h"
-#include "../regression_loss/regression_loss.h"
-#include "../row_dots/row_dots.h"
-#include "../step_control/step_control.h"
 #endif
 
 namespace fm {
@@ -53,16 +47,5 @@ std::string cuda_error_text(int code) {
   return "CUDA error " + std::to_string(code);
 #endif
 }
-
-#if !defined(FM_HAS_CUDA)
-Status combine_cuda(const CombineArguments&, void*) { return Status::no_cuda; }
-Status regression_loss_cuda(const RegressionLossArguments&, void*) { return Status::no_cuda; }
-Status random_cuda(const RandomArguments&, void*) { return Status::no_cuda; }
-Status row_dots_cuda(const RowDotsArguments&, void*) { return Status::no_cuda; }
-Status step_control_cuda(const StepControlArguments&, void*) { return Status::no_cuda; }
-Status step_trial_cuda(const StepControlArguments&, void*) { return Status::no_cuda; }
-Status step_rows_cuda(const StepRowsArguments&, void*) { return Status::no_cuda; }
-int64_t workspace_elements_cuda(int64_t, int64_t) { return 0; }
-#endif
 
 }  // namespace fm

@@ -139,7 +139,7 @@ struct Output {
   Output(void* data_, Dtype dtype_, int64_t elements)
       : data(static_cast<char*>(data_)),
         dtype(dtype_),
-        size(static_cast<int64_t>(size_of(dtype_))),
+        size(bytes_of(dtype_)),
         streaming(elements * size >= streaming_bytes) {}
 
   // True where values of type T may be written in place, without a buffer.

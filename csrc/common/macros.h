@@ -1,5 +1,4 @@
-// Marks shared by the host compilers and nvcc: every formula in csrc/common is written once and compiled for
-// both.
+// Marks shared by the host compilers and nvcc: every formula is written once and compiled for both.
 #pragma once
 
 #if defined(__CUDACC__)

@@ -25,8 +25,6 @@
 
 namespace fm {
 
-FM_HOST_DEVICE constexpr int bytes_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
-
 // 16 bytes, but four elements at least: a Philox block makes four.
 FM_HOST_DEVICE constexpr int vector_length(Dtype dtype) { return bytes_of(dtype) == 2 ? 8 : 4; }
 

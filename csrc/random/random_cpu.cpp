@@ -67,3 +67,5 @@ Status random(const RandomArguments& a) {
 
 }  // namespace FM_ISA
 }  // namespace fm
+
+FM_ENTRY_POINTS(random, fm::RandomArguments)

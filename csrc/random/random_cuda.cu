@@ -1,6 +1,6 @@
-#include "../common/random_body.cuh"
 #include "../common/reduce.cuh"
 #include "random.h"
+#include "random_body.cuh"
 
 namespace fm {
 namespace {

@@ -8,8 +8,8 @@
 #include <cstdint>
 
 #include "../common/operand.h"
-#include "../common/penalty.h"
 #include "../common/status.h"
+#include "penalty.h"
 
 namespace fm {
 
@@ -32,7 +32,7 @@ struct RegressionLossArguments {
   double delta;
   void* loss;       // [groups], float; double where pred_dtype or dtype is f64
   int64_t groups;   // 1, or the samples of a per-sample loss; rows is a multiple of it
-  void* workspace;  // workspace_elements(rows * inner, groups) doubles
+  void* workspace;  // workspace_elements_cuda(rows * inner, groups) doubles
 };
 
 Status regression_loss_cpu(const RegressionLossArguments& arguments);

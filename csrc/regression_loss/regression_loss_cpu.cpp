@@ -177,3 +177,5 @@ Status regression_loss(const RegressionLossArguments& a) {
 
 }  // namespace FM_ISA
 }  // namespace fm
+
+FM_ENTRY_POINTS(regression_loss, fm::RegressionLossArguments)

@@ -1,6 +1,6 @@
-#include "../common/loss_body.cuh"
 #include "../common/reduce.cuh"
 #include "regression_loss.h"
+#include "regression_loss_body.cuh"
 
 namespace fm {
 namespace {

@@ -23,7 +23,7 @@ struct RowDotsArguments {
   int pairs;  // 1 .. max_dot_pairs
   int first[max_dot_pairs], second[max_dot_pairs];
   void* out;        // [rows][pairs] float, or double for f64 data
-  void* workspace;  // pairs * workspace_elements(rows * inner, rows) doubles
+  void* workspace;  // pairs * workspace_elements_cuda(rows * inner, rows) doubles
 };
 
 FM_HOST_DEVICE bool valid(const RowDotsArguments& a) {

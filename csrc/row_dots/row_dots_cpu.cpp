@@ -153,3 +153,5 @@ Status row_dots(const RowDotsArguments& a) {
 
 }  // namespace FM_ISA
 }  // namespace fm
+
+FM_ENTRY_POINTS(row_dots, fm::RowDotsArguments)

@@ -1,6 +1,6 @@
 #include "../common/reduce.cuh"
-#include "../common/row_dots_body.cuh"
 #include "row_dots.h"
+#include "row_dots_body.cuh"
 
 namespace fm {
 namespace {

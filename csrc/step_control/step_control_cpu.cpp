@@ -1,7 +1,8 @@
 #include <cstring>
 
 #include "../combine/combine.h"
-#include "../common/step_control_body.h"
+#include "../common/isa.h"
+#include "step_control_body.h"
 
 namespace fm {
 namespace {
@@ -12,7 +13,7 @@ constexpr int64_t parallel_bytes = int64_t{1} << 19;  // below this, waking the 
 // Rows from `source` (where not null) to `target`, those with accept == wanted.
 void copy_rows(const StepRowsArguments& a, bool wanted, const void* source, void* target) {
   const int32_t* accept = a.count + at_accept * a.rows;
-  const int64_t row_bytes = a.inner * static_cast<int64_t>(size_of(a.dtype));
+  const int64_t row_bytes = a.inner * bytes_of(a.dtype);
   const int64_t parts = (row_bytes + copy_bytes - 1) / copy_bytes;
 #pragma omp parallel for schedule(static) if (a.rows * row_bytes > parallel_bytes)
   for (int64_t i = 0; i < a.rows * parts; ++i) {
@@ -27,7 +28,7 @@ void copy_rows(const StepRowsArguments& a, bool wanted, const void* source, void
 // The state of a row at time number j, as one linear combination.
 Status output(const StepRowsArguments& a, int64_t row, int32_t j) {
   const double* clock = a.clock + row;
-  const int64_t size = static_cast<int64_t>(size_of(a.dtype)), at = row * a.inner * size;
+  const int64_t size = bytes_of(a.dtype), at = row * a.inner * size;
   const int64_t place = a.ids == nullptr ? row : a.ids[row];
   char* out = static_cast<char*>(a.out) + (j * a.out_stride + place * a.inner) * size;
   const double time = a.wanted.times[row * a.wanted.stride + j];
@@ -86,3 +87,7 @@ Status step_rows_cpu(const StepRowsArguments& a) {
 }
 
 }  // namespace fm
+
+FM_NO_CUDA_ENTRY(step_control_cuda, fm::StepControlArguments)
+FM_NO_CUDA_ENTRY(step_trial_cuda, fm::StepControlArguments)
+FM_NO_CUDA_ENTRY(step_rows_cuda, fm::StepRowsArguments)

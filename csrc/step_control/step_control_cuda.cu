@@ -1,6 +1,6 @@
 #include "../common/reduce.cuh"
-#include "../common/step_rows_body.cuh"
 #include "step_control.h"
+#include "step_rows_body.cuh"
 
 namespace fm {
 namespace {

@@ -7,11 +7,16 @@
 #include <limits>
 #include <vector>
 
+#include "combine/combine.h"
 #include "common/float16.h"
 #include "common/isa.h"
 #include "common/normal.h"
-#include "common/penalty.h"
 #include "common/philox.h"
+#include "regression_loss/penalty.h"
+
+namespace fm {
+FM_DECLARE_VARIANTS(combine, CombineArguments)
+}
 
 namespace {
 
@@ -176,10 +181,11 @@ int main() {
   test_penalty<fm::Penalty::l1>("l1");
   using Run = fm::Status (*)(const fm::CombineArguments&);
   test_variant<Run>(fm::baseline::combine, fm::baseline::combine, "baseline");
-#if defined(FM_HAS_X86_VARIANTS)
-  if (std::strcmp(fm::isa_name(), "baseline") != 0) test_variant<Run>(fm::avx2::combine, fm::baseline::combine, "avx2");
-  if (std::strcmp(fm::isa_name(), "avx512") == 0)
-    test_variant<Run>(fm::avx512::combine, fm::baseline::combine, "avx512");
+#if defined(FM_HAS_AVX2)
+  if (fm::chosen_isa() != fm::Isa::baseline) test_variant<Run>(fm::avx2::combine, fm::baseline::combine, "avx2");
+#endif
+#if defined(FM_HAS_AVX512)
+  if (fm::chosen_isa() == fm::Isa::avx512) test_variant<Run>(fm::avx512::combine, fm::baseline::combine, "avx512");
 #endif
   std::printf(failures == 0 ? "all passed (%s)\n" : "failures with %s\n", fm::isa_name());
   return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;

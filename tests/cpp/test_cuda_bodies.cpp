@@ -2,9 +2,9 @@
 // and compares with plain loops in double. Proves lookups, noise phases, tails, masks and conversions without
 // a GPU.
 #include "bodies.h"
-#include "common/combine_body.cuh"
-#include "common/loss_body.cuh"
-#include "common/random_body.cuh"
+#include "combine/combine_body.cuh"
+#include "random/random_body.cuh"
+#include "regression_loss/regression_loss_body.cuh"
 
 namespace {
 

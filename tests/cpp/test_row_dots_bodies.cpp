@@ -1,6 +1,6 @@
 // Runs the bodies of row_dots' CUDA kernels on the host, as test_cuda_bodies.cpp does with the others.
 #include "bodies.h"
-#include "common/row_dots_body.cuh"
+#include "row_dots/row_dots_body.cuh"
 
 namespace {
 

@@ -1,6 +1,6 @@
 // Runs the body of step_rows' CUDA kernel on the host, and compares it with step_rows_cpu and plain loops.
 #include "bodies.h"
-#include "common/step_rows_body.cuh"
+#include "step_control/step_rows_body.cuh"
 
 namespace {
 

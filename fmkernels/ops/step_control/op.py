@@ -31,7 +31,7 @@ class Status(IntEnum):
 
 @final
 class Clock(IntEnum):
-    """Rows of the float64 state; the order is that of csrc/step_control/control.h."""
+    """Rows of the float64 state; the order is that of csrc/step_control/step_control.h."""
 
     T = 0  # the time reached
     H = 1  # the next step, signed; 0 for a finished row
@@ -86,7 +86,7 @@ class Rules(NamedTuple):
     nodes: tuple[float, ...]
 
     def numbers(self) -> list[float]:
-        """All but the nodes, in the order of csrc/step_control/control.h; integers up to 2^53 are exact."""
+        """All but the nodes, in the order of csrc/step_control/step_control.h; integers up to 2^53 are exact."""
         return [
             *self.exponents,
             self.safety,

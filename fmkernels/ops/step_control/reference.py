@@ -24,7 +24,7 @@ def run(
     wanted: Tensor | None,
     start: bool,
 ) -> None:
-    """See step_control; the formulas are those of csrc/step_control/control.h."""
+    """See step_control; the formulas are those of csrc/step_control/step_control_body.h."""
     power, power_1, power_2, safety, ifactor, dfactor, least_growth = rules[:7]
     min_step, max_step, max_steps, force_min_step, max_failures = rules[7:]
     t, h, t_end, ratio_1, ratio_2 = clock[:5].unbind(0)

@@ -1,7 +1,7 @@
 // What one thread of step_rows_cuda does; see step_control/step_control.h.
 #pragma once
 
-#include "range.cuh"
+#include "../common/range.cuh"
 #include "step_control_body.h"
 
 namespace fm {

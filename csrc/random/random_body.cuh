@@ -1,8 +1,8 @@
 // What one thread of random_cuda does; see random/random.h.
 #pragma once
 
-#include "../random/random.h"
-#include "range.cuh"
+#include "../common/range.cuh"
+#include "random.h"
 
 namespace fm {
 

@@ -4,8 +4,8 @@
 // indexed by a pair that is known at run time only, and the arithmetic hides behind the loads.
 #pragma once
 
-#include "../row_dots/row_dots.h"
-#include "range.cuh"
+#include "../common/range.cuh"
+#include "row_dots.h"
 
 namespace fm {
 

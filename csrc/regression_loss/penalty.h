@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "macros.h"
+#include "../common/macros.h"
 
 namespace fm {
 

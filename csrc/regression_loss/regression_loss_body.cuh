@@ -1,8 +1,8 @@
 // What one thread of regression_loss_cuda does; see regression_loss/regression_loss.h.
 #pragma once
 
-#include "../regression_loss/regression_loss.h"
-#include "range.cuh"
+#include "../common/range.cuh"
+#include "regression_loss.h"
 
 namespace fm {
 

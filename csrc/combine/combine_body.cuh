@@ -1,8 +1,9 @@
 // What one thread of combine_cuda does; see combine/combine.h.
 #pragma once
 
-#include "../combine/combine.h"
-#include "range.cuh"
+#include "../common/range.cuh"
+#include "combine.h"
+#include "error_ratio.h"
 
 namespace fm {
 
@@ -45,15 +46,6 @@ CombineParams<A> make_combine_params(const CombineArguments& a) {
 template <typename A>
 Finish<A> make_norm_finish(const CombineArguments& a) {
   return {static_cast<A*>(a.norm), true, a.rows * a.inner / a.samples, 1, Lookup<A>{}};
-}
-
-// The square of one element's error over its tolerance.
-template <typename A>
-FM_HOST_DEVICE A error_square(A error, A first, A y, A atol, A rtol) {
-  const A k = first < A(0) ? -first : first, magnitude = y < A(0) ? -y : y;
-  const A larger = k > magnitude || k != k ? k : magnitude;  // a NaN in either is kept
-  const A ratio = error / multiply_add(rtol, larger, atol);
-  return ratio * ratio;
 }
 
 // chunk: operands whose loads are in flight together.

@@ -3,9 +3,9 @@
 
 #include <cmath>
 
-#include "../step_control/step_control.h"
-#include "float16.h"
-#include "macros.h"
+#include "../common/float16.h"
+#include "../common/macros.h"
+#include "step_control.h"
 
 namespace fm {
 
