@@ -2,6 +2,7 @@
 // fmkernels/ops/regression_loss/kinds.py, which has the formulas' sources.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 
 #include "../common/macros.h"
@@ -9,6 +10,14 @@
 namespace fm {
 
 enum class Penalty : int { squared = 0, huber = 1, pseudo_huber = 2, l1 = 3 };
+
+// The bend of "huber" and "pseudo_huber" in the accumulation type, within its normal numbers.
+template <typename T>
+FM_HOST_DEVICE T bend(double delta) {
+  constexpr double low = sizeof(T) == sizeof(float) ? FLT_MIN : DBL_MIN;
+  constexpr double high = sizeof(T) == sizeof(float) ? FLT_MAX : DBL_MAX;
+  return static_cast<T>(delta < low ? low : delta > high ? high : delta);
+}
 
 // Writes rho(d) and rho'(d). T is the accumulation type, float or double.
 template <Penalty kind, typename T>
@@ -22,9 +31,15 @@ FM_HOST_DEVICE void penalty(T d, T delta, T& value, T& derivative) {
     value = inside ? T(0.5) * d * d : delta * (magnitude - T(0.5) * delta);
     derivative = inside ? d : (d < T(0) ? -delta : (d > T(0) ? delta : d));  // a NaN stays one
   } else if constexpr (kind == Penalty::pseudo_huber) {
-    const T root = sqrt(d * d + delta * delta);
-    value = d * d / (root + delta);  // root - delta without the cancellation next to 0
-    derivative = d / root;
+    // sqrt(d^2 + delta^2) - delta = d^2 / (sqrt(d^2 + delta^2) + delta), without the cancellation next to 0; d and delta
+    // are measured by the larger of them, so that no square overflows and not both vanish
+    const T magnitude = d < T(0) ? -d : d;
+    const T unit = magnitude > delta ? magnitude : delta;
+    const T x = d / unit, b = delta / unit;
+    const T root = sqrt(x * x + b * b);
+    const T slope = x / (root * (root + b));
+    value = d * (slope * root);
+    derivative = slope * (root + b);
   } else {
     value = d < T(0) ? -d : d;
     derivative = d < T(0) ? T(-1) : (d > T(0) ? T(1) : d);  // 0 at 0, a NaN stays one

@@ -64,7 +64,7 @@ LossParams<typename Shape::A> make_loss_params(const RegressionLossArguments& a)
   p.mask_by_element = a.mask != nullptr && a.mask_elements < a.inner;
   p.mask_rows = make_divider(a.mask == nullptr || p.mask_by_element ? 1 : a.mask_elements / a.inner);
   p.kind = a.kind;
-  p.delta = static_cast<A>(a.delta);
+  p.delta = bend<A>(a.delta);
   p.vectors = !Shape::scalar && a.inner >= Shape::V && is_aligned(a.pred) && is_aligned(a.grad) &&
               are_aligned(a.operands, a.count) && (!p.mask_by_element || is_aligned(a.mask));
   p.partition = make_partition(a.rows * a.inner, a.groups);

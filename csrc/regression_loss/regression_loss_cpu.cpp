@@ -54,7 +54,7 @@ template <Penalty kind, typename T>
 double rows_tile(const RegressionLossArguments& a, int64_t i, int64_t n, const T* pred, const Output* grad) {
   Linear<T> linear;
   linear.load(a.operands, a.count, a.dtype, a.rows * a.inner, i, n);
-  const T delta = static_cast<T>(a.delta);
+  const T delta = bend<T>(a.delta);
   double total = 0;
   for_each_row(a.inner, i, n, [&](int64_t row, int64_t j, int64_t m) {
     if (!row_kept(a, row)) {
@@ -106,7 +106,7 @@ void elements_tile(const RegressionLossArguments& a, int64_t i, int64_t n, const
       for (int64_t k = j; k < j + m; ++k) keep[k] = kept;
     });
   }
-  element_loss<kind>(pred, target, static_cast<T>(a.delta), w, grad_weight, keep, values, derivative, n);
+  element_loss<kind>(pred, target, bend<T>(a.delta), w, grad_weight, keep, values, derivative, n);
   if (grad != nullptr) grad->write(i, n, derivative);
 }
 

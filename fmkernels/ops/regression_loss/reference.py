@@ -14,6 +14,12 @@ from ..library import sum_trailing
 from .kinds import KINDS
 
 
+def bend(delta: float, dtype: torch.dtype) -> float:
+    """delta within the normal numbers of the dtype in which the loss is formed."""
+    limits = torch.finfo(dtype)
+    return min(max(delta, limits.tiny), limits.max)
+
+
 def penalty(d: Tensor, kind: int, delta: float) -> Tensor:
     """rho(d), elementwise."""
     if kind == KINDS["squared"]:
@@ -21,8 +27,11 @@ def penalty(d: Tensor, kind: int, delta: float) -> Tensor:
     if kind == KINDS["huber"]:
         return torch.where(d.abs() <= delta, 0.5 * d.square(), delta * (d.abs() - 0.5 * delta))
     if kind == KINDS["pseudo_huber"]:
-        # sqrt(d^2 + c^2) - c without the cancellation next to 0
-        return d.square() / (torch.sqrt(d.square() + delta * delta) + delta)
+        # sqrt(d^2 + delta^2) - delta without the cancellation next to 0; d and delta are measured by the larger of them,
+        # on which the result does not depend, so that no square overflows and not both vanish
+        unit = d.detach().abs().clamp(min=delta)
+        x, b = d / unit, delta / unit
+        return d * (x / (torch.sqrt(x.square() + b.square()) + b))
     return d.abs()
 
 
@@ -52,7 +61,7 @@ def loss(
     kept = None if mask is None else expand_leading(mask, pred)
     if kept is not None:
         d = torch.where(kept, d, 0.0)  # before rho, so that neither value nor derivative sees what is masked out
-    rho = penalty(d, kind, delta)
+    rho = penalty(d, kind, bend(delta, dtype))
     if weight is not None:
         w = expand_leading(weight, pred)
         rho = rho * (w if kept is None else torch.where(kept, w, 0.0))

@@ -30,6 +30,7 @@ from .._triton import (
     terms,
     tile,
 )
+from . import reference
 from .kinds import KINDS
 from .op import loss_dtype
 
@@ -46,8 +47,11 @@ def penalty(d, delta, KIND: tl.constexpr):
         value = tl.where(size <= delta, 0.5 * d * d, delta * (size - 0.5 * delta))
         slope = tl.where(size <= delta, d, tl.where(d < 0, -delta, tl.where(d > 0, delta, d)))  # a NaN stays one
     elif KIND == _PSEUDO_HUBER:
-        root = tl.sqrt(d * d + delta * delta)
-        value, slope = d * d / (root + delta), d / root  # root - delta without the cancellation next to 0
+        # as csrc/regression_loss/penalty.h: neither square leaves the range
+        unit = tl.maximum(tl.abs(d), delta)
+        x, b = d / unit, delta / unit
+        root = tl.sqrt(x * x + b * b)
+        value, slope = d * (x / (root + b)), x / root
     else:
         value, slope = tl.abs(d), tl.where(d < 0, -1.0, tl.where(d > 0, 1.0, d))
     return value, slope
@@ -167,7 +171,7 @@ def run(
     with device_of(pred):
         _kernel[(groups * tiling.tiles,)](
             source, target, t.pointers, t.streams, t.offsets, t.stores, c.pointers, c.covered, c.strides, c.numbers,
-            m.pointers[0], m.covered[0], m.strides[0], *factor, number_argument(delta, dtype), loss, partials,
+            m.pointers[0], m.covered[0], m.strides[0], *factor, number_argument(reference.bend(delta, dtype), dtype), loss, partials,
             tiling.group, tiling.tiles, ELEMENT_TYPE[noise_dtype], t.noise, t.aligned, t.stored, c.modes, m.modes[0],
             scale is not None, need_grad, scale_grad, kind, double, groups == 1, one_tile, tiling.block,
             num_warps=WARPS,

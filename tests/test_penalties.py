@@ -1,0 +1,67 @@
+"""The loss's penalties where squares overflow or vanish: value and slope against their formulas in a scaled form."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import fmkernels as fm
+
+EXTREMES = {torch.float32: (2e-38, 1e-30, 1e-19, 1.0, 1e19, 1e30, 1e38), torch.float64: (1e-300, 1.0, 1e160, 1e300)}
+CASES = [(dtype, impl) for dtype in EXTREMES for impl in ("native", "reference")]
+
+
+def pseudo_huber(d: float, delta: float) -> tuple[float, float]:
+    """sqrt(d^2 + delta^2) - delta and its derivative, in float64, scaled so that no square leaves the range."""
+    root = math.hypot(d, delta)
+    return d * (d / root) / (1.0 + delta / root), d / root
+
+
+def loss_and_slope(d: Tensor, delta: float, impl: str) -> tuple[Tensor, Tensor]:
+    """The sum of rho(d) over each row, and rho'(d)."""
+    pred = d.clone().requires_grad_()
+    options = {"weight": float(d.shape[1]), "reduction": "none", "kind": "pseudo_huber", "delta": delta, "impl": impl}
+    loss = fm.regression_loss(pred, [torch.zeros_like(d)], [1.0], **options)
+    (slope,) = torch.autograd.grad(loss.sum(), pred)
+    return loss.detach(), slope
+
+
+@pytest.mark.parametrize("inner", [1, 300])  # element by element and row by row
+@pytest.mark.parametrize(("dtype", "impl"), CASES)
+def test_pseudo_huber_neither_overflows_nor_loses_small_values(dtype: torch.dtype, impl: str, inner: int) -> None:
+    values = torch.tensor(EXTREMES[dtype], dtype=dtype)
+    d = torch.cat([values, -values, torch.zeros(1, dtype=dtype)])
+    for delta in EXTREMES[dtype]:
+        delta = torch.tensor(delta, dtype=dtype).item()
+        residual = torch.zeros(len(d), inner, dtype=dtype)
+        residual[:, 0] = d
+        loss, slope = loss_and_slope(residual, delta, impl)
+        want = torch.tensor([pseudo_huber(x, delta) for x in d.tolist()], dtype=torch.float64)
+        tiny = torch.finfo(dtype).tiny  # below, a float has fewer bits than the tolerance asks for
+        torch.testing.assert_close(loss.double(), want[:, 0], rtol=1e-5, atol=2 * tiny)
+        torch.testing.assert_close(slope[:, 0].double(), want[:, 1], rtol=1e-5, atol=2 * tiny)
+
+
+@pytest.mark.parametrize("impl", ["native", "reference"])
+@pytest.mark.parametrize(("delta", "slope"), [(1e-60, 1.0), (1e60, 0.0)])
+def test_pseudo_huber_with_a_bend_outside_float32_tends_to_its_limits(delta: float, slope: float, impl: str) -> None:
+    """|d| for a small one, 0 for a large one; never NaN, also at d = 0."""
+    d = torch.tensor([-2.0, 0.0, 3.0])
+    loss, slopes = loss_and_slope(d[:, None].contiguous(), delta, impl)
+    torch.testing.assert_close(loss, slope * d.abs())
+    torch.testing.assert_close(slopes[:, 0], slope * d.sign())
+
+
+def test_pseudo_huber_has_its_second_derivative_everywhere() -> None:
+    d = torch.tensor([-3.0, -0.7, 0.0, 0.2, 0.7, 5.0], dtype=torch.float64, requires_grad=True)
+    delta = 0.7
+    loss = fm.regression_loss(
+        d, [torch.zeros(6, dtype=torch.float64)], [1.0], reduction="sum", kind="pseudo_huber", delta=delta,
+        impl="reference",
+    )  # fmt: skip
+    (slope,) = torch.autograd.grad(loss, d, create_graph=True)
+    (curvature,) = torch.autograd.grad(slope.sum(), d)
+    torch.testing.assert_close(curvature, delta**2 / (d.detach() ** 2 + delta**2) ** 1.5)
