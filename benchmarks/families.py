@@ -22,51 +22,10 @@ from fmkernels.ops.regression_loss.cases import CASES as LOSS
 from fmkernels.random import draw_seed, noise_like, normals
 from fmkernels.testing import BENCH_SHAPES, Case, Inputs, generator, random_tensor, select
 
-from .family import Family, Outputs, Run, Transform
+from . import plain
+from .family import HALF_LOSS, Family, Outputs, Run, Transform
 from .peers import Sample
 from .sampling import SAMPLING
-
-# What a user writes without fmkernels. The loss is taken in float32, as training scripts do.
-
-
-def _per_row(c: Tensor, data: Tensor) -> Tensor:
-    return c.to(data.dtype).view(-1, *[1] * (data.dim() - 1))
-
-
-def plain_path(x_1: Tensor, x_0: Tensor, t: Tensor) -> Tensor:
-    t = _per_row(t, x_1)
-    return t * x_1 + (1 - t) * x_0
-
-
-def plain_path_drawn(x_1: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    x_0 = torch.randn_like(x_1)
-    return plain_path(x_1, x_0, t), x_0
-
-
-def plain_loss(pred: Tensor, x_1: Tensor, x_0: Tensor) -> Tensor:
-    return F.mse_loss(pred.float(), (x_1 - x_0).float())
-
-
-def plain_masked_loss(pred: Tensor, x_1: Tensor, x_0: Tensor, mask: Tensor) -> Tensor:
-    square = (pred.float() - (x_1 - x_0).float()).square()
-    m = mask.unsqueeze(-1)
-    return (square * m).sum() / (m.sum() * square.shape[-1])
-
-
-def plain_combine(operands: list[Tensor], coefficients: list[float]) -> Tensor:
-    y = coefficients[0] * operands[0]
-    for c, k in zip(coefficients[1:], operands[1:], strict=True):
-        y = y + c * k
-    return y
-
-
-def plain_randn(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.randn(size, dtype=dtype, device=device)
-
-
-def _gradient(loss: Tensor, pred: Tensor) -> Tensor:
-    return torch.autograd.grad(loss, pred)[0]
-
 
 # path
 
@@ -84,16 +43,18 @@ def _path_ours(case: Case, impl: str) -> dict[str, Run]:
     return {"": run}
 
 
-def _path_plain(case: Case, transform: Transform) -> Run:
-    given, drawn = transform(plain_path), transform(plain_path_drawn)
+def _path_plain(case: Case, transform: Transform) -> dict[str, Run]:
+    def step(formula: Callable[..., Tensor]) -> Run:
+        formula = transform(formula)
 
-    def run(inputs: Inputs) -> Outputs:
-        if inputs["x_0"] is None:
-            x_t, x_0 = drawn(inputs["x_1"], inputs["alpha"])
-            return {"x_t": x_t, "x_0": x_0}
-        return {"x_t": given(inputs["x_1"], inputs["x_0"], inputs["alpha"]), "x_0": inputs["x_0"]}
+        def run(inputs: Inputs) -> Outputs:
+            x_1, x_0 = inputs["x_1"], inputs["x_0"]
+            x_0 = torch.randn_like(x_1) if x_0 is None else x_0  # outside what is compiled, whose own is far slower
+            return {"x_t": formula(x_1, x_0, inputs["alpha"]), "x_0": x_0}
 
-    return run
+        return run
+
+    return {"": step(plain.path), "naive": step(plain.naive_path)}
 
 
 def _path_peer(case: Case, sample: Sample) -> dict[str, Run]:
@@ -107,7 +68,7 @@ def _path_peer(case: Case, sample: Sample) -> dict[str, Run]:
 
 def _path_oracle(case: Case, inputs: Inputs, outputs: Outputs) -> dict[str, Tensor]:
     x_1, t = inputs["x_1"].double(), inputs["alpha"].double()
-    return {"x_t": plain_path(x_1, _source(outputs["x_0"], inputs["x_1"]).double(), t)}
+    return {"x_t": plain.naive_path(x_1, _source(outputs["x_0"], inputs["x_1"]).double(), t)}
 
 
 def _path_reference(case: Case, inputs: Inputs, outputs: Outputs) -> dict[str, Tensor]:
@@ -122,21 +83,25 @@ def _path_reference(case: Case, inputs: Inputs, outputs: Outputs) -> dict[str, T
 def _loss_ours(case: Case, impl: str) -> dict[str, Run]:
     def run(inputs: Inputs) -> Outputs:
         loss = fm.regression_loss(**inputs, impl=impl)
-        return {"loss": loss, "grad": _gradient(loss, inputs["pred"])}
+        return {"loss": loss, "grad": plain.gradient(loss, inputs["pred"])}
 
     return {"": run}
 
 
-def _loss_plain(case: Case, transform: Transform) -> Run:
-    loss_of, masked_loss_of = transform(plain_loss), transform(plain_masked_loss)
+def _loss_plain(case: Case, transform: Transform) -> dict[str, Run]:
+    def step(formula: Callable[..., Tensor]) -> Run:
+        formula = transform(formula)
 
-    def run(inputs: Inputs) -> Outputs:
-        x_1, x_0 = inputs["operands"]
-        mask = () if inputs.get("mask") is None else (inputs["mask"],)
-        loss = (masked_loss_of if mask else loss_of)(inputs["pred"], x_1, x_0, *mask)
-        return {"loss": loss, "grad": _gradient(loss, inputs["pred"])}
+        def run(inputs: Inputs) -> Outputs:
+            mask = () if inputs.get("mask") is None else (inputs["mask"],)
+            loss = formula(inputs["pred"], *inputs["operands"], *mask)
+            return {"loss": loss, "grad": plain.gradient(loss, inputs["pred"])}
 
-    return run
+        return run
+
+    if "mask" in case.variant:
+        return {"": step(plain.masked_loss)}
+    return {"": step(plain.loss), HALF_LOSS: step(plain.half_loss)}
 
 
 def _loss_in(dtype: torch.dtype | None) -> Callable[[Case, Inputs, Outputs], dict[str, Tensor]]:
@@ -149,7 +114,7 @@ def _loss_in(dtype: torch.dtype | None) -> Callable[[Case, Inputs, Outputs], dic
         given = {**inputs, "pred": cast(inputs["pred"]).requires_grad_()}
         given["operands"] = [cast(x) for x in inputs["operands"]]
         loss = fm.regression_loss(**given, impl="reference")
-        return {"loss": loss.detach(), "grad": _gradient(loss, given["pred"])}
+        return {"loss": loss.detach(), "grad": plain.gradient(loss, given["pred"])}
 
     return evaluate
 
@@ -197,7 +162,7 @@ def _cfm_ours(case: Case | None, impl: str) -> dict[str, Run]:
                 "x_t": batch.x_t,
                 "x_0": batch.source,
                 "loss": loss,
-                "grad": _gradient(loss, inputs["pred"]),
+                "grad": plain.gradient(loss, inputs["pred"]),
             }
 
         return run
@@ -208,36 +173,44 @@ def _cfm_ours(case: Case | None, impl: str) -> dict[str, Run]:
     return runs
 
 
-def _cfm_plain(case: Case, transform: Transform) -> Run:
-    # Two functions, since the network's forward pass stands between them.
-    given, drawn, loss_of = transform(plain_path), transform(plain_path_drawn), transform(plain_loss)
+def _cfm_plain(case: Case, transform: Transform) -> dict[str, Run]:
+    def step(path: Callable[..., Tensor], loss: Callable[..., Tensor]) -> Run:
+        # Two functions, since the network's forward pass stands between them.
+        path, loss = transform(path), transform(loss)
 
-    def run(inputs: Inputs) -> Outputs:
-        x_1, x_0, pred = inputs["x_1"], inputs["x_0"], inputs["pred"]
-        if x_0 is None:
-            x_t, x_0 = drawn(x_1, inputs["t"])
-        else:
-            x_t = given(x_1, x_0, inputs["t"])
-        loss = loss_of(pred, x_1, x_0)
-        return {"x_t": x_t, "x_0": x_0, "loss": loss, "grad": _gradient(loss, pred)}
+        def run(inputs: Inputs) -> Outputs:
+            x_1, x_0, pred = inputs["x_1"], inputs["x_0"], inputs["pred"]
+            x_0 = torch.randn_like(x_1) if x_0 is None else x_0  # outside what is compiled, whose own is far slower
+            x_t, value = path(x_1, x_0, inputs["t"]), loss(pred, x_1, x_0)
+            return {"x_t": x_t, "x_0": x_0, "loss": value, "grad": plain.gradient(value, pred)}
 
-    return run
+        return run
+
+    return {
+        "": step(plain.path, plain.loss),
+        HALF_LOSS: step(plain.path, plain.half_loss),
+        "naive": step(plain.naive_path, plain.loss),
+    }
 
 
 def _cfm_peer(case: Case, sample: Sample) -> dict[str, Run]:
-    def run(inputs: Inputs) -> Outputs:
-        x_0 = torch.randn_like(inputs["x_1"]) if inputs["x_0"] is None else inputs["x_0"]
-        x_t, u = sample(inputs["x_1"], x_0, inputs["t"])
-        loss = F.mse_loss(inputs["pred"], u)
-        return {"x_t": x_t, "x_0": x_0, "loss": loss, "grad": _gradient(loss, inputs["pred"])}
+    def step(half: bool) -> Run:
+        def run(inputs: Inputs) -> Outputs:
+            x_0 = torch.randn_like(inputs["x_1"]) if inputs["x_0"] is None else inputs["x_0"]
+            x_t, u = sample(inputs["x_1"], x_0, inputs["t"])
+            pred = inputs["pred"]
+            loss = F.mse_loss(pred, u) if half else F.mse_loss(pred.float(), u.float())
+            return {"x_t": x_t, "x_0": x_0, "loss": loss, "grad": plain.gradient(loss, pred)}
 
-    return {"": run}
+        return run
+
+    return {"": step(False), HALF_LOSS: step(True)}
 
 
 def _cfm_oracle(case: Case, inputs: Inputs, outputs: Outputs) -> dict[str, Tensor]:
     x_1, pred = inputs["x_1"].double(), inputs["pred"].detach().double()
     x_0 = _source(outputs["x_0"], inputs["x_1"]).double()
-    x_t = plain_path(x_1, x_0, inputs["t"].double())
+    x_t = plain.naive_path(x_1, x_0, inputs["t"].double())
     d = pred - (x_1 - x_0)
     return {"x_t": x_t, "loss": d.square().mean(), "grad": d * (2 / max(d.numel(), 1))}
 
@@ -255,13 +228,16 @@ def _combine_ours(case: Case, impl: str) -> dict[str, Run]:
     return {"": lambda inputs: {"y": fm.combine(**inputs, impl=impl)}}
 
 
-def _combine_plain(case: Case, transform: Transform) -> Run:
-    function = transform(plain_combine)
-    return lambda inputs: {"y": function(inputs["operands"], inputs["coefficients"])}
+def _combine_plain(case: Case, transform: Transform) -> dict[str, Run]:
+    def step(formula: Callable[..., Tensor]) -> Run:
+        formula = transform(formula)
+        return lambda inputs: {"y": formula(inputs["operands"], inputs["coefficients"])}
+
+    return {"": step(plain.combine), "naive": step(plain.naive_combine)}
 
 
 def _combine_oracle(case: Case, inputs: Inputs, outputs: Outputs) -> dict[str, Tensor]:
-    return {"y": plain_combine([k.double() for k in inputs["operands"]], inputs["coefficients"])}
+    return {"y": plain.naive_combine([k.double() for k in inputs["operands"]], inputs["coefficients"])}
 
 
 def _combine_reference(case: Case, inputs: Inputs, outputs: Outputs) -> dict[str, Any]:
@@ -276,8 +252,8 @@ def _randn_ours(case: Case, impl: str) -> dict[str, Run]:
     return {"": run}
 
 
-def _randn_plain(case: Case, transform: Transform) -> Run:
-    function = transform(plain_randn)
+def _randn_plain(case: Case, transform: Transform) -> dict[str, Run]:
+    function = transform(plain.randn)
 
     def run(inputs: Inputs) -> Outputs:
         # Another name: there is no oracle for the numbers of torch's own stream.
@@ -285,7 +261,7 @@ def _randn_plain(case: Case, transform: Transform) -> Run:
             "torch_z": function(inputs["size"], inputs["dtype"], inputs["seed"].device),
         }
 
-    return run
+    return {"": run}
 
 
 def _ends(count: int) -> list[tuple[int, int]]:

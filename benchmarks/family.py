@@ -17,6 +17,7 @@ from .peers import PEERS, Peer, load
 Outputs = dict[str, Any]
 Run = Callable[[Inputs], Outputs]
 Transform = Callable[[Callable[..., Any]], Callable[..., Any]]  # identity, or torch.compile
+HALF_LOSS = "half loss"  # a variant for half-precision data alone: the loss taken in their dtype
 BUDGET_FACTOR = 2.0  # an error may be so many times that of plain PyTorch in the same dtype
 
 
@@ -48,7 +49,8 @@ class Family:
     cases: list[Case]
     # Variant ("" for the default) -> run, for one value of impl=; none where the family has no such choice.
     ours: Callable[[Case, str], dict[str, Run]]
-    plain: Callable[[Case, Transform], Run]
+    # Variant -> plain PyTorch: "" the best form known, "naive" the formula as it stands; none where nobody writes it.
+    plain: Callable[[Case, Transform], dict[str, Run]]
     oracle: Callable[[Case, Inputs, Outputs], dict[str, Tensor]]  # in float64
     reference: Callable[[Case, Inputs, Outputs], dict[str, Tensor]]  # plain PyTorch in the case's dtype
     peer: Callable[[Case, Any], dict[str, Run]] | None = None  # variant -> run, of what a peer's load() gives
@@ -69,9 +71,17 @@ def eager(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def implementations(
-    family: Family, case: Case, device: torch.device, *, with_compile: bool = True, quick: bool = False
+    family: Family,
+    case: Case,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    with_compile: bool = True,
+    quick: bool = False,
+    peers: bool = True,
 ) -> Iterator[Implementation | tuple[str, str]]:
     """Every implementation of a case; for one that cannot run here, (name, why)."""
+    half = dtype in (torch.bfloat16, torch.float16)
     # What users get first: impl="auto" may take shortcuts that an explicit choice does not.
     for variant, run in family.ours(case, "auto").items():
         yield Implementation(_joined("fmkernels", variant), run, ours=True, auto=not variant)
@@ -82,21 +92,24 @@ def implementations(
             continue
         for variant, run in family.ours(case, impl).items():
             yield Implementation(_joined(f"fmkernels-{impl}", variant), run, ours=True)
-    yield Implementation("eager", family.plain(case, eager))
+    for variant, run in family.plain(case, eager).items():
+        if half or variant != HALF_LOSS:
+            yield Implementation(_joined("eager", variant), run)
     if family.compiles and with_compile:
         # A fresh start: otherwise the recompilation limit of the shared formulas would be reached after a few
         # cases.
         torch.compiler.reset()
-        yield Implementation("compile", family.plain(case, compiled))
+        yield Implementation("compile", family.plain(case, compiled)[""])
     elif family.compiles:
         yield "compile", "left out by --no-compile"
-    if family.peer is not None:
-        for peer in family.peers:
-            loaded = load(peer)
-            if isinstance(loaded, str):
-                yield peer.name, loaded
-                continue
-            for variant, run in family.peer(case, loaded).items():
+    for peer in family.peers if family.peer is not None and peers else ():
+        loaded = load(peer)
+        if isinstance(loaded, str):
+            yield peer.name, loaded
+            continue
+        assert family.peer is not None
+        for variant, run in family.peer(case, loaded).items():
+            if half or variant != HALF_LOSS:
                 yield Implementation(_joined(peer.name, variant), run)
 
 

@@ -1,4 +1,4 @@
-"""Solvers as one writes them by hand in plain PyTorch: the rival without a library, and the check of ours.
+"""Solvers as an expert writes them by hand in plain PyTorch: the rival without a library, and the check of ours.
 
 A loop takes velocity(x, t) with t of shape (), the state, and float times of the grid.
 """
@@ -23,60 +23,63 @@ def _times(x: Tensor, times: Sequence[float]) -> Tensor:
 
 
 def euler(velocity: Velocity, x: Tensor, times: Sequence[float]) -> Tensor:
-    ts = _times(x, times)
+    x, ts = x.clone(), _times(x, times)
     for i, (t, u) in enumerate(pairwise(times)):
-        x = x + (u - t) * velocity(x, ts[i])
+        x.add_(velocity(x, ts[i]), alpha=u - t)
     return x
 
 
 def midpoint(velocity: Velocity, x: Tensor, times: Sequence[float]) -> Tensor:
-    ts, middles = _times(x, times), _times(x, [(t + u) / 2 for t, u in pairwise(times)])
+    x, ts, middles = x.clone(), _times(x, times), _times(x, [(t + u) / 2 for t, u in pairwise(times)])
     for i, (t, u) in enumerate(pairwise(times)):
         h = u - t
-        x = x + h * velocity(x + (h / 2) * velocity(x, ts[i]), middles[i])
+        x.add_(velocity(torch.add(x, velocity(x, ts[i]), alpha=h / 2), middles[i]), alpha=h)
     return x
 
 
 def heun2(velocity: Velocity, x: Tensor, times: Sequence[float]) -> Tensor:
-    ts = _times(x, times)
+    x, ts = x.clone(), _times(x, times)
     for i, (t, u) in enumerate(pairwise(times)):
         h = u - t
         k = velocity(x, ts[i])
-        x = x + (h / 2) * (k + velocity(x + h * k, ts[i + 1]))
+        x.add_(k + velocity(torch.add(x, k, alpha=h), ts[i + 1]), alpha=h / 2)
     return x
 
 
 def rk4(velocity: Velocity, x: Tensor, times: Sequence[float]) -> Tensor:
-    ts, middles = _times(x, times), _times(x, [(t + u) / 2 for t, u in pairwise(times)])
+    x, ts, middles = x.clone(), _times(x, times), _times(x, [(t + u) / 2 for t, u in pairwise(times)])
     for i, (t, u) in enumerate(pairwise(times)):
         h = u - t
         k1 = velocity(x, ts[i])
-        k2 = velocity(x + (h / 2) * k1, middles[i])
-        k3 = velocity(x + (h / 2) * k2, middles[i])
-        k4 = velocity(x + h * k3, ts[i + 1])
-        x = x + (h / 6) * (k1 + 2 * (k2 + k3) + k4)
+        k2 = velocity(torch.add(x, k1, alpha=h / 2), middles[i])
+        k3 = velocity(torch.add(x, k2, alpha=h / 2), middles[i])
+        k4 = velocity(torch.add(x, k3, alpha=h), ts[i + 1])
+        x.add_((k1 + k4).add_(k2 + k3, alpha=2.0), alpha=h / 6)
     return x
 
 
 def rk4_38(velocity: Velocity, x: Tensor, times: Sequence[float]) -> Tensor:
-    ts = _times(x, times)
+    x, ts = x.clone(), _times(x, times)
     inner = _times(x, [t + (u - t) * c for t, u in pairwise(times) for c in (1 / 3, 2 / 3)])
     for i, (t, u) in enumerate(pairwise(times)):
         h = u - t
         k1 = velocity(x, ts[i])
-        k2 = velocity(x + (h / 3) * k1, inner[2 * i])
-        k3 = velocity(x + h * (k2 - k1 / 3), inner[2 * i + 1])
-        k4 = velocity(x + h * (k1 - k2 + k3), ts[i + 1])
-        x = x + (h / 8) * (k1 + 3 * (k2 + k3) + k4)
+        k2 = velocity(torch.add(x, k1, alpha=h / 3), inner[2 * i])
+        k3 = velocity(torch.add(x, torch.sub(k2, k1, alpha=1 / 3), alpha=h), inner[2 * i + 1])
+        k4 = velocity(torch.add(x, (k1 - k2).add_(k3), alpha=h), ts[i + 1])
+        x.add_((k1 + k4).add_(k2 + k3, alpha=3.0), alpha=h / 8)
     return x
 
 
 def ab2(velocity: Velocity, x: Tensor, times: Sequence[float]) -> Tensor:
-    ts, last, h_last = _times(x, times), None, 1.0
+    x, ts, last, h_last = x.clone(), _times(x, times), None, 1.0
     for i, (t, u) in enumerate(pairwise(times)):
         k, h = velocity(x, ts[i]), u - t
         r = h / h_last
-        x = x + h * k if last is None else x + h * ((1 + r / 2) * k - (r / 2) * last)
+        if last is None:
+            x.add_(k, alpha=h)
+        else:
+            x.add_(k, alpha=h * (1 + r / 2)).add_(last, alpha=-h * r / 2)
         last, h_last = k, h
     return x
 
@@ -85,14 +88,14 @@ def dpmpp_2m(velocity: Velocity, x: Tensor, times: Sequence[float]) -> Tensor:
     """DPM-Solver++ (2M) on the straight path, in the prediction of the data."""
     ts, last, h_last = _times(x, times), None, math.inf
     for i, (t, u) in enumerate(pairwise(times)):
-        data = x + (1 - t) * velocity(x, ts[i])
+        data = torch.add(x, velocity(x, ts[i]), alpha=1 - t)
         mixed, share = data, (1 - u) / (1 - t)
         if u < 1 and t > 0:
             h = math.log(u / (1 - u)) - math.log(t / (1 - t))
             if last is not None and h_last < math.inf:
-                mixed = data + (h / (2 * h_last)) * (data - last)
+                mixed = torch.add(data, data - last, alpha=h / (2 * h_last))
             h_last = h
-        x = share * x + (u - t * share) * mixed
+        x = (share * x).add_(mixed, alpha=u - t * share)
         last = data
     return x
 

@@ -13,6 +13,8 @@ Record = dict[str, Any]
 RESULTS = Path(__file__).resolve().parent / "results"
 SCHEMA = 1
 COPY = "copy"
+# How the C library serves large blocks: as it does by itself, or with MALLOC settings under which it keeps them.
+DEFAULT_MEMORY, KEPT_MEMORY = "default", "kept"
 
 
 def append(path: Path, records: Iterable[Record]) -> None:
@@ -39,7 +41,14 @@ def case_key(record: Record) -> tuple[str, ...]:
     """What makes results comparable: the same work, timed alike."""
     case = record["case"]
     shape = "x".join(map(str, case["shape"]))
-    return record["family"], shape, case["dtype"], case["variant"], record["timer"]
+    memory = record.get("memory", DEFAULT_MEMORY)
+    timer = record["timer"] if memory == DEFAULT_MEMORY else kept(record["timer"])
+    return record["family"], shape, case["dtype"], case["variant"], timer
+
+
+def kept(timer: str) -> str:
+    """The timer's name in the key of a case whose large blocks the C library kept."""
+    return f"{timer}, memory kept"
 
 
 def by_case(records: Iterable[Record]) -> dict[tuple[str, ...], dict[str, Record]]:

@@ -41,7 +41,8 @@ def _headline(machine: str, lines: Sequence[Record]) -> str:
     where, versions = last["machine"], last["versions"]
     hardware = where["gpu"] or f"{where['cpu']}, {where['threads']} threads, {where['isa']}"
     software = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
-    commit = f", commit {last['commit']}" if last["commit"] else ""
+    commits = sorted({record["commit"] for record in lines if record["commit"]})
+    commit = f", commit {' and '.join(commits)}" if commits else ""
     return f"**{machine}**: {hardware}; {software}{commit}; {last['date'][:10]}."
 
 
@@ -61,13 +62,21 @@ def _promised(lines: Sequence[Record], families: Sequence[str]) -> str:
     return "\n".join(["What was promised:", "", *(f"- {line}" for line in promised)])
 
 
+def _lost(lines: Sequence[Record]) -> str:
+    table = report.losses(lines)
+    if not table:
+        return "Where it loses: in no case measured."
+    return "Where it loses:\n\n" + report.markdown_table(report.LOSSES_HEADER, table)
+
+
 def _readme(context: Context) -> str:
-    """For each machine its plot and the whole step in float32."""
+    """For each machine its plot, the whole step, and every case that another wins."""
     parts = []
     for machine, lines in _shown("benchmarks", context):
-        chosen = [r for r in lines if r["family"] == "cfm" and r["case"]["dtype"] == "float32"]
+        chosen = [r for r in lines if r["family"] == "cfm"]
         parts += [_headline(machine, lines), _image(machine, context)]
         parts.append(report.markdown_table(report.HEADER, report.rows(chosen)))
+        parts.append(_lost(lines + [r for m, s in _shown(SAMPLING, context) if m == machine for r in s]))
     return "\n\n".join(parts)
 
 

@@ -5,19 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from .records import COPY, Record, by_case, ours
+from .records import COPY, KEPT_MEMORY, Record, by_case, kept, ours
 from .timing import LATENCY_ELEMENTS
 
-# What ours is compared with, in the order of the columns.
+# What ours is compared with, in the order of the columns. "eager" is the best form known in plain PyTorch.
 RIVALS = ("eager", "compile", "torchcfm", "flow_matching")
+KEPT_RIVALS = ("eager", "compile")
 HEADER = (
     "case",
     "dtype",
     "fmkernels",
     "of floor",
     *(f"vs {name}" for name in RIVALS),
+    *(f"memory kept: vs {name}" for name in KEPT_RIVALS),
+    "page faults' share",
     "extra memory",
     "eager's",
+    "retained",
     "error",
 )
 
@@ -45,15 +49,36 @@ def _share(record: Record) -> str:
     return "-" if small else f"{100 * record['floor_share']:.0f} %"
 
 
+def ratio(measured: dict[str, Record], name: str) -> float | None:
+    """How many times as long as ours an implementation of the case takes."""
+    mine, other = ours(measured), measured.get(name)
+    return None if mine is None or other is None else float(other["median"] / mine["median"])
+
+
+def _times(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f} x"
+
+
+def _faults(measured: dict[str, Record], kept_measured: dict[str, Record]) -> str:
+    """The part of what eager takes longer than ours that is gone where the C library keeps large blocks, for both."""
+    pairs = [(ours(found), found.get("eager")) for found in (measured, kept_measured)]
+    lost = [float(other["median"] - mine["median"]) for mine, other in pairs if mine is not None and other is not None]
+    return f"{100 * max(0.0, 1 - lost[1] / lost[0]):.0f} %" if len(lost) == 2 and lost[0] > 0 else "-"
+
+
 def rows(records: Iterable[Record], timer: str | None = None) -> list[tuple[str, ...]]:
-    """One row a case: ours (impl="auto"), its share of the copy floor, and how many times as
-    fast."""
-    table = []
-    for (_, shape, dtype, variant, case_timer), measured in by_case(records).items():
+    """One row a case: ours (impl="auto"), its share of the copy floor, and how many times as fast; the same where the C
+    library keeps large blocks, so that nobody pays for page faults."""
+    table: list[tuple[str, ...]] = []
+    cases = by_case(records)
+    for (family, shape, dtype, variant, case_timer), measured in cases.items():
         mine = ours(measured)
+        beside = mine is not None and (family, shape, dtype, variant, mine["timer"]) in cases
         if mine is None or (timer is not None and case_timer != timer):
             continue
-        ratios = [f"{measured[name]['median'] / mine['median']:.2f} x" if name in measured else "-" for name in RIVALS]
+        if mine.get("memory") == KEPT_MEMORY and beside:
+            continue  # told in the columns of the other one
+        kept_measured = cases.get((family, shape, dtype, variant, kept(case_timer)), {})
         errors = mine["errors"]
         eager = measured.get("eager", {}).get("peak_extra_bytes")
         table.append(
@@ -62,12 +87,30 @@ def rows(records: Iterable[Record], timer: str | None = None) -> list[tuple[str,
                 dtype + ("" if case_timer == "host" else f", {case_timer}"),
                 seconds(mine["median"]),
                 _share(mine),
-                *ratios,
+                *(_times(ratio(measured, name)) for name in RIVALS),
+                *(_times(ratio(kept_measured, name)) for name in KEPT_RIVALS),
+                _faults(measured, kept_measured),
                 size(mine["peak_extra_bytes"]),
                 size(eager),
+                size(mine["retained_bytes"]),
                 f"{max(errors.values()):.1e}" if errors else "-",
             )
         )
+    return table
+
+
+LOSSES_HEADER = ("case", "dtype", "where", "faster", "by")
+
+
+def losses(records: Iterable[Record]) -> list[tuple[str, ...]]:
+    """Where an implementation that is not ours is faster than impl="auto"."""
+    table: list[tuple[str, ...]] = []
+    for (family, shape, dtype, variant, timer), measured in by_case(records).items():
+        for name in measured:
+            found = None if name == COPY or name.startswith("fmkernels") else ratio(measured, name)
+            if found is not None and found < 1.0:
+                case = f"{family} {shape} {variant}".strip()
+                table.append((case, dtype, timer, name, f"{1 / found:.2f} x"))
     return table
 
 

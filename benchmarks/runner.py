@@ -16,7 +16,7 @@ from fmkernels.testing import Case, Inputs, assert_within_budget, relative_error
 from . import machine, memory, timing
 from .families import CHECK_SEED
 from .family import Family, Implementation, Outputs, Solve, implementations
-from .records import COPY, SCHEMA, Record
+from .records import COPY, DEFAULT_MEMORY, SCHEMA, Record
 
 
 class RedCheck(Exception):
@@ -30,6 +30,7 @@ class Options:
     rounds: int | None = None
     with_compile: bool = True
     quick: bool = False  # of ours only impl="auto"
+    memory: str = DEFAULT_MEMORY
 
 
 class Runner:
@@ -55,7 +56,7 @@ class Runner:
         options = self.options
         latency = math.prod(case.shape) <= timing.LATENCY_ELEMENTS
         inputs = _inputs(case, dtype, options.device, 0)
-        usable = self._usable(family, case, inputs)
+        usable = self._usable(family, case, dtype, inputs)
         errors = {entry.name: _check(family, case, inputs, entry) for entry in usable}
         peaks = {
             entry.name: memory.peak_extra_bytes(lambda e=entry: e.run(inputs), options.device)  # type: ignore[misc]
@@ -102,6 +103,7 @@ class Runner:
                         "auto": bool(one and one.auto),
                         "takes": takes if one and one.auto else None,
                         "timer": timer,
+                        "memory": options.memory,
                         **asdict(taken),
                         "sets": count,
                         "bytes": case.bytes(dtype),
@@ -130,15 +132,17 @@ class Runner:
                 times["graph"] = {name: timing.per_call(value, calls[name]) for name, value in taken.items()}
         return times
 
-    def _usable(self, family: Family, case: Case, inputs: Inputs) -> list[Implementation]:
+    def _usable(self, family: Family, case: Case, dtype: torch.dtype, inputs: Inputs) -> list[Implementation]:
         """The implementations that run here, warmed up (compiled); says once why another does not."""
         options, usable = self.options, []
         for entry in implementations(
             family,
             case,
+            dtype,
             options.device,
             with_compile=options.with_compile,
-            quick=options.quick,
+            quick=options.quick or options.memory != DEFAULT_MEMORY,
+            peers=options.memory == DEFAULT_MEMORY,
         ):
             if isinstance(entry, tuple):
                 self._tell(*entry)

@@ -47,7 +47,7 @@ def velocity(inputs: Inputs, task: Task) -> Callable[[Tensor, Tensor], Tensor]:
 
     def guided(x: Tensor, t: Tensor) -> Tensor:
         v, plain = model(torch.cat([x, x]), t if t.dim() == 0 else torch.cat([t, t]), labels).chunk(2)
-        return plain + GUIDANCE_SCALE * (v - plain)
+        return torch.lerp(plain, v, GUIDANCE_SCALE)
 
     return guided
 
