@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ._checks import check_choice, check_number, type_error
-from .paths.schedule import SMALL, Schedule, as_tensor
+from .paths.derivatives import SMALL
+from .paths.schedule import Schedule, tensor_at
 
 
 @runtime_checkable
@@ -33,11 +34,11 @@ Weight = None | str | Tensor | Weighting | Callable[[Tensor], Tensor]
 
 
 def _sigma(path: Schedule, t: Tensor) -> Tensor:
-    return as_tensor(path.sigma(t), t).clamp(min=SMALL)
+    return tensor_at(path, "sigma", t).clamp(min=SMALL)
 
 
 def _snr(path: Schedule, t: Tensor) -> Tensor:
-    return (as_tensor(path.alpha(t), t) / _sigma(path, t)).square()
+    return (tensor_at(path, "alpha", t) / _sigma(path, t)).square()
 
 
 @final
@@ -88,7 +89,7 @@ class CosMap:
     """2 / (pi (1 - 2 sigma + 2 sigma^2)), for target "velocity" (Esser et al. 2024, section 3.1)."""
 
     def weight(self, path: Schedule, t: Tensor) -> Tensor:
-        sigma = as_tensor(path.sigma(t), t)
+        sigma = tensor_at(path, "sigma", t)
         return (2.0 / math.pi) / (1.0 - 2.0 * sigma + 2.0 * sigma.square())
 
 
@@ -105,8 +106,8 @@ class Sigmoid:
     def weight(self, path: Schedule, t: Tensor) -> Tensor:
         # sigmoid(b - log(alpha^2/sigma^2)) = e^b sigma^2 / (e^b sigma^2 + alpha^2), finite where either vanishes
         alpha, sigma = (
-            as_tensor(path.alpha(t), t).square(),
-            as_tensor(path.sigma(t), t).square() * math.exp(self.bias),
+            tensor_at(path, "alpha", t).square(),
+            tensor_at(path, "sigma", t).square() * math.exp(self.bias),
         )
         return sigma / (sigma + alpha)
 
@@ -122,8 +123,8 @@ class Likelihood:
     """
 
     def weight(self, path: Schedule, t: Tensor) -> Tensor:
-        alpha, sigma = as_tensor(path.alpha(t), t), _sigma(path, t)
-        d_alpha, d_sigma = as_tensor(path.d_alpha(t), t), as_tensor(path.d_sigma(t), t)
+        alpha, sigma = tensor_at(path, "alpha", t), _sigma(path, t)
+        d_alpha, d_sigma = tensor_at(path, "d_alpha", t), tensor_at(path, "d_sigma", t)
         return alpha / (sigma * (sigma * d_alpha - alpha * d_sigma)).clamp(min=SMALL * SMALL)
 
 

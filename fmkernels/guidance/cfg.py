@@ -14,7 +14,7 @@ from torch import Tensor
 from .._checks import check_choice, check_int, check_number, type_error, value_error
 from ..ops.combine.op import combine
 from ..ops.row_dots.op import row_dots
-from ..paths.schedule import as_tensor
+from ..paths.schedule import tensor_at
 from ..paths.targets import TARGETS
 from ..solvers.programs.builder import Builder
 from ..solvers.programs.expressions import ZERO, Expr, Number, as_number
@@ -298,7 +298,7 @@ def _check_step(guidance: Guidance, builder: Builder, t: Number) -> None:
 def _schedule(builder: Builder, t: Number) -> tuple[Number, Number]:
     """(alpha, sigma) at a time."""
     times = torch.as_tensor(t, dtype=torch.float64)
-    pair = [as_tensor(c, times) for c in (builder.path.alpha(times), builder.path.sigma(times))]
+    pair = [tensor_at(builder.path, name, times) for name in ("alpha", "sigma")]
     alpha, sigma = pair if isinstance(t, Tensor) else [as_number(c) for c in pair]
     return alpha, sigma
 

@@ -10,13 +10,16 @@ from torch import Tensor
 
 from .._checks import check_number, value_error
 from ..ops._operands import Affine, Coefficient
+from .derivatives import SMALL, power, root
 from .path import Path
-from .schedule import SMALL, half_pi, one_minus_exp, promoted
+from .schedule import half_pi, one_minus_exp, promoted, promoted_times
 
 
 @final
 class CondOT(Path):
     """alpha = t, sigma = 1 - t: straight lines, rectified flow (Liu et al. 2022; Lipman et al. 2022, sigma_min = 0)."""
+
+    _exact = True
 
     def alpha(self, t: Tensor) -> Tensor | float:
         return t
@@ -33,8 +36,8 @@ class CondOT(Path):
     def d_sigma(self, t: Tensor) -> Tensor | float:
         return -1.0
 
-    def log_snr_inverse(self, log_snr: Tensor) -> Tensor:
-        return torch.sigmoid(0.5 * promoted(log_snr))
+    def log_snr_inverse(self, log_snr: Tensor | float) -> Tensor:
+        return torch.sigmoid(0.5 * promoted("log_snr", log_snr))
 
 
 @final
@@ -44,6 +47,8 @@ class OptimalTransport(Path):
     Args:
         sigma_min: the standard deviation left at t = 1, in [0, 1).
     """
+
+    _exact = True
 
     def __init__(self, sigma_min: float = 1e-4) -> None:
         check_number("sigma_min", sigma_min, low=0.0)
@@ -64,8 +69,8 @@ class OptimalTransport(Path):
     def d_sigma(self, t: Tensor) -> Tensor | float:
         return self.sigma_min - 1.0
 
-    def log_snr_inverse(self, log_snr: Tensor) -> Tensor:
-        ratio = torch.exp(-0.5 * promoted(log_snr))  # sigma / alpha
+    def log_snr_inverse(self, log_snr: Tensor | float) -> Tensor:
+        ratio = torch.exp(-0.5 * promoted("log_snr", log_snr))  # sigma / alpha
         return (1.0 / (1.0 + ratio - self.sigma_min)).clamp(0.0, 1.0)
 
 
@@ -77,30 +82,36 @@ class Polynomial(Path):
         n: the exponent, >= 1.
     """
 
+    _exact = True
+
     def __init__(self, n: float) -> None:
         check_number("n", n, low=1.0)
         self.n = float(n)
 
     def alpha(self, t: Tensor) -> Tensor | float:
-        return t**self.n
+        return power(t, self.n)
 
     def sigma(self, t: Tensor) -> Tensor | float:
-        # 1 - t^n without the cancellation next to t = 1; at 0 the logarithm is -inf, and the result 1
-        return one_minus_exp(-self.n * torch.log(t))
+        # 1 - t^n without the cancellation next to t = 1; the logarithm there alone, as at 0 it has no derivative
+        late = t > 0.5
+        near_1 = one_minus_exp(-self.n * torch.log(torch.where(late, t, 1.0)))
+        return torch.where(late, near_1, 1.0 - torch.where(late, 0.5, t) ** self.n)
 
     def d_alpha(self, t: Tensor) -> Tensor | float:
-        return self.n * t ** (self.n - 1.0)
+        return self.n * power(t, self.n - 1.0)
 
     def d_sigma(self, t: Tensor) -> Tensor | float:
-        return -self.n * t ** (self.n - 1.0)
+        return -self.n * power(t, self.n - 1.0)
 
-    def log_snr_inverse(self, log_snr: Tensor) -> Tensor:
-        return torch.sigmoid(0.5 * promoted(log_snr)) ** (1.0 / self.n)
+    def log_snr_inverse(self, log_snr: Tensor | float) -> Tensor:
+        return torch.sigmoid(0.5 * promoted("log_snr", log_snr)) ** (1.0 / self.n)
 
 
 @final
 class Cosine(Path):
     """alpha = sin(pi t / 2), sigma = cos(pi t / 2) (Albergo & Vanden-Eijnden 2022, trigonometric)."""
+
+    _exact = True
 
     def alpha(self, t: Tensor) -> Tensor | float:
         return torch.sin(half_pi(t))
@@ -114,8 +125,8 @@ class Cosine(Path):
     def d_sigma(self, t: Tensor) -> Tensor | float:
         return (-0.5 * math.pi) * torch.sin(half_pi(t))
 
-    def log_snr_inverse(self, log_snr: Tensor) -> Tensor:
-        return torch.atan(torch.exp(0.5 * promoted(log_snr))) * (2.0 / math.pi)
+    def log_snr_inverse(self, log_snr: Tensor | float) -> Tensor:
+        return torch.atan(torch.exp(0.5 * promoted("log_snr", log_snr))) * (2.0 / math.pi)
 
 
 @final
@@ -125,20 +136,22 @@ class LinearVP(Path):
     d sigma / dt = -t / sigma has no limit at t = 1; there sigma counts as at least 1e-4.
     """
 
+    _exact = True
+
     def alpha(self, t: Tensor) -> Tensor | float:
         return t
 
     def sigma(self, t: Tensor) -> Tensor | float:
-        return torch.sqrt((1.0 - t) * (1.0 + t))
+        return root((1.0 - t) * (1.0 + t))
 
     def d_alpha(self, t: Tensor) -> Tensor | float:
         return 1.0
 
     def d_sigma(self, t: Tensor) -> Tensor | float:
-        return -t / torch.sqrt((1.0 - t) * (1.0 + t)).clamp(min=SMALL)
+        return -t / root((1.0 - t) * (1.0 + t)).clamp(min=SMALL)
 
-    def log_snr_inverse(self, log_snr: Tensor) -> Tensor:
-        return torch.sqrt(torch.sigmoid(promoted(log_snr)))
+    def log_snr_inverse(self, log_snr: Tensor | float) -> Tensor:
+        return torch.sqrt(torch.sigmoid(promoted("log_snr", log_snr)))
 
 
 @final
@@ -151,6 +164,8 @@ class VP(Path):
     Args:
         beta_min, beta_max: the linear noise schedule's ends, 0 < beta_min <= beta_max.
     """
+
+    _exact = True
 
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0) -> None:
         check_number("beta_min", beta_min, above=0.0)
@@ -169,23 +184,23 @@ class VP(Path):
         return torch.exp(-0.5 * self.integral(t))
 
     def sigma(self, t: Tensor) -> Tensor | float:
-        return torch.sqrt(one_minus_exp(self.integral(t)))
+        return root(one_minus_exp(self.integral(t)))
 
     def d_alpha(self, t: Tensor) -> Tensor | float:
         return -0.5 * self.d_integral(t) * torch.exp(-0.5 * self.integral(t))
 
     def d_sigma(self, t: Tensor) -> Tensor | float:
         total = self.integral(t)
-        sigma = torch.sqrt(one_minus_exp(total)).clamp(min=SMALL)
+        sigma = root(one_minus_exp(total)).clamp(min=SMALL)
         return 0.5 * self.d_integral(t) * torch.exp(-total) / sigma
 
     def log_snr(self, t: Tensor | float) -> Tensor:
-        total = self.integral(promoted(t))
+        total = self.integral(promoted_times(t))
         return -total - torch.log(one_minus_exp(total))
 
-    def log_snr_inverse(self, log_snr: Tensor) -> Tensor:
+    def log_snr_inverse(self, log_snr: Tensor | float) -> Tensor:
         # T = log(1 + e^-log_snr), then the quadratic for 1 - t, in the form without cancellation
-        total = torch.nn.functional.softplus(-promoted(log_snr))
+        total = torch.nn.functional.softplus(-promoted("log_snr", log_snr))
         slope = self.beta_max - self.beta_min
         # beyond the end's T only the end's time is asked for, and an infinite T (SNR 0) would give inf / inf
         total = total.clamp(max=0.5 * slope + self.beta_min)
@@ -201,6 +216,8 @@ class VE(Path):
     Args:
         sigma_min, sigma_max: the standard deviations at t = 1 and t = 0, 0 < sigma_min < sigma_max.
     """
+
+    _exact = True
 
     def __init__(self, sigma_min: float = 0.02, sigma_max: float = 100.0) -> None:
         check_number("sigma_min", sigma_min, above=0.0)
@@ -223,6 +240,6 @@ class VE(Path):
     def d_sigma(self, t: Tensor) -> Tensor | float:
         return (-self._log_ratio * self.sigma_min) * torch.exp(self._log_ratio * (1.0 - t))
 
-    def log_snr_inverse(self, log_snr: Tensor) -> Tensor:
-        log_sigma = -0.5 * promoted(log_snr)
+    def log_snr_inverse(self, log_snr: Tensor | float) -> Tensor:
+        log_sigma = -0.5 * promoted("log_snr", log_snr)
         return (1.0 - (log_sigma - math.log(self.sigma_min)) / self._log_ratio).clamp(0.0, 1.0)

@@ -2,39 +2,40 @@
 
 from __future__ import annotations
 
-from typing import final
+from typing import Any, final
 
-import torch
 from torch import Tensor
 
 from .._checks import check_number, type_error
 from .affine import CondOT
+from .derivatives import SMALL, root
 from .path import Path
-from .schedule import SMALL
+from .schedule import at
 
 
 class _Bridge(Path):
     """The mean of another path."""
 
+    _exact = True
     base: Path
 
     def alpha(self, t: Tensor) -> Tensor | float:
-        return self.base.alpha(t)
+        return at(self.base, "alpha", t)
 
     def sigma(self, t: Tensor) -> Tensor | float:
-        return self.base.sigma(t)
+        return at(self.base, "sigma", t)
 
     def d_alpha(self, t: Tensor) -> Tensor | float:
-        return self.base.d_alpha(t)
+        return at(self.base, "d_alpha", t)
 
     def d_sigma(self, t: Tensor) -> Tensor | float:
-        return self.base.d_sigma(t)
+        return at(self.base, "d_sigma", t)
 
     def log_snr(self, t: Tensor | float) -> Tensor:
         """That of the mean: x_0 counts as noise, z does not."""
         return self.base.log_snr(t)
 
-    def log_snr_inverse(self, log_snr: Tensor) -> Tensor:
+    def log_snr_inverse(self, log_snr: Tensor | float) -> Tensor:
         return self.base.log_snr_inverse(log_snr)
 
     def _set(self, sigma: float, base: Path | None) -> None:
@@ -44,8 +45,8 @@ class _Bridge(Path):
             raise type_error("base", "a path without a gamma term", base)
         self._sigma, self.base = float(sigma), base
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(sigma={self._sigma}, base={self.base!r})"
+    def _arguments(self) -> dict[str, Any]:
+        return {"sigma": self._sigma, "base": self.base}
 
 
 @final
@@ -84,7 +85,7 @@ class SchrodingerBridge(_Bridge):
         self._set(sigma, base)
 
     def gamma(self, t: Tensor) -> Tensor | float | None:
-        return self._sigma * torch.sqrt(t * (1.0 - t))
+        return self._sigma * root(t * (1.0 - t))
 
     def d_gamma(self, t: Tensor) -> Tensor | float | None:
-        return (0.5 * self._sigma) * (1.0 - 2.0 * t) / torch.sqrt(t * (1.0 - t)).clamp(min=SMALL)
+        return (0.5 * self._sigma) * (1.0 - 2.0 * t) / root(t * (1.0 - t)).clamp(min=SMALL)

@@ -3,37 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .._checks import check_float_tensor, type_error
-from .._dispatch import transform_active
+from .._checks import check_float_tensor, check_number, type_error
 from ..ops._operands import Coefficient
-
-# Below this, a standard deviation or a distance from an end of the path counts as this: quotients by it stay finite in
-# float32 and bfloat16 (1e-4 squared is 1e-8, and float32 resolves t next to 1 to 6e-8). The schedules themselves are
-# exact; only quantities whose limit is infinite (a score at sigma = 0, a derivative of sqrt(1 - t)) are held here.
-SMALL = 1e-4
+from .derivatives import as_tensor, checked, derivative
 
 
-def as_tensor(value: Tensor | float, t: Tensor) -> Tensor:
-    """A schedule's value as a tensor of t's shape."""
-    if isinstance(value, Tensor):
-        return value if value.shape == t.shape else value.expand(t.shape)
-    return torch.full_like(t, value)
+def promoted(name: str, value: Tensor | float) -> Tensor:
+    """A tensor or number as float32, or float64 where it is that."""
+    if not isinstance(value, Tensor):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise type_error(name, "a tensor or a number", value)
+        return torch.tensor(float(value), dtype=torch.float32)
+    check_float_tensor(name, value)
+    return value if value.dtype in (torch.float32, torch.float64) else value.to(torch.float32)
 
 
-def promoted(t: Tensor | float) -> Tensor:
-    """Times as float32, or float64 where they are that."""
-    if not isinstance(t, Tensor):
-        if isinstance(t, bool) or not isinstance(t, (int, float)):
-            raise type_error("t", "a tensor or a number", t)
-        return torch.tensor(float(t), dtype=torch.float32)
-    check_float_tensor("t", t)
-    return t if t.dtype in (torch.float32, torch.float64) else t.to(torch.float32)
+def promoted_times(t: Tensor | float) -> Tensor:
+    """Times as float32, or float64 where they are that; a number must lie in [0, 1]."""
+    if not isinstance(t, Tensor) and isinstance(t, (int, float)) and not torch.compiler.is_compiling():
+        check_number("t", t, low=0.0, high=1.0)
+    return promoted("t", t)
 
 
 class Coefficients(NamedTuple):
@@ -47,27 +41,18 @@ class Coefficients(NamedTuple):
     d_gamma_t: Tensor | None = None
 
 
-def derivative(function: Callable[[Tensor], Tensor | float], t: Tensor) -> Tensor:
-    """d function / d t for a function that acts on each time alone, by automatic differentiation."""
-    if torch.compiler.is_compiling() or transform_active():
-        # autograd.grad can be neither traced nor transformed; forward mode can, at five times the cost in plain calls
-        return torch.func.jvp(lambda times: as_tensor(function(times), times), (t,), (torch.ones_like(t),))[1]
-    # inference mode would record nothing and make every derivative 0, enable_grad notwithstanding
-    with torch.inference_mode(False), torch.enable_grad():
-        leaf = (t.clone() if t.is_inference() else t.detach()).requires_grad_()
-        value = as_tensor(function(leaf), leaf)
-        if not value.requires_grad:  # a constant
-            return torch.zeros_like(t)
-        (result,) = torch.autograd.grad(value.sum(), leaf)
-    return result
-
-
 class Schedule:
     """What a path is made of: alpha and sigma, their derivatives, and gamma for a path with noise of its own.
 
     Targets, batches and weightings read a schedule; a schedule of your own is a subclass of :class:`Path`, which also
     samples and converts.
+
+    Schedules of one class with the same parameters are equal, and have one hash, where the parameters are plain values
+    (numbers, strings, other schedules); else a schedule is equal to itself alone. ``repr`` is the constructor's call.
     """
+
+    _exact: ClassVar[bool] = False
+    """Of the schedules of this package: values are floats or tensors of t's shape, and finite at both ends."""
 
     def alpha(self, t: Tensor) -> Tensor | float:
         """The coefficient of x_1."""
@@ -79,11 +64,11 @@ class Schedule:
 
     def d_alpha(self, t: Tensor) -> Tensor | float:
         """The derivative of alpha; by autograd unless a subclass gives a closed form."""
-        return derivative(self.alpha, t)
+        return derivative(self, "alpha", t)
 
     def d_sigma(self, t: Tensor) -> Tensor | float:
         """The derivative of sigma; by autograd unless a subclass gives a closed form."""
-        return derivative(self.sigma, t)
+        return derivative(self, "sigma", t)
 
     def gamma(self, t: Tensor) -> Tensor | float | None:
         """The coefficient of z, or None for no such term."""
@@ -93,11 +78,37 @@ class Schedule:
         """The derivative of gamma."""
         if self.gamma(t) is None:
             return None
-        return derivative(self.gamma, t)  # type: ignore[arg-type]  # not None at other times either
+        return derivative(self, "gamma", t)
+
+    def _arguments(self) -> dict[str, Any]:
+        """The constructor's arguments, by name."""
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
 
     def __repr__(self) -> str:
-        parameters = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
-        return f"{type(self).__name__}({parameters})"
+        arguments = ", ".join(f"{name}={value!r}" for name, value in self._arguments().items())
+        return f"{type(self).__name__}({arguments})"
+
+    def _identity(self) -> Any:
+        """What makes two schedules of one class the same, or None where that cannot be told."""
+        for base in type(self).__mro__:
+            if base is not object and (not issubclass(base, Schedule) or base.__dict__.get("__slots__")):
+                return None
+        values = vars(self)
+        if not all(_is_plain(value) for value in values.values()):
+            return None
+        return tuple((name, type(values[name]), values[name]) for name in sorted(values))
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        if not isinstance(other, Schedule) or type(self) is not type(other):
+            return NotImplemented
+        mine = self._identity()
+        return mine is not None and mine == other._identity()
+
+    def __hash__(self) -> int:
+        mine = self._identity()
+        return object.__hash__(self) if mine is None else hash((type(self), mine))
 
     def coefficients(self, t: Tensor | float) -> Coefficients:
         """alpha, sigma, their derivatives and, for a bridge, gamma and its derivative, at times t.
@@ -108,44 +119,42 @@ class Schedule:
         Returns:
             Coefficients: tensors of t's shape, float32 (float64 for float64 t), finite also at 0 and 1.
         """
-        t = promoted(t)
-        gamma, d_gamma = self.gamma(t), self.d_gamma(t)
+        t = promoted_times(t)
+        gamma, d_gamma = at(self, "gamma", t), at(self, "d_gamma", t)
         return Coefficients(
-            as_tensor(self.alpha(t), t),
-            as_tensor(self.sigma(t), t),
-            as_tensor(self.d_alpha(t), t),
-            as_tensor(self.d_sigma(t), t),
+            tensor_at(self, "alpha", t),
+            tensor_at(self, "sigma", t),
+            tensor_at(self, "d_alpha", t),
+            tensor_at(self, "d_sigma", t),
             None if gamma is None else as_tensor(gamma, t),
             None if d_gamma is None else as_tensor(d_gamma, t),
         )
 
     def interpolation_coefficients(self, t: Tensor) -> tuple[Coefficient, Coefficient, Coefficient | None]:
         """(alpha, sigma, gamma) as the kernels take them: constants stay numbers."""
-        return self.alpha(t), self.sigma(t), self.gamma(t)
+        return at(self, "alpha", t), at(self, "sigma", t), at(self, "gamma", t)
 
     def log_snr(self, t: Tensor | float) -> Tensor:
         """log(alpha^2 / sigma^2); infinite where sigma (or alpha) is 0."""
-        t = promoted(t)
-        return 2.0 * (torch.log(as_tensor(self.alpha(t), t)) - torch.log(as_tensor(self.sigma(t), t)))
+        t = promoted_times(t)
+        return 2.0 * (torch.log(tensor_at(self, "alpha", t)) - torch.log(tensor_at(self, "sigma", t)))
 
     def snr(self, t: Tensor | float) -> Tensor:
         """The signal-to-noise ratio alpha^2 / sigma^2 (Kingma et al. 2021, eq. 3); infinite where sigma is 0."""
-        t = promoted(t)
-        return (as_tensor(self.alpha(t), t) / as_tensor(self.sigma(t), t)).square()
+        t = promoted_times(t)
+        return (tensor_at(self, "alpha", t) / tensor_at(self, "sigma", t)).square()
 
-    def snr_inverse(self, snr: Tensor) -> Tensor:
+    def snr_inverse(self, snr: Tensor | float) -> Tensor:
         """The time at which the signal-to-noise ratio has a value; the ends' times beyond their ratios.
 
         Closed form where a schedule has one, else bisection on log SNR, which must increase: 60 fixed steps on the
         device, without a host sync.
         """
-        check_float_tensor("snr", snr)
-        return self.log_snr_inverse(torch.log(promoted(snr)))
+        return self.log_snr_inverse(torch.log(promoted("snr", snr)))
 
-    def log_snr_inverse(self, log_snr: Tensor) -> Tensor:
+    def log_snr_inverse(self, log_snr: Tensor | float) -> Tensor:
         """The time at which log SNR has a value; see :meth:`snr_inverse`."""
-        check_float_tensor("log_snr", log_snr)
-        wanted = promoted(log_snr)
+        wanted = promoted("log_snr", log_snr)
         low = torch.zeros_like(wanted, dtype=torch.float64)
         high = torch.ones_like(low)
         for _ in range(60):
@@ -153,6 +162,37 @@ class Schedule:
             below = self.log_snr(middle) < wanted
             low, high = torch.where(below, middle, low), torch.where(below, high, middle)
         return (0.5 * (low + high)).to(wanted.dtype)
+
+
+def at(schedule: Schedule, name: str, t: Tensor) -> Any:
+    """A schedule's function at times t: a float, or a tensor that broadcasts to t's shape; None for no gamma.
+
+    Where a schedule of a user's own has no finite value at an end, its value at a distance of 1e-4 from there.
+
+    Raises:
+        TypeError, ValueError: the function returned neither, or another shape.
+    """
+    value = getattr(schedule, name)(t)
+    if schedule._exact or (value is None and name in ("gamma", "d_gamma")):
+        return value
+    return checked(schedule, name, value, t)
+
+
+def tensor_at(schedule: Schedule, name: str, t: Tensor) -> Tensor:
+    """A schedule's function at times t as a tensor of t's shape."""
+    return as_tensor(at(schedule, name, t), t)
+
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+
+
+def _is_plain(value: Any) -> bool:
+    """A value that nothing can change, and that equals only what is the same."""
+    if isinstance(value, Schedule):
+        return value._identity() is not None
+    if type(value) is tuple:
+        return all(map(_is_plain, value))
+    return type(value) in _PLAIN
 
 
 def one_minus_exp(x: Tensor) -> Tensor:

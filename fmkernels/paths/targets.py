@@ -9,8 +9,9 @@ x_1         x_1                                           data prediction; also 
 x_0         x_0                                           noise prediction; also called "noise"
 score       -x_0 / sigma; on a bridge -z / gamma          gradient of log p(x_t | x_1), Gaussian source
 v           alpha x_0 - sigma x_1                         v-prediction (Salimans & Ho 2022, section 4)
-edm         sigma/(s r) x_1 - alpha s / r x_0,            EDM's F (Karras et al. 2022, eq. 7 and table 1): with
-            r = sqrt(alpha^2 s^2 + sigma^2)               noise level sigma/alpha and data deviation s = sigma_data
+edm         sigma/(s r) x_1 - alpha s / r x_0,            what EDM's F learns (Karras et al. 2022, eq. 8; F is in
+            r = sqrt(alpha^2 s^2 + sigma^2)               eq. 7, c_skip and c_out in table 1), with noise level
+                                                          sigma/alpha and data deviation s = sigma_data
 =========== ============================================ =======================================================
 """
 
@@ -21,16 +22,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .._checks import check_choice, check_float_tensor, check_like, check_number, leading_shape, value_error
+from .._checks import check_choice, check_float_tensor, check_like, check_number, leading_shape, type_error, value_error
 from ..ops._operands import Coefficient, compute_dtype
 from ..ops.combine.op import combine
-from .schedule import SMALL, Schedule, as_tensor, promoted
+from .derivatives import SMALL, as_tensor
+from .schedule import Schedule, at, promoted, tensor_at
 
 Triple = tuple[Coefficient, Coefficient, Coefficient | None]
 
 
-def _floor(value: Tensor | float, t: Tensor) -> Tensor:
-    return as_tensor(value, t).clamp(min=SMALL)
+def _floor(path: Schedule, name: str, t: Tensor) -> Tensor:
+    return tensor_at(path, name, t).clamp(min=SMALL)
 
 
 def _no_bridge(path: Schedule, t: Tensor, target: str) -> None:
@@ -39,7 +41,7 @@ def _no_bridge(path: Schedule, t: Tensor, target: str) -> None:
 
 
 def _velocity(path: Schedule, t: Tensor) -> Triple:
-    return path.d_alpha(t), path.d_sigma(t), path.d_gamma(t)
+    return at(path, "d_alpha", t), at(path, "d_sigma", t), at(path, "d_gamma", t)
 
 
 def _x_1(path: Schedule, t: Tensor) -> Triple:
@@ -51,21 +53,20 @@ def _x_0(path: Schedule, t: Tensor) -> Triple:
 
 
 def _score(path: Schedule, t: Tensor) -> Triple:
-    gamma = path.gamma(t)
-    if gamma is not None:
-        return 0.0, 0.0, -1.0 / _floor(gamma, t)
-    return 0.0, -1.0 / _floor(path.sigma(t), t), None
+    if path.gamma(t) is not None:
+        return 0.0, 0.0, -1.0 / _floor(path, "gamma", t)
+    return 0.0, -1.0 / _floor(path, "sigma", t), None
 
 
 def _v(path: Schedule, t: Tensor) -> Triple:
     _no_bridge(path, t, "v")
-    return -as_tensor(path.sigma(t), t), path.alpha(t), None
+    return -tensor_at(path, "sigma", t), at(path, "alpha", t), None
 
 
 def _edm(path: Schedule, t: Tensor, sigma_data: float = 0.5) -> Triple:
     _no_bridge(path, t, "edm")
     check_number("sigma_data", sigma_data, above=0.0)
-    alpha, sigma = as_tensor(path.alpha(t), t), as_tensor(path.sigma(t), t)
+    alpha, sigma = tensor_at(path, "alpha", t), tensor_at(path, "sigma", t)
     root = torch.sqrt((alpha * sigma_data).square() + sigma.square())
     return sigma / (sigma_data * root), -sigma_data * alpha / root, None
 
@@ -86,15 +87,25 @@ def coefficients(path: Schedule, t: Tensor, target: str, **parameters: float) ->
     """(c_1, c_0, c_z) of a target at times t: numbers, tensors of t's shape, or None for no z."""
     if target not in TARGETS:
         check_choice("target", target, TARGETS)
-    if parameters and target != "edm":
-        raise value_error("sigma_data", "none but for the target 'edm'", target)
+    if parameters:
+        _check_parameters(parameters, target)
     return TARGETS[target](path, t, **parameters)
+
+
+def _check_parameters(parameters: dict[str, float], *targets: str) -> None:
+    for name in parameters:
+        if name != "sigma_data":
+            raise TypeError(f"{name}: expected no parameter but sigma_data, got one of this name")
+    if "edm" not in targets:
+        raise value_error("sigma_data", "none but for the target 'edm'", targets[0] if len(targets) == 1 else targets)
 
 
 def conversion_coefficients(
     path: Schedule, t: Tensor, source: str, target: str, **parameters: float
 ) -> tuple[Tensor, Tensor]:
     """(A, B) with target = A x_t + B source, in float64 on the way."""
+    if parameters:
+        _check_parameters(parameters, source, target)
     dtype, t = t.dtype, t.double()
     parts = []
     for name in (source, target):
@@ -102,7 +113,7 @@ def conversion_coefficients(
         c_1, c_0, _ = coefficients(path, t, name, **extra)
         parts += [as_tensor(c, t) for c in (c_1, c_0)]  # type: ignore[arg-type]
     c_1, c_0, d_1, d_0 = parts
-    alpha, sigma = as_tensor(path.alpha(t), t), as_tensor(path.sigma(t), t)
+    alpha, sigma = tensor_at(path, "alpha", t), tensor_at(path, "sigma", t)
     # [x_t; p] = [[alpha, sigma], [c_1, c_0]] [x_1; x_0], solved for d_1 x_1 + d_0 x_0 by elimination. The prediction's
     # row is scaled to 1 first, so that a row which vanishes at an end (the velocity of t^n) keeps its direction up to
     # it, and its larger entry is the pivot, so that what the prediction gives alone (the score from x_0) divides by
@@ -155,6 +166,8 @@ def convert(
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or device, an unknown target, or a bridge.
     """
+    if not isinstance(path, Schedule):
+        raise type_error("path", "a path of fm.paths", path)
     check_float_tensor("x_t", x_t)
     check_like("prediction", prediction, "x_t", x_t, dtype=False)
     for name, value in (("source", source), ("target", target)):
@@ -162,10 +175,13 @@ def convert(
     if isinstance(t, Tensor):
         check_float_tensor("t", t)
         leading_shape("t", t, "x_t", x_t)
-        times = promoted(t)
+        times = promoted("t", t)
+        if compute_dtype(x_t, prediction) is torch.float64:
+            times = times.double()
     else:
-        check_number("t", t, low=0.0, high=1.0)
-        times = torch.full((), float(t), dtype=compute_dtype(x_t), device=x_t.device)
+        if not torch.compiler.is_compiling():  # there a number may be symbolic: it has no value to check
+            check_number("t", t, low=0.0, high=1.0)
+        times = torch.full((), t, dtype=compute_dtype(x_t, prediction), device=x_t.device)
     if path.gamma(times) is not None:
         raise value_error("path", "a path without a gamma term", path)
     if TARGETS[source] is TARGETS[target]:

@@ -20,7 +20,7 @@ import torch
 
 from ..._checks import value_error
 from ...paths import Path
-from ...paths.schedule import as_tensor
+from ...paths.schedule import tensor_at
 from ..programs.builder import Builder
 from ..programs.expressions import ZERO, Expr, Number, as_number
 
@@ -45,7 +45,7 @@ def level(path: Path, t: Number) -> Level:
     times = torch.as_tensor(t, dtype=torch.float64)
     if path.gamma(times) is not None:
         raise value_error("path", "one without a gamma term, for a method that uses its noise levels", path)
-    alpha, sigma = as_tensor(path.alpha(times), times), as_tensor(path.sigma(times), times)
+    alpha, sigma = tensor_at(path, "alpha", times), tensor_at(path, "sigma", times)
     return Level(t, as_number(alpha), as_number(sigma), as_number(0.5 * path.log_snr(times)))
 
 

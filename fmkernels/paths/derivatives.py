@@ -1,0 +1,175 @@
+"""Values and derivatives of schedules: checked, differentiated by autograd, and held where they have no limit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from .._checks import FLOATING, type_error, value_error
+from .._dispatch import transform_active, untraced
+
+# Below this, a standard deviation or a distance from an end of the path counts as this: quotients by it stay finite in
+# float32 and bfloat16 (1e-4 squared is 1e-8, and float32 resolves t next to 1 to 6e-8). The schedules themselves are
+# exact; only quantities whose limit is infinite (a score at sigma = 0, a derivative of sqrt(1 - t)) are held here.
+SMALL = 1e-4
+
+
+def as_tensor(value: Tensor | float, t: Tensor) -> Tensor:
+    """A schedule's value as a tensor of t's shape."""
+    if isinstance(value, Tensor):
+        return value if value.shape == t.shape else value.expand(t.shape)
+    return torch.full_like(t, value)
+
+
+# Of a schedule's function: whether it is finite at both ends, and whether autograd sees its derivative (a constant has
+# one); None where the question could not be put. Of each schedule, by value, while it lives: two booleans a function.
+Facts = tuple[bool, bool | None]
+_UNKNOWN: Facts = (False, None)
+_KNOWN: WeakKeyDictionary[Any, dict[str, Facts]] = WeakKeyDictionary()
+_PROBES = (0.0, 0.137, 0.291, 0.5, 0.618, 0.857, 1.0)
+
+
+def _probe(owner: Any, name: str, dtype: torch.dtype) -> Facts:
+    with torch.inference_mode(False), torch.enable_grad():
+        t = torch.tensor(_PROBES, dtype=dtype, device="cpu", requires_grad=True)
+        try:
+            value = getattr(owner, name)(t)
+            if not isinstance(value, Tensor):
+                return True, True
+            finite = bool(torch.isfinite(value).all())
+            if bool((value == value.reshape(-1)[0]).all()):
+                return finite, True
+            if not value.requires_grad:
+                return finite, False
+            (slope,) = torch.autograd.grad(value.sum(), t, allow_unused=True)
+            return finite, slope is not None and bool((slope != 0).any())
+        except Exception:  # a schedule of one device, one batch size, a network's dtype: it runs where it can
+            return _UNKNOWN
+
+
+def _facts(owner: Any, name: str, dtype: torch.dtype) -> Facts:
+    try:
+        known = _KNOWN.setdefault(owner, {})
+    except TypeError:  # not hashable: nothing is kept
+        known = {}
+    if name not in known:
+        known[name] = _probe(owner, name, dtype)
+    return known[name]
+
+
+# As torch.compiler.assume_constant_result, which would import the compiler: traced schedules are asked while tracing.
+_facts._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def facts(owner: Any, name: str, t: Tensor) -> Facts:
+    """What is known of a schedule's function, found out by calling it once on the CPU at a few times."""
+    if not torch.compiler.is_compiling() and (not untraced() or transform_active()):
+        return _UNKNOWN
+    return _facts(owner, name, t.dtype)
+
+
+def checked(owner: Any, name: str, value: Any, t: Tensor) -> Tensor | float:
+    """What a schedule's function returned at t: a float, or a floating tensor that broadcasts to t's shape; where it
+    has no finite value at an end of the path, that at a distance of SMALL from it."""
+    label = f"{type(owner).__name__}.{name}(t)"
+    if not isinstance(value, Tensor):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise type_error(label, "a tensor of t's shape, or a number for a constant", value)
+        if not torch.compiler.is_compiling() and not math.isfinite(value):
+            raise value_error(label, "a finite number", value)
+        return float(value)
+    if value.dtype not in FLOATING:
+        raise type_error(label, "a floating tensor", value)
+    if value.shape != t.shape and not _expands(value.shape, t.shape):
+        raise value_error(label, f"t's shape, {tuple(t.shape)}", value)
+    if facts(owner, name, t)[0]:
+        return value
+    inner = torch.where(torch.isfinite(value.detach()), t, t.clamp(SMALL, 1.0 - SMALL))
+    return getattr(owner, name)(inner)
+
+
+def _expands(shape: torch.Size, wanted: torch.Size) -> bool:
+    lead = len(wanted) - len(shape)
+    return lead >= 0 and all(size in (1, other) for size, other in zip(shape, wanted[lead:], strict=True))
+
+
+def _check_differentiable(owner: Any, name: str, value: Any, t: Tensor) -> None:
+    differentiable = facts(owner, name, t)[1]
+    if differentiable is None and untraced() and isinstance(value, Tensor) and value.dim():
+        differentiable = value.requires_grad
+    if differentiable is False:
+        raise value_error(
+            f"{type(owner).__name__}.{name}",
+            f"a function of t that autograd can differentiate (a table, a rounding or a detached t has no derivative), "
+            f"or a method d_{name}(t) beside it",
+            value,
+        )
+
+
+def derivative(owner: Any, name: str, t: Tensor) -> Tensor:
+    """d function / d t of a schedule's function, which acts on each time alone, by automatic differentiation.
+
+    Differentiable itself, with respect to t and to what else the function depends on.
+    """
+    function: Callable[[Tensor], Any] = getattr(owner, name)
+    if torch.compiler.is_compiling() or transform_active():
+        # autograd.grad can be neither traced nor transformed; forward mode can, at five times the cost in plain calls
+        if torch.compiler.is_compiling():
+            _check_differentiable(owner, name, None, t)
+        return torch.func.jvp(lambda times: as_tensor(function(times), times), (t,), (torch.ones_like(t),))[1]
+    wanted = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    # inference mode would record nothing and make every derivative 0, enable_grad notwithstanding
+    with torch.inference_mode(False), torch.enable_grad():
+        if wanted and t.requires_grad:
+            leaf = t.view_as(t)
+        else:
+            leaf = (t.clone() if t.is_inference() else t.detach()).requires_grad_()
+        value = function(leaf)
+        _check_differentiable(owner, name, value, t)
+        if not isinstance(value, Tensor) or not value.requires_grad:  # a constant
+            return torch.zeros_like(t)
+        keep = wanted and (t.requires_grad or _has_other_leaf(value, leaf))
+        (slope,) = torch.autograd.grad(as_tensor(value, leaf).sum(), leaf, create_graph=keep, allow_unused=True)
+    return torch.zeros_like(t) if slope is None else slope
+
+
+def _has_other_leaf(value: Tensor, leaf: Tensor) -> bool:
+    """Whether a graph ends in a tensor besides the leaf: a learnable parameter."""
+    seen: set[Any] = set()
+    stack = [value.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if getattr(node, "variable", leaf) is not leaf:
+            return True
+        stack += [parent for parent, _ in node.next_functions]
+    return False
+
+
+def _tracked(x: Tensor) -> bool:
+    return x.requires_grad or torch.compiler.is_compiling() or transform_active()
+
+
+def root(x: Tensor) -> Tensor:
+    """sqrt(x) for x >= 0, whose derivative counts the root as at least SMALL, as the closed derivatives do."""
+    if not _tracked(x):
+        return torch.sqrt(x)
+    low = x < SMALL * SMALL
+    held = torch.sqrt(x.detach()) + (0.5 / SMALL) * (x - x.detach())
+    return torch.where(low, held, torch.sqrt(torch.where(low, SMALL * SMALL, x)))
+
+
+def power(x: Tensor, exponent: float) -> Tensor:
+    """x^exponent for x >= 0 and exponent >= 0, whose derivative counts x as at least SMALL where it has no limit."""
+    if exponent >= 1.0 or exponent == 0.0 or not _tracked(x):
+        return x**exponent
+    low = x < SMALL
+    held = x.detach() ** exponent + exponent * SMALL ** (exponent - 1.0) * (x - x.detach())
+    return torch.where(low, held, torch.where(low, SMALL, x) ** exponent)

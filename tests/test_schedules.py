@@ -1,0 +1,423 @@
+"""A schedule of one's own: learnable, not differentiable, infinite at an end, used first under some mode; equality."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+import threading
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import fmkernels as fm
+from fmkernels import times, weightings
+from fmkernels.paths import (
+    VE,
+    VP,
+    CondOT,
+    ConstantBridge,
+    Cosine,
+    LinearVP,
+    OptimalTransport,
+    Path,
+    Polynomial,
+    SchrodingerBridge,
+)
+
+EXACT = [
+    CondOT(),
+    OptimalTransport(0.1),
+    Polynomial(1),
+    Polynomial(1.5),
+    Polynomial(3),
+    Cosine(),
+    LinearVP(),
+    VP(),
+    VE(),
+    SchrodingerBridge(0.7),
+    ConstantBridge(0.2, base=Cosine()),
+]
+
+
+class Learned(Path, torch.nn.Module):
+    """alpha = t^n, sigma = 1 - t^n with a learnable exponent."""
+
+    def __init__(self, n: float, dtype: torch.dtype = torch.float64) -> None:
+        torch.nn.Module.__init__(self)
+        self.n = torch.nn.Parameter(torch.tensor(n, dtype=dtype))
+
+    def alpha(self, t):
+        return t**self.n
+
+    def sigma(self, t):
+        return 1 - t**self.n
+
+
+class WithDerivatives(Learned):
+    def d_alpha(self, t):
+        return self.n * t ** (self.n - 1)
+
+    def d_sigma(self, t):
+        return -self.n * t ** (self.n - 1)
+
+
+def loss_gradients(path: Learned, learn_t: bool, compiled: bool) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x_1, x_0, w = (torch.randn(6, 3, generator=generator, dtype=torch.float64) for _ in range(3))
+    t = (0.1 + 0.8 * torch.rand(6, generator=generator, dtype=torch.float64)).requires_grad_(learn_t)
+
+    def loss(t):
+        batch = path.sample(x_1, x_0, t)
+        return fm.cfm_loss(torch.tanh(w * batch.x_t), batch)
+
+    value = (torch.compile(loss, fullgraph=True) if compiled else loss)(t)
+    return list(torch.autograd.grad(value, [path.n, *([t] if learn_t else [])]))
+
+
+@pytest.mark.parametrize("learn_t", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_learnable_schedule_and_learnable_times_have_their_gradients(learn_t: bool, compiled: bool) -> None:
+    """The velocity's coefficients depend on the exponent and on t too: closed derivatives are the reference."""
+    want = loss_gradients(WithDerivatives(1.7), learn_t, False)
+    got = loss_gradients(Learned(1.7), learn_t, compiled)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_derivatives_of_a_schedule_require_grad_only_where_something_is_learnt() -> None:
+    t = torch.rand(3, dtype=torch.float64)
+    assert Learned(2.0).d_alpha(t).requires_grad
+    assert not Learned(2.0).requires_grad_(False).d_alpha(t).requires_grad
+    with torch.no_grad():
+        assert not Learned(2.0).d_alpha(t).requires_grad
+    leaf = t.clone().requires_grad_()
+    (second,) = torch.autograd.grad(Learned(3.0).requires_grad_(False).d_alpha(leaf).sum(), leaf)
+    torch.testing.assert_close(second, 6 * t)
+
+
+def test_a_parameter_updated_in_place_is_seen_at_the_next_call() -> None:
+    path, t = Learned(2.0), torch.rand(4, dtype=torch.float64)
+    path.coefficients(t)
+    with torch.no_grad():
+        path.n.fill_(3.0)
+    torch.testing.assert_close(path.coefficients(t).d_alpha_t, 3 * t**2)
+
+
+def schedule(function, name: str = "alpha") -> Path:
+    """A path of which one function is given."""
+    functions = {"alpha": lambda self, t: t, "sigma": lambda self, t: 1 - t, name: lambda self, t: function(t)}
+    return type("Mine", (Path,), functions)()
+
+
+TABLE = torch.linspace(0, 1, 1001)
+NOT_DIFFERENTIABLE = {
+    "table": lambda t: TABLE[(1000 * t).round().long()],
+    "round": lambda t: torch.round(10 * t) / 10,
+    "detach": lambda t: t.detach() ** 2,
+    "integer": lambda t: (4 * t).long(),
+    "searchsorted": lambda t: torch.searchsorted(TABLE, t.detach().float()) / 1000,
+}
+
+
+@pytest.mark.parametrize("name", ["alpha", "sigma", "gamma"])
+@pytest.mark.parametrize("kind", NOT_DIFFERENTIABLE)
+def test_a_schedule_without_derivative_is_refused_not_a_velocity_of_zero(name: str, kind: str) -> None:
+    path = schedule(NOT_DIFFERENTIABLE[kind], name)
+    x = torch.rand(5, 2)
+    with pytest.raises((TypeError, ValueError), match=rf"Mine\.{name}.*expected"):
+        fm.cfm_loss(x, x_1=x, x_0=x, z=x, t=torch.rand(5), path=path)
+    if kind != "integer":
+        with pytest.raises(ValueError, match=rf"or a method d_{name}\(t\) beside it"):
+            getattr(path, f"d_{name}")(torch.rand(5))
+
+
+def test_a_schedule_without_derivative_is_refused_under_compile_too() -> None:
+    path, x = schedule(NOT_DIFFERENTIABLE["round"]), torch.rand(5, 2)
+    with pytest.raises(ValueError, match=r"or a method d_alpha\(t\) beside it"):
+        torch.compile(lambda x, t: fm.cfm_loss(x, x_1=x, x_0=x, t=t, path=path))(x, torch.rand(5))
+
+
+def test_a_table_with_its_own_derivative_is_a_schedule() -> None:
+    path = type(schedule(NOT_DIFFERENTIABLE["table"]))
+    path.d_alpha = lambda self, t: 1.0
+    assert (path().coefficients(torch.rand(5)).d_alpha_t == 1).all()
+
+
+@pytest.mark.parametrize(
+    "constant",
+    [lambda t: 1, lambda t: 0.5, lambda t: torch.tensor(2.0), torch.ones_like, lambda t: torch.full_like(t, 0.3)],
+)
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3)])
+def test_a_constant_has_the_derivative_zero(constant, shape) -> None:
+    c = schedule(constant).coefficients(torch.rand(shape))
+    assert c.d_alpha_t.shape == shape
+    assert (c.d_alpha_t == 0).all()
+
+
+@pytest.mark.parametrize("path", EXACT, ids=repr)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_differentiating_a_schedule_gives_its_closed_derivative_up_to_the_ends(path: Path, dtype: torch.dtype) -> None:
+    """So that learnable times have finite gradients, the velocity, at 0 and 1 too."""
+    t = torch.tensor([0.0, 1e-9, 1e-6, 0.1, 0.49, 0.51, 0.9, 1 - 1e-6, 1.0], dtype=dtype, requires_grad=True)
+    for name in ("alpha", "sigma", "gamma"):
+        value, want = getattr(path, name)(t), getattr(path, f"d_{name}")(t.detach())
+        if value is None:
+            continue
+        plain = getattr(path, name)(t.detach())
+        torch.testing.assert_close(torch.as_tensor(value), torch.as_tensor(plain), rtol=0, atol=0)
+        if isinstance(value, torch.Tensor):
+            (slope,) = torch.autograd.grad(value.sum(), t)
+            want = torch.as_tensor(want, dtype=dtype).expand(t.shape)
+            torch.testing.assert_close(slope, want, rtol=1e-3 if dtype == torch.float32 else 1e-9, atol=1e-5)
+            forward = torch.func.jvp(lambda t, name=name: getattr(path, name)(t), (t.detach(),), (torch.ones_like(t),))
+            torch.testing.assert_close(forward[1], slope)
+
+
+@pytest.mark.parametrize("path", EXACT, ids=repr)
+def test_learnable_times_at_the_ends_have_finite_gradients(path: Path) -> None:
+    x_1, x_0 = torch.randn(2, 3), torch.randn(2, 3)
+    for target in ("velocity", "x_1", "x_0", "score"):
+        t = torch.tensor([0.0, 1.0], requires_grad=True)
+        batch = path.sample(x_1, x_0, t, store_noise=True)
+        fm.cfm_loss(batch.x_t, batch, target=target).backward()
+        assert torch.isfinite(t.grad).all(), target
+
+
+INFINITE = {
+    "pole at 0": (lambda t: torch.ones_like(t), lambda t: 1 / t - 1),
+    "tangent": (lambda t: 1.0, lambda t: torch.tan(0.5 * math.pi * (1 - t))),
+    "root at 0": (lambda t: torch.sqrt(t), lambda t: 1 - torch.sqrt(t)),
+    "logarithm": (lambda t: 1.0, lambda t: -torch.log(t)),
+}
+
+
+def infinite(name: str) -> Path:
+    alpha, sigma = INFINITE[name]
+    return type("Mine", (Path,), {"alpha": lambda self, t: alpha(t), "sigma": lambda self, t: sigma(t)})()
+
+
+@pytest.mark.parametrize("name", INFINITE)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_schedule_infinite_at_an_end_is_held_at_a_distance_from_it(name: str, compiled: bool) -> None:
+    path, ends = infinite(name), torch.tensor([0.0, 1.0])
+    coefficients = torch.compile(path.coefficients, fullgraph=True) if compiled else path.coefficients
+    at_ends = coefficients(ends)
+    for field, value in zip(at_ends._fields, at_ends, strict=True):
+        if value is not None:
+            assert torch.isfinite(value).all(), field
+    held = path.coefficients(torch.tensor([1e-4]))
+    for field in ("sigma_t", "d_sigma_t"):
+        got, at_zero = getattr(held, field)[0], getattr(at_ends, field)[0]
+        assert torch.isclose(at_zero, got) or torch.isfinite(getattr(path, field[:-2])(torch.zeros(()))), field
+    inside = torch.linspace(0.01, 0.99, 7)
+    torch.testing.assert_close(path.coefficients(inside).sigma_t, path.sigma(inside))
+    x = torch.randn(2, 3)
+    batch = path.sample(x, x, ends)
+    assert torch.isfinite(batch.x_t).all()
+    for target in ("velocity", "score", "edm", "v"):
+        assert torch.isfinite(fm.cfm_loss(x, batch, target=target)), target
+        assert torch.isfinite(path.convert(x, batch.x_t, ends, "velocity", target)).all(), target
+
+
+@pytest.mark.parametrize(
+    ("function", "error", "message"),
+    [
+        (lambda t: "1", TypeError, r"Mine\.alpha\(t\): expected a tensor of t's shape, or a number"),
+        (lambda t: None, TypeError, r"Mine\.alpha\(t\): expected a tensor of t's shape, or a number"),
+        (lambda t: True, TypeError, r"Mine\.alpha\(t\): expected a tensor of t's shape, or a number"),
+        (lambda t: math.inf, ValueError, r"Mine\.alpha\(t\): expected a finite number"),
+        (lambda t: torch.ones(2), ValueError, r"Mine\.alpha\(t\): expected t's shape, \(5,\)"),
+        (lambda t: torch.ones(2, 5), ValueError, r"Mine\.alpha\(t\): expected t's shape, \(5,\)"),
+        (lambda t: torch.ones(5, dtype=torch.int64), TypeError, r"Mine\.alpha\(t\): expected a floating tensor"),
+    ],
+)
+def test_what_a_schedule_returns_is_checked(function, error, message) -> None:
+    path, t = schedule(function), torch.rand(5)
+    for call in (path.coefficients, path.interpolation_coefficients, lambda t: path.sample(torch.rand(5, 2), t=t)):
+        with pytest.raises(error, match=message):
+            call(t)
+
+
+class Mine(Path):
+    def __init__(self, n: float = 2.0, name: str = "mine", base: Path | None = None) -> None:
+        self.n, self.name, self.base = n, name, base
+
+    def alpha(self, t):
+        return t**self.n
+
+    def sigma(self, t):
+        return 1 - t**self.n
+
+
+class Slotted(Path):
+    __slots__ = ("n",)
+
+    def __init__(self, n: float) -> None:
+        self.n = n
+
+
+class Elsewhere(dict, Path):
+    """What it is lies outside its attributes."""
+
+    __hash__ = Path.__hash__
+    __eq__ = Path.__eq__
+
+
+@dataclass
+class Unhashable(Mine):
+    n: float = 2.0
+
+
+SAME = [
+    *((copy.deepcopy(path), path) for path in EXACT),
+    (Polynomial(2), Polynomial(2.0)),
+    (VP(0.2), VP(0.2, 20.0)),
+    (SchrodingerBridge(0.5, Cosine()), SchrodingerBridge(0.5, base=Cosine())),
+    (Mine(3.0, base=VP()), Mine(3.0, base=VP())),
+]
+DIFFERENT = [
+    *((a, b) for i, a in enumerate(EXACT) for b in EXACT[:i]),
+    (VE(0.1), VE(0.2)),
+    (VE(0.1), VE(0.1, 90.0)),
+    (SchrodingerBridge(0.5), SchrodingerBridge(0.6)),
+    (SchrodingerBridge(0.5), ConstantBridge(0.5)),
+    (ConstantBridge(0.5), ConstantBridge(0.5, Cosine())),
+    (Mine(2), Mine(2.0)),
+    (Mine(base=VP()), Mine(base=VP(0.2))),
+    (Mine(), Learned(2.0)),
+    (Learned(2.0), Learned(2.0)),
+    (Slotted(2), Slotted(3)),
+    (Elsewhere(a=1), Elsewhere(a=2)),
+    (Mine(torch.ones(2)), Mine(torch.ones(2))),
+    (Mine([1.0]), Mine([1.0])),
+    (CondOT(), "CondOT()"),
+    (CondOT(), None),
+]
+
+
+@pytest.mark.parametrize(("a", "b"), SAME, ids=repr)
+def test_paths_with_the_same_parameters_are_equal(a: Path, b: Path) -> None:
+    assert a == b
+    assert not (a != b)  # noqa: SIM202 - the other operator
+    assert hash(a) == hash(b)
+    assert len({a, b}) == 1
+    assert pickle.loads(pickle.dumps(a)) == a
+
+
+@pytest.mark.parametrize(("a", "b"), DIFFERENT, ids=lambda value: type(value).__name__)
+def test_paths_that_differ_or_may_differ_are_not_equal(a: Path, b: object) -> None:
+    assert a != b
+    assert a == a
+    assert hash(a) == hash(a)
+
+
+def test_a_changed_path_is_no_longer_equal() -> None:
+    path = VE()
+    path.sigma_min = 0.5
+    assert path != VE()
+    assert path == VE(0.5)
+
+
+@pytest.mark.parametrize("path", [*EXACT, OptimalTransport(), SchrodingerBridge(0.5, VP(0.3, 7.0)), Mine(3, base=VP())])
+def test_repr_makes_the_path_again(path: Path) -> None:
+    assert eval(repr(path), {**vars(fm.paths), "Mine": Mine}) == path
+
+
+@pytest.mark.parametrize(
+    "value",
+    [w for w in weightings.WEIGHTINGS.values() if w is not None]
+    + [weightings.MinSNR(3.0), weightings.Sigmoid(-1.0), times.Uniform(0.1, 0.9, stratified=True), times.Beta()]
+    + [times.Shifted(times.LogitNormal(0.5), times.Shift(2.0)), times.Mode(), times.CosMap(), times.UShaped(3.0)],
+    ids=repr,
+)
+def test_weightings_and_samplers_are_values_too(value) -> None:
+    module = weightings if type(value).__module__ == weightings.__name__ else times
+    again = eval(repr(value), vars(module))
+    assert again == value
+    assert hash(again) == hash(value)
+    assert pickle.loads(pickle.dumps(value)) == value
+
+
+def check_mine(path: Path) -> None:
+    t = torch.tensor([0.0, 0.25, 1.0])
+    c = path.coefficients(t)
+    torch.testing.assert_close(c.d_alpha_t, 2 * t)
+    with pytest.raises(ValueError, match="beside it"):
+        schedule(NOT_DIFFERENTIABLE["round"]).coefficients(t)
+
+
+@pytest.mark.parametrize("first", ["inference", "fake", "meta", "float64", "vmap", "compile", "threads"])
+def test_what_is_known_of_a_schedule_does_not_depend_on_where_it_was_used_first(first: str) -> None:
+    path = Mine(2.0, name=first)  # a value of its own
+    t = torch.rand(3)
+    if first == "inference":
+        with torch.inference_mode():
+            path.coefficients(t)
+    elif first == "fake":
+        with FakeTensorMode():
+            assert path.coefficients(torch.rand(3)).d_alpha_t.shape == (3,)
+    elif first == "meta":
+        with torch.device("meta"):
+            path.coefficients(t)
+            path.coefficients(torch.rand(3))
+    elif first == "float64":
+        torch.set_default_dtype(torch.float64)
+        try:
+            assert path.coefficients(t).d_alpha_t.dtype == torch.float32
+        finally:
+            torch.set_default_dtype(torch.float32)
+    elif first == "vmap":
+        torch.testing.assert_close(torch.func.vmap(lambda t: path.coefficients(t).d_alpha_t)(t), 2 * t)
+    elif first == "compile":
+        torch.compile(lambda t: path.coefficients(t).d_alpha_t, fullgraph=True)(t)
+    else:
+        threads = [threading.Thread(target=lambda: path.coefficients(t)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    check_mine(path)
+
+
+def test_a_schedule_that_cannot_be_hashed_works_and_nothing_of_it_is_kept() -> None:
+    path = Unhashable(2.0)
+    torch.testing.assert_close(path.coefficients(torch.tensor([0.5])).d_alpha_t, torch.tensor([1.0]))
+
+
+def test_what_is_known_of_a_schedule_dies_with_it() -> None:
+    known = fm.paths.derivatives._KNOWN
+    before = len(known)
+    for n in range(300):
+        Mine(2.0 + n).coefficients(torch.rand(2))
+    assert len(known) <= before + 1
+
+
+def test_schedules_under_transforms() -> None:
+    """vmap, grad, jvp, jacrev through path.sample and the loss: those of plain PyTorch."""
+    generator = torch.Generator().manual_seed(0)
+    x_1, x_0, pred = (torch.randn(4, 3, generator=generator, dtype=torch.float64) for _ in range(3))
+    t = torch.rand(4, generator=generator, dtype=torch.float64)
+    path = Mine(2.5)
+
+    def ours(t, x_1, x_0, pred):
+        batch = path.sample(x_1, x_0, t)
+        return fm.cfm_loss(pred * batch.x_t, batch)
+
+    def plain(t, x_1, x_0, pred):
+        s = t[:, None]
+        x_t = s**2.5 * x_1 + (1 - s**2.5) * x_0
+        return (pred * x_t - 2.5 * s**1.5 * (x_1 - x_0)).square().mean()
+
+    arguments = (t, x_1, x_0, pred)
+    for transform in (
+        lambda f: torch.func.grad(f, argnums=(0, 1, 2, 3))(*arguments),
+        lambda f: torch.func.jvp(f, arguments, arguments),
+        lambda f: torch.func.jacrev(f, argnums=(0, 3))(*arguments),
+        lambda f: torch.func.vmap(f)(*(a[:, None] if a.dim() == 1 else a[:, None, :] for a in arguments)),
+        lambda f: torch.func.vmap(torch.func.grad(f))(*(a[:, None] for a in arguments)),
+    ):
+        for got, want in zip(transform(ours), transform(plain), strict=True):
+            torch.testing.assert_close(got, want)
