@@ -30,9 +30,9 @@ int failures = 0;
     }                                                       \
   } while (0)
 
-int64_t pick(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(generator); }
-bool coin() { return pick(0, 1) == 1; }
-double normal() { return std::normal_distribution<double>()(generator); }
+inline int64_t pick(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(generator); }
+inline bool coin() { return pick(0, 1) == 1; }
+inline double normal() { return std::normal_distribution<double>()(generator); }
 
 constexpr Dtype dtypes[] = {Dtype::f32, Dtype::bf16, Dtype::f16, Dtype::f64};
 inline double epsilon(Dtype dtype) {
@@ -65,17 +65,17 @@ class Array {
   int64_t bytes_ = 0, start_ = 0, size_ = 0;
 };
 
-Array random_tensor(int64_t elements, Dtype dtype, bool misaligned) {
+inline Array random_tensor(int64_t elements, Dtype dtype, bool misaligned) {
   Array array(elements, bytes_of(dtype), misaligned);
   for (int64_t i = 0; i < elements; ++i) store_scalar(array.data(), dtype, i, normal());
   return array;
 }
 
-double at(const void* data, Dtype dtype, int64_t i) { return load_scalar<double>(data, dtype, i); }
+inline double at(const void* data, Dtype dtype, int64_t i) { return load_scalar<double>(data, dtype, i); }
 
-bool same(double a, double b) { return a == b || (a != a && b != b); }
+inline bool same(double a, double b) { return a == b || (a != a && b != b); }
 
-bool near(double value, double expected, double tolerance) {
+inline bool near(double value, double expected, double tolerance) {
   return same(value, expected) || std::fabs(value - expected) <= tolerance;
 }
 

@@ -27,8 +27,8 @@ def penalty(d: Tensor, kind: int, delta: float) -> Tensor:
     if kind == KINDS["huber"]:
         return torch.where(d.abs() <= delta, 0.5 * d.square(), delta * (d.abs() - 0.5 * delta))
     if kind == KINDS["pseudo_huber"]:
-        # sqrt(d^2 + delta^2) - delta without the cancellation next to 0; d and delta are measured by the larger of them,
-        # on which the result does not depend, so that no square overflows and not both vanish
+        # sqrt(d^2 + delta^2) - delta without the cancellation next to 0. d and delta are measured by the larger of the
+        # two, on which the result does not depend, so that no square overflows and not both vanish.
         unit = d.detach().abs().clamp(min=delta)
         x, b = d / unit, delta / unit
         return d * (x / (torch.sqrt(x.square() + b.square()) + b))

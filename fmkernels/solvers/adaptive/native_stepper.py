@@ -1,4 +1,4 @@
-"""Adaptive steps by the compiled library: one call of it between two network calls (python/step_call.h)."""
+"""Adaptive steps by the compiled library: one call of it between two network calls (csrc/step_plan)."""
 
 from __future__ import annotations
 
@@ -41,48 +41,45 @@ class NativeStepper(Stepper):
     """
 
     def prepare(self) -> None:
-        problem, batch = self.problem, self.batch
-        tableau, y, dense = problem.tableau, batch.y, batch.dense
+        batch, y = self.batch, self.batch.y
         self._error = torch.empty(batch.rows, dtype=self.step_size.dtype, device=y.device)
         self._sizes = self._error.new_empty(2, batch.rows)
         self._workspace = _native.workspace(y, batch.rows)
         self._states = (y, self.y1)
         self._stage_times = self.time_views[1:]
         self._on_cpu = y.is_cpu
-        self.plan = _native.library().StepPlan(
-            self.y1,
-            {
-                "on_cpu": y.is_cpu,
-                "dtype": _native.DTYPE_CODE[y.dtype],
-                "rows": batch.rows,
-                "inner": y.numel() // batch.rows,
-                "steal": y.is_cpu and not self.copies_outputs,  # the host knows whether all rows accept
-                "y": y.data_ptr(),
-                "y1": self.y1.data_ptr(),
-                "k0": self.k0.data_ptr(),
-                "clock": batch.clock.data_ptr(),
-                "count": batch.count.data_ptr(),
-                "step": self.step_size.data_ptr(),
-                "times": self.times.data_ptr(),
-                "error": self._error.data_ptr(),
-                "sizes": self._sizes.data_ptr(),
-                "order": float(tableau.order),
-                "workspace": 0 if self._workspace is None else self._workspace.data_ptr(),
-                "time_dtype": _native.DTYPE_CODE[problem.time_dtype],
-                "nodes": tableau.c,
-                "rules": problem.rules.numbers(),
-                "columns": tableau.columns,
-                "weights": tableau.weights[:-1],
-                "error_weights": tableau.weights[-1],
-                "atol": float(problem.atol),
-                "rtol": float(problem.rtol),
-                "polynomials": tableau.interpolant,
-                "wanted": wanted_times(None if dense is None else dense.wanted),
-                "ids": 0 if dense is None or dense.ids is None else dense.ids.data_ptr(),
-                "out": 0 if dense is None else dense.out.data_ptr(),
-                "out_stride": 0 if dense is None else dense.out.stride(0),
-            },
+        self.plan = _native.library().StepPlan(self.y1, self._settings())
+        self.plan.steal = self._on_cpu and not self.copies_outputs  # there the host knows whether all rows accept
+
+    def _settings(self) -> Any:
+        """What the plan is told, all of it by address; this stepper and its batch keep the memory alive."""
+        problem, batch, library = self.problem, self.batch, _native.library()
+        tableau, y, dense = problem.tableau, batch.y, batch.dense
+        settings = library.StepPlanSettings()
+        settings.tableau = library.StepTableau(
+            tableau.c,
+            tableau.columns,
+            tableau.weights[:-1],
+            tableau.weights[-1],
+            tableau.interpolant,
+            float(tableau.order),
         )
+        settings.rules = library.StepRules(problem.rules.numbers())
+        settings.atol, settings.rtol = float(problem.atol), float(problem.rtol)
+        settings.on_cpu = y.is_cpu
+        settings.dtype = _native.DTYPE_CODE[y.dtype]
+        settings.time_dtype = _native.DTYPE_CODE[problem.time_dtype]
+        settings.rows, settings.inner = batch.rows, y.numel() // batch.rows
+        settings.y, settings.y1, settings.k0 = y.data_ptr(), self.y1.data_ptr(), self.k0.data_ptr()
+        settings.clock, settings.count = batch.clock.data_ptr(), batch.count.data_ptr()
+        settings.step, settings.times = self.step_size.data_ptr(), self.times.data_ptr()
+        settings.error, settings.sizes = self._error.data_ptr(), self._sizes.data_ptr()
+        settings.workspace = 0 if self._workspace is None else self._workspace.data_ptr()
+        if dense is not None:
+            settings.wanted = library.WantedTimes(wanted_times(dense.wanted))
+            settings.ids = 0 if dense.ids is None else dense.ids.data_ptr()
+            settings.out, settings.out_stride = dense.out.data_ptr(), dense.out.stride(0)
+        return settings
 
     @property
     def derivative(self) -> Tensor:
@@ -92,7 +89,8 @@ class NativeStepper(Stepper):
     def set_derivative(self, k: Tensor) -> None:
         if k is not self.k0 and (not self._on_cpu or self.copies_outputs):
             k = self.k0.copy_(k)
-        self.plan.set_k0(k)
+        if not self.plan.set_k0(k):  # another layout, a subclass
+            self.plan.set_k0(self.k0.copy_(k))
 
     def copy_outputs(self) -> None:
         super().copy_outputs()
@@ -136,9 +134,10 @@ class NativeStepper(Stepper):
             return self._step(on_step)
 
     def _step(self, on_step: Callable[[AdaptiveStep], Any] | None) -> Any:
-        plan, func, kwargs, y1 = self.plan, self.problem.func, self.batch.kwargs, self.y1
+        plan, func, kwargs = self.plan, self.problem.func, self.batch.kwargs
         plan.look = on_step is not None
-        plan.first(self._stream())
+        # the plan knows which buffer holds what, also after a step that an exception has left
+        y1 = self._states[1 - plan.first(self._stream())]
         code = 0
         try:
             for number, t in enumerate(self._stage_times, 1):

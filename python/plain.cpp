@@ -1,0 +1,123 @@
+#include "plain.h"
+
+#include <cmath>
+
+namespace fm_python {
+namespace {
+
+// fmkernels' own classes and their fields, looked up once and never released.
+struct Classes {
+  PyObject *affine, *noise;
+  PyObject *coefficient, *shift, *slope, *seed, *stream, *row_offset, *dtype, *is_cpu, *int64;
+
+  static PyObject* name(const char* text) { return PyUnicode_InternFromString(text); }
+
+  Classes() {
+    affine = py::module_::import("fmkernels.ops._operands").attr("Affine").cast<py::object>().release().ptr();
+    noise = py::module_::import("fmkernels.random").attr("Noise").cast<py::object>().release().ptr();
+    int64 = py::module_::import("torch").attr("int64").cast<py::object>().release().ptr();
+    coefficient = name("tensor");
+    shift = name("shift");
+    slope = name("slope");
+    seed = name("seed");
+    stream = name("stream");
+    row_offset = name("row_offset");
+    dtype = name("dtype");
+    is_cpu = name("is_cpu");
+  }
+};
+
+const Classes& classes() {
+  static const Classes* instance = new Classes;
+  return *instance;
+}
+
+bool is_a(PyObject* x, PyObject* type) { return reinterpret_cast<PyObject*>(Py_TYPE(x)) == type; }
+
+bool number(PyObject* x, double& out) {
+  if (x == nullptr || !PyFloat_CheckExact(x)) return false;
+  out = PyFloat_AS_DOUBLE(x);
+  return std::isfinite(out);
+}
+
+// covered: elements that an entry covers. Entries are contiguous, and so 1 apart.
+bool coefficient(PyObject* x, const View& data, fm::Coefficient& out, int64_t& covered) {
+  const Classes& c = classes();
+  out = {nullptr, 1, 0, 0.0};
+  covered = data.elements;
+  if (number(x, out.value)) return true;
+  py::object holder;
+  if (is_a(x, c.affine)) {
+    if (!number(attribute(x, c.shift).ptr(), out.value) || !number(attribute(x, c.slope).ptr(), out.slope))
+      return false;
+    holder = attribute(x, c.coefficient);
+    x = holder.ptr();
+  }
+  View entries;
+  if (x == nullptr || !view(x, false, data.elements, entries) || entries.dim() > data.dim()) return false;
+  for (int64_t i = 0; i < entries.dim(); ++i)
+    if (entries.size(i) != data.size(i)) return false;
+  out.data = entries.data;
+  out.stride = entries.dim() == 0 ? 0 : 1;
+  covered = data.elements / entries.elements;
+  return entries.dtype == accumulation(data.dtype);
+}
+
+// An int from 0 to `most`.
+bool integer(PyObject* owner, PyObject* name, int64_t most, int64_t& out) {
+  const py::object value = attribute(owner, name);
+  if (!value || !PyLong_CheckExact(value.ptr())) return false;
+  int overflow = 0;
+  out = PyLong_AsLongLongAndOverflow(value.ptr(), &overflow);
+  return overflow == 0 && out >= 0 && out <= most;
+}
+
+// fm.Noise with its seed on the CPU.
+bool noise(PyObject* x, const View& data, fm::Operand& out) {
+  const Classes& c = classes();
+  int64_t row_offset = 0;
+  const py::object seed = attribute(x, c.seed);
+  if (!seed || !is_tensor(seed.ptr()) || attribute(seed.ptr(), c.is_cpu).ptr() != Py_True ||
+      attribute(seed.ptr(), c.dtype).ptr() != c.int64 || !integer(x, c.stream, INT64_MAX, out.stream) ||
+      !integer(x, c.row_offset, most_elements * most_elements, row_offset))
+    return false;
+  out.offset = row_offset * (data.dim() == 0 ? 1 : data.elements / data.size(0));
+  out.seed = static_cast<const int64_t*>(values_address(seed.ptr()));
+  return out.seed != nullptr;
+}
+
+}  // namespace
+
+bool flag(py::handle x, bool& out) {
+  out = x.ptr() == Py_True;
+  return out || x.ptr() == Py_False;
+}
+
+bool fill(py::handle operands, py::handle coefficients, const View& data, fm::Dtype dtype, int limit, bool trusted,
+          fm::Operand* out, int& count, int64_t& inner) {
+  if (!PyList_CheckExact(operands.ptr()) || !PyList_CheckExact(coefficients.ptr())) return false;
+  const Py_ssize_t n = PyList_GET_SIZE(operands.ptr());
+  if (n < 1 || n > limit || PyList_GET_SIZE(coefficients.ptr()) != n) return false;
+  int64_t covered[fm::max_operands];
+  inner = data.elements;
+  for (Py_ssize_t i = 0; i < n; ++i) {
+    PyObject* item = PyList_GET_ITEM(operands.ptr(), i);
+    if (trusted && PyLong_CheckExact(item)) {
+      out[i].data = PyLong_AsVoidPtr(item);
+    } else if (is_a(item, classes().noise)) {
+      if (!noise(item, data, out[i])) return false;
+    } else {
+      View operand;
+      if (!view(item, false, most_elements, operand) || operand.dtype != dtype || !same_shape(operand, data))
+        return false;
+      out[i].data = operand.data;
+    }
+    if (!coefficient(PyList_GET_ITEM(coefficients.ptr(), i), data, out[i].coefficient, covered[i])) return false;
+    inner = covered[i] < inner ? covered[i] : inner;
+  }
+  for (Py_ssize_t i = 0; i < n; ++i) out[i].coefficient.rows_per_entry = covered[i] / inner;
+  count = static_cast<int>(n);
+  return true;
+}
+
+}  // namespace fm_python

@@ -1,0 +1,152 @@
+#include "tensors.h"
+
+namespace fm_python {
+namespace {
+
+// What is looked up in Python once. Never released: it must outlive the interpreter's last tensor.
+struct Torch {
+  PyObject *tensor, *parameter, *dtypes[4], *empty_like, *empty, *cpu;
+  PyObject *dtype, *shape, *is_cpu, *requires_grad, *is_contiguous, *is_neg, *data_ptr, *stride, *device, *empty_names;
+
+  static PyObject* name(const char* text) { return PyUnicode_InternFromString(text); }
+
+  Torch() {
+    const py::module_ torch = py::module_::import("torch");
+    const auto keep = [](py::object value) { return value.release().ptr(); };
+    tensor = keep(torch.attr("Tensor"));
+    parameter = keep(torch.attr("nn").attr("Parameter"));
+    const char* names[] = {"float32", "bfloat16", "float16", "float64"};  // in the order of fm::Dtype
+    for (int i = 0; i < 4; ++i) dtypes[i] = keep(torch.attr(names[i]));
+    empty_like = keep(torch.attr("empty_like"));
+    empty = keep(torch.attr("empty"));
+    cpu = keep(torch.attr("device")("cpu"));
+    dtype = name("dtype");
+    shape = name("shape");
+    is_cpu = name("is_cpu");
+    requires_grad = name("requires_grad");
+    is_contiguous = name("is_contiguous");
+    is_neg = name("is_neg");
+    data_ptr = name("data_ptr");
+    stride = name("stride");
+    device = name("device");
+    empty_names = PyTuple_Pack(2, dtype, device);
+  }
+};
+
+const Torch& torch() {
+  static const Torch* instance = new Torch;
+  return *instance;
+}
+
+py::object taken(PyObject* value) {
+  if (value == nullptr) PyErr_Clear();
+  return py::reinterpret_steal<py::object>(value);
+}
+
+// Both take the reference to `value`, which may be null with an exception set.
+bool is(PyObject* value, PyObject* expected) {
+  const bool result = value == expected;
+  if (value == nullptr) PyErr_Clear();
+  Py_XDECREF(value);
+  return result;
+}
+
+bool equal(PyObject* value, PyObject* expected) {
+  const py::object held = taken(value);
+  const int same = held ? PyObject_RichCompareBool(held.ptr(), expected, Py_EQ) : 0;
+  if (same < 0) PyErr_Clear();
+  return same == 1;
+}
+
+}  // namespace
+
+py::object attribute(PyObject* x, PyObject* name) { return taken(PyObject_GetAttr(x, name)); }
+
+bool is_tensor(PyObject* x) {
+  const Torch& t = torch();
+  PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(x));
+  return type == t.tensor || type == t.parameter;
+}
+
+void* values_address(PyObject* x) {
+  const Torch& t = torch();
+  if (!is(PyObject_CallMethodNoArgs(x, t.is_neg), Py_False)) return nullptr;
+  const py::object address = taken(PyObject_CallMethodNoArgs(x, t.data_ptr));
+  return address ? PyLong_AsVoidPtr(address.ptr()) : nullptr;
+}
+
+int64_t count_elements(PyObject* shape, int64_t most) {
+  if (shape == nullptr || !PyTuple_Check(shape)) return -1;
+  int64_t elements = 1;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(shape); ++i) {
+    const int64_t size = PyLong_AsLongLong(PyTuple_GET_ITEM(shape, i));
+    if (size == -1) PyErr_Clear();  // no int of a size
+    if (size < 1 || size > most / elements) return -1;
+    elements *= size;
+  }
+  return elements;
+}
+
+bool view(PyObject* x, bool may_require_grad, int64_t most, View& out) {
+  const Torch& t = torch();
+  if (!is_tensor(x) || !is(PyObject_GetAttr(x, t.is_cpu), Py_True)) return false;
+  if (!may_require_grad && !is(PyObject_GetAttr(x, t.requires_grad), Py_False)) return false;
+  if (!is(PyObject_CallMethodNoArgs(x, t.is_contiguous), Py_True)) return false;
+  const py::object dtype = attribute(x, t.dtype);
+  int code = 0;
+  while (code < 4 && dtype.ptr() != t.dtypes[code]) ++code;
+  if (code == 4) return false;
+  out.dtype = static_cast<fm::Dtype>(code);
+  out.shape = attribute(x, t.shape);
+  out.elements = count_elements(out.shape.ptr(), most);
+  if (out.elements < 0) return false;
+  out.data = values_address(x);
+  return out.data != nullptr;
+}
+
+bool same_shape(const View& a, const View& b) {
+  if (a.dim() != b.dim()) return false;
+  for (int64_t i = 0; i < a.dim(); ++i)
+    if (a.size(i) != b.size(i)) return false;
+  return true;
+}
+
+bool same_layout(PyObject* shape, PyObject* strides, PyObject* other_strides) {
+  if (!PyTuple_Check(shape) || !PyTuple_Check(strides) || !PyTuple_Check(other_strides)) return false;
+  const Py_ssize_t dim = PyTuple_GET_SIZE(shape);
+  if (PyTuple_GET_SIZE(strides) != dim || PyTuple_GET_SIZE(other_strides) != dim) return false;
+  for (Py_ssize_t i = 0; i < dim; ++i) {
+    if (PyLong_AsLongLong(PyTuple_GET_ITEM(shape, i)) == 1) continue;
+    if (PyLong_AsLongLong(PyTuple_GET_ITEM(strides, i)) != PyLong_AsLongLong(PyTuple_GET_ITEM(other_strides, i)))
+      return false;
+  }
+  return true;
+}
+
+Like::Like(py::object tensor)
+    : shape_(tensor.attr("shape")),
+      strides_(tensor.attr("stride")()),
+      dtype_(tensor.attr("dtype")),
+      device_(tensor.attr("device")) {}
+
+const void* Like::address_of(PyObject* x) const {
+  const Torch& t = torch();
+  if (reinterpret_cast<PyObject*>(Py_TYPE(x)) != t.tensor || !is(PyObject_GetAttr(x, t.dtype), dtype_.ptr()) ||
+      !equal(PyObject_GetAttr(x, t.shape), shape_.ptr()) || !equal(PyObject_GetAttr(x, t.device), device_.ptr()))
+    return nullptr;
+  const py::object strides = taken(PyObject_CallMethodNoArgs(x, t.stride));
+  if (!strides || !same_layout(shape_.ptr(), strides.ptr(), strides_.ptr())) return nullptr;
+  return values_address(x);
+}
+
+py::object empty_like(PyObject* x) {
+  return py::reinterpret_steal<py::object>(PyObject_CallOneArg(torch().empty_like, x));
+}
+
+py::object empty(PyObject* shape, fm::Dtype dtype) {
+  const Torch& t = torch();
+  PyObject* arguments[] = {shape, t.dtypes[static_cast<int>(dtype)], t.cpu};
+  return py::reinterpret_steal<py::object>(PyObject_Vectorcall(t.empty, arguments, 1, t.empty_names));
+}
+
+}  // namespace fm_python
