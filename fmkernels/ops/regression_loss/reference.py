@@ -11,13 +11,7 @@ from ...random import normals
 from .._operands import TENSOR, compute_dtype, expand_leading
 from ..combine.reference import weighted_sum
 from ..library import sum_trailing
-from .kinds import KINDS
-
-
-def bend(delta: float, dtype: torch.dtype) -> float:
-    """delta within the normal numbers of the dtype in which the loss is formed."""
-    limits = torch.finfo(dtype)
-    return min(max(delta, limits.tiny), limits.max)
+from .kinds import KINDS, bend
 
 
 def penalty(d: Tensor, kind: int, delta: float) -> Tensor:

@@ -30,8 +30,7 @@ from .._triton import (
     terms,
     tile,
 )
-from . import reference
-from .kinds import KINDS
+from .kinds import KINDS, bend
 from .op import loss_dtype
 
 _SQUARED, _HUBER, _PSEUDO_HUBER = (tl.constexpr(KINDS[k]) for k in ("squared", "huber", "pseudo_huber"))
@@ -165,14 +164,14 @@ def run(
     m: Table = table([None if mask is None else mask.contiguous().view(torch.uint8)], [1.0], pred, dtype, tiling)
     scale_stride = 0 if scale is None or scale.numel() == 1 else scale.stride(0)
     factor = (pred if scale is None else scale, scale_stride, number_argument(scale_value, dtype))
-    bend = number_argument(reference.bend(delta, dtype), dtype)
+    delta_argument = number_argument(bend(delta, dtype), dtype)
     double = dtype == torch.float64
     one_tile = tiling.tiles == 1
     partials = loss if one_tile else torch.empty(groups * tiling.tiles, dtype=dtype, device=pred.device)
     with device_of(pred):
         _kernel[(groups * tiling.tiles,)](
             source, target, t.pointers, t.streams, t.offsets, t.stores, c.pointers, c.covered, c.strides, c.numbers,
-            m.pointers[0], m.covered[0], m.strides[0], *factor, bend, loss, partials,
+            m.pointers[0], m.covered[0], m.strides[0], *factor, delta_argument, loss, partials,
             tiling.group, tiling.tiles, ELEMENT_TYPE[noise_dtype], t.noise, t.aligned, t.stored, c.modes, m.modes[0],
             scale is not None, need_grad, scale_grad, kind, double, groups == 1, one_tile, tiling.block,
             num_warps=WARPS,
