@@ -89,6 +89,38 @@ def test_adjoint_equals_the_peer(settings: dict[str, Any], tuples: bool) -> None
     assert_all_close(*grads, max(tol, settings.get("adjoint_rtol", 0.0)))
 
 
+@pytest.mark.parametrize("forward", [(1e-3, 1e-8), (1e-8, 1e-3)], ids=["loose_rtol", "loose_atol"])
+def test_the_backward_solve_has_the_forward_ones_tolerances(forward: tuple[float, float]) -> None:
+    net, t = Net(), torch.tensor([0.0, 1.0, 2.0], dtype=D)
+    y0 = torch.randn(2, 2, dtype=D, requires_grad=True)
+    rtol, atol = forward
+
+    def grads(**settings: Any) -> list[Tensor]:
+        y = fm.odeint_adjoint(net, y0, t, rtol=rtol, atol=atol, **settings)
+        return list(torch.autograd.grad(loss_of(y), [y0, *net.used()]))
+
+    default, swapped = grads(), grads(adjoint_rtol=atol, adjoint_atol=rtol)
+    for settings in ({"adjoint_rtol": rtol}, {"adjoint_atol": atol}, {"adjoint_rtol": rtol, "adjoint_atol": atol}):
+        assert all(map(torch.equal, default, grads(**settings))), settings
+    assert not any(map(torch.equal, default, swapped))
+
+
+@pytest.mark.parametrize("name", ["adjoint_rtol", "adjoint_atol"])
+def test_each_backward_tolerance_is_its_own(name: str) -> None:
+    """With the other one at nothing it alone decides how many calls the backward solve makes."""
+    net, y0 = Net(), torch.randn(2, 2, dtype=D, requires_grad=True)
+    calls = []
+    net.register_forward_pre_hook(lambda *_: calls.append(0))
+    counts = []
+    for tol in (1e-3, 1e-9):
+        settings = {"adjoint_rtol": 1e-13, "adjoint_atol": 1e-13, name: tol}
+        y = fm.odeint_adjoint(net, y0, torch.tensor([0.0, 2.0], dtype=D), **settings)
+        calls.clear()
+        loss_of(y).backward()
+        counts.append(len(calls))
+    assert counts[1] > 3 * counts[0], counts
+
+
 class Recorded:
     """Counts the tensors that autograd keeps."""
 

@@ -51,7 +51,7 @@ def no_warnings():
 # ------------------------------------------------------------------ published formulas
 
 
-def oracle_dpmpp(order, solver_type, eta, path, grid, x):
+def oracle_dpmpp(order, solver_type, eta, path, grid, x, lower_order_final=False):
     """DPM-Solver++ and its SDE form as diffusers and k-diffusion write them, in lambda."""
     outputs, lambdas = [], []
     for i, (t, u) in enumerate(itertools.pairwise(grid)):
@@ -62,7 +62,7 @@ def oracle_dpmpp(order, solver_type, eta, path, grid, x):
         h_eta = h + eta * h if eta else h
         phi_1 = -math.expm1(-h_eta)
         x_next = s_t / s_s * (math.exp(-eta * h) if eta else 1.0) * x + a_t * phi_1 * outputs[-1]
-        now = min(order, i + 1) if math.isfinite(h) else 1
+        now = min(order, i + 1, len(grid) - 1 - i if lower_order_final else order) if math.isfinite(h) else 1
         if now == 2:
             r = (lambdas[-1] - lambdas[-2]) / h
             d_1 = (outputs[-1] - outputs[-2]) / r
@@ -128,14 +128,14 @@ def oracle_unipc(order, variant, path, grid, x, lower_order_final=True):
     return x
 
 
-def oracle_polynomial(order, variable, path, grid, x):
+def oracle_polynomial(order, variable, path, grid, x, lower_order_final=False):
     """DEIS and LMS by numerical integration of the polynomial of E over sigma / alpha."""
     nodes, weights = np.polynomial.legendre.leggauss(60)
     history = []
-    for t, u in itertools.pairwise(grid):
+    for i, (t, u) in enumerate(itertools.pairwise(grid)):
         (a_s, s_s), (a_t, s_t) = level(path, t), level(path, u)
         history.insert(0, (t, (x - a_s * at(data_network, x, t)) / s_s))
-        history = history[:order]
+        history = history[: min(order, len(grid) - 1 - i) if lower_order_final else order]
         # from sigma / alpha at t to that at u; w^6 resolves the logarithm where the latter is 0
         w = 0.5 + 0.5 * nodes
         rho_s, rho_t = s_s / a_s, s_t / a_t
@@ -178,8 +178,11 @@ GRIDS = pytest.mark.parametrize("grid", [even(0.1, 1.0, 7), uneven(0.05, 0.9, 6)
 def test_dpmpp_is_the_published_one(path, grid, order, solver_type, eta):
     if order == 3 and solver_type == "midpoint" and eta:
         solver_type = "heun"  # k-diffusion's third-order SDE starts with the integral, diffusers' ODE with m_0 / 2
-    got = solve(DPMSolverPP(order, eta, solver_type), grid, path, data_network, states(), "x_1")
-    torch.testing.assert_close(got, oracle_dpmpp(order, solver_type, eta, path, grid, states()), rtol=1e-10, atol=1e-10)
+    for lower in (True, False):
+        method = DPMSolverPP(order, eta, solver_type, lower_order_final=lower)
+        got = solve(method, grid, path, data_network, states(), "x_1")
+        expected = oracle_dpmpp(order, solver_type, eta, path, grid, states(), lower)
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("variant", ["bh1", "bh2"])
@@ -196,10 +199,13 @@ def test_unipc_is_the_published_one(path, grid, order, variant):
 @pytest.mark.parametrize(
     ("method", "variable"),
     [
-        (DEIS(2), "log_rho"),
-        (DEIS(3), "log_rho"),
-        (DEIS(2, "t"), "t"),
-        (DEIS(3, "t"), "t"),
+        (DEIS(2, lower_order_final=False), "log_rho"),
+        (DEIS(3, lower_order_final=False), "log_rho"),
+        (DEIS(2, "t", lower_order_final=False), "t"),
+        (DEIS(3, "t", lower_order_final=False), "t"),
+        (DEIS(2, lower_order_final=True), "log_rho"),
+        (DEIS(3, lower_order_final=True), "log_rho"),
+        (DEIS(3, "t", lower_order_final=True), "t"),
         (LMS(3), "rho"),
         (LMS(4), "rho"),
     ],
@@ -209,7 +215,8 @@ def test_unipc_is_the_published_one(path, grid, order, variant):
 @TWO_PATHS
 def test_deis_and_lms_integrate_their_polynomials(path, grid, method, variable):
     got = solve(method, grid, path, data_network, states(), "x_1")
-    expected = oracle_polynomial(method.order, variable, path, grid, states())
+    lower = getattr(method, "lower_order_final", False)
+    expected = oracle_polynomial(method.order, variable, path, grid, states(), lower)
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
 

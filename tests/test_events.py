@@ -70,7 +70,7 @@ class Ball(nn.Module):
         (fm.odeint_adjoint, {"method": "rk4", "options": {"step_size": 0.05, "interp": "cubic"}}, 1e-6),
         (fm.odeint, {"method": "explicit_adams", "options": {"step_size": 0.02}}, 1e-2),
     ],
-    ids=str,
+    ids=["direct", "bosh3", "adjoint", "rk4", "adjoint-rk4", "explicit_adams"],
 )
 def test_bouncing_ball(interface: Any, settings: dict[str, Any], tol: float) -> None:
     ball = Ball()
@@ -164,6 +164,46 @@ def test_gradients_of_what_the_event_function_uses() -> None:
     assert abs(float(t.detach()) - math.log(2.0)) < 1e-8
     assert abs(float(of_time) - 0.5) < 1e-7
     assert abs(float(of_state) - 1.0) < 1e-7
+
+
+@pytest.mark.parametrize("coarse", [0, 1])
+@pytest.mark.parametrize("settings", [{}, {"method": "rk4", "options": {"step_size": 0.3}}], ids=["dopri5", "rk4"])
+def test_the_event_is_found_to_the_smallest_atol(settings: dict[str, Any], coarse: int) -> None:
+    """The state is linear in time, so that the time's error is the search's alone."""
+    atol = [1e-11, 1e-11]
+    atol[coarse] = 1e-2
+    y0 = (torch.zeros(2, dtype=D), torch.zeros(1, dtype=D))
+    func = lambda t, y: tuple(torch.ones_like(part) for part in y)  # noqa: E731
+    for event in (lambda t, y: y[0] - 1.2345, lambda t, y: y[1] - 1.2345):
+        t, _ = fm.odeint(func, y0, torch.tensor([0.0, 1.0], dtype=D), event_fn=event, atol=atol, **settings)
+        assert abs(float(t) - 1.2345) < 1e-10
+        t, _ = fm.odeint(func, y0, torch.tensor([0.0, 1.0], dtype=D), event_fn=event, atol=1e-2, **settings)
+        assert 1e-10 < abs(float(t) - 1.2345) < 1e-2
+
+
+@pytest.mark.parametrize("number", [10, 63, 64, 65, 150])
+@pytest.mark.parametrize("method", ["explicit_adams", "implicit_adams", "ab2", "am3", "rk4", "heun2"])
+def test_a_fixed_grid_is_the_same_with_an_event(method: str, number: int) -> None:
+    """However many steps lie before it: the search goes over them in parts, and those of a multistep method go on."""
+    size, y0 = 0.03, torch.tensor([1.0, 0.0], dtype=D)
+
+    def func(t: Tensor, y: Tensor) -> Tensor:
+        return torch.stack([y[1], -y[0]]) * (1.0 + 0.5 * torch.sin(5.0 * t))
+
+    grid = size * torch.arange(number + 2, dtype=D)
+    ys = fm.odeint(func, y0, grid, method=method)
+    at = size * (number + 0.4)
+    t, found = fm.odeint(
+        func,
+        y0,
+        torch.tensor([0.0, 1.0], dtype=D),
+        method=method,
+        options={"step_size": size},
+        event_fn=lambda t, y: t - at,
+        atol=1e-12,
+    )
+    assert abs(float(t) - at) < 1e-11
+    torch.testing.assert_close(found[1], 0.6 * ys[-2] + 0.4 * ys[-1], rtol=0.0, atol=1e-11)
 
 
 def test_events_at_the_start_without_end_and_wrong() -> None:

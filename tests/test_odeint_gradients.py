@@ -66,6 +66,25 @@ def test_gradcheck_per_sample() -> None:
     assert torch.autograd.gradcheck(solve, (y0,), atol=1e-6)
 
 
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_outputs_where_steps_end_are_counted_once(per_sample: bool, backward: bool, checkpoint: bool) -> None:
+    """With steps of 1/4 the times lie on their ends; a recorded solve gives there what one without a record gives."""
+    t = times(0.0, 0.25, 0.3, 0.5, 1.0)
+    t = t.flip(0) if backward else t
+    y0 = torch.tensor([[1.0], [2.0], [-0.5]], dtype=D)
+    options = {"first_step": 0.25, "max_step": 0.25, "per_sample": per_sample, "checkpoint": checkpoint}
+
+    def solve(y0: Tensor) -> Tensor:
+        return fm.odeint(lambda t, y: -0.3 * y, y0, t, options=options, rtol=1e-3, atol=1e-3)
+
+    plain, recorded = solve(y0), solve(y0.clone().requires_grad_())
+    torch.testing.assert_close(recorded.detach(), plain, rtol=1e-12, atol=1e-12)
+    exact = y0 * torch.exp(-0.3 * (t - t[0]))[:, None, None]
+    torch.testing.assert_close(plain, exact, rtol=1e-5, atol=1e-5)
+
+
 def test_no_gradient_is_recorded_where_none_is_asked() -> None:
     net = Net()
     with torch.no_grad():

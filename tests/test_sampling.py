@@ -18,7 +18,6 @@ from fmkernels.solvers.methods.tableaus import TABLEAUS
 from fmkernels.solvers.programs import solve_graph as graph
 from fmkernels.solvers.programs.program import Update
 from fmkernels.solvers.programs.run import Buffers
-from fmkernels.solvers.sampling import grids
 
 FIXED = methods.method_names()
 # those for any field; what is made for a probability path is tested with one
@@ -113,27 +112,6 @@ def test_long_grids() -> None:
 
 
 # ---------------------------------------------------------------- times and grids
-
-
-@pytest.mark.parametrize(
-    "schedule", [*grids.SCHEDULES, fm.times.Shift(3.0), lambda n: torch.linspace(0, 1, n + 1) ** 3]
-)
-@pytest.mark.parametrize("steps", [1, 2, 7])
-def test_schedules_run_from_noise_to_data(schedule, steps: int) -> None:
-    times = grids.times_of(schedule, steps)
-    assert times.shape == (steps + 1,)
-    assert times[0] == 0.0
-    assert times[-1] == 1.0
-    assert (np.diff(times) > 0).all()
-    fm.sample(field, torch.zeros(2, 2), steps=steps, schedule=schedule)
-
-
-def test_karras_levels() -> None:
-    times = grids.Karras(0.01, 50.0, 7.0)(10)
-    s = 1 / times[1:-1] - 1
-    root = s ** (1 / 7.0)
-    assert np.allclose(np.diff(root), np.diff(root)[0])
-    assert abs(s[-1] - 0.01) < 1e-12
 
 
 def test_times_that_the_model_sees() -> None:

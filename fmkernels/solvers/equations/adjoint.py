@@ -253,7 +253,7 @@ def odeint_adjoint(
 
 
 def _smallest(tolerance: Any) -> float:
-    return float(torch.as_tensor(tolerance).min())
+    return float(torch.as_tensor(tolerance, dtype=torch.float64).min())
 
 
 def _parameters(module: nn.Module) -> list[Tensor]:
