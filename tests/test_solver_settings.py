@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,15 +14,18 @@ from torch import Tensor, nn
 
 import fmkernels as fm
 from fmkernels import _dispatch
+from fmkernels.solvers.controllers import PIController
 
 NATIVE = _dispatch.unavailable("native", "cpu") is None
 
 
 @pytest.fixture(params=["auto", "reference"] if NATIVE else ["auto"])
-def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param != "auto":
-        monkeypatch.setenv("FMKERNELS_IMPL", request.param)
-    return request.param
+def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The implementation of the whole process, as FMKERNELS_IMPL sets it."""
+    monkeypatch.setattr(_dispatch, "_ENVIRONMENT", request.param)
+    _dispatch._plain_library.cache_clear()
+    yield request.param
+    _dispatch._plain_library.cache_clear()
 
 
 class Told(nn.Module):
@@ -73,30 +77,52 @@ KEPT: dict[str, dict[str, Any]] = {
     "dtype": {"dtype": torch.float32},
     "shape": {"rows": 3},
 }
+# What only fm.sample can be told.
+SAMPLED: dict[str, dict[str, Any]] = {
+    "first": {},
+    "rtol": {"rtol": 1e-10},
+    "atol": {"atol": 1e-2},
+    "controller": {"controller": PIController()},
+    "max_steps": {"max_steps": 2},
+    "method": {"method": "tsit5"},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "float16": {"dtype": torch.float16},
+    "time_dtype": {"time_dtype": D},
+    "grid": {"time_grid": [0.0, 0.9]},
+}
+
+
+def field_of_both(t: Tensor, y: Tensor) -> Tensor:
+    t = t.reshape(-1, *[1] * (y.dim() - 1))
+    return (y * torch.cos(5.0 * y) + torch.sin(30.0 * t)).to(y.dtype)
 
 
 def solve_kept(rtol: float = 1e-5, atol: float = 1e-7, end: float = 1.0, **settings: Any) -> Tensor:
     dtype, rows = settings.pop("dtype", D), settings.pop("rows", 2)
     y0 = torch.tensor([[0.1, 0.2], [0.3, 2.0], [1.0, 0.0]], dtype=dtype)[:rows]
+    t = torch.tensor([0.0, end], dtype=dtype)
+    return fm.odeint(field_of_both, y0, t, rtol=rtol, atol=atol, **settings)[-1]
 
-    def field(t: Tensor, y: Tensor) -> Tensor:
-        t = t.reshape(-1, *[1] * (y.dim() - 1)).to(y.dtype)
-        return y * torch.cos(5.0 * y) + torch.sin(30.0 * t)
 
-    return fm.odeint(field, y0, torch.tensor([0.0, end], dtype=dtype), rtol=rtol, atol=atol, **settings)[-1]
+def sample_kept(rtol: float = 1e-5, atol: float = 1e-7, **settings: Any) -> Tensor:
+    x_0 = torch.tensor([[0.1, 0.2], [0.3, 2.0], [1.0, 0.0]], dtype=settings.pop("dtype", torch.float32))
+    settings = {"method": "dopri5", **settings}
+    return fm.sample(lambda x, t: field_of_both(t, x), x_0, rtol=rtol, atol=atol, **settings)[0]
 
 
 @pytest.mark.filterwarnings("ignore:fmkernels. adaptive solve")
-def test_no_solve_answers_with_the_settings_of_another(impl: str) -> None:
+@pytest.mark.parametrize(("solve", "kinds"), [(solve_kept, KEPT), (sample_kept, SAMPLED)], ids=["odeint", "sample"])
+def test_no_solve_answers_with_the_settings_of_another(solve: Any, kinds: dict[str, Any], impl: str) -> None:
     """In any order of calls each setting has its own result, bitwise the same, and other than the first's."""
-    alone = {name: solve_kept(**settings) for name, settings in KEPT.items()}
-    for names in (reversed(KEPT), itertools.chain.from_iterable(("first", name) for name in KEPT)):
+    alone = {name: solve(**settings) for name, settings in kinds.items()}
+    for names in (reversed(kinds), itertools.chain.from_iterable(("first", name) for name in kinds)):
         for name in names:
-            again = solve_kept(**KEPT[name])
+            again = solve(**kinds[name])
             torch.testing.assert_close(again, alone[name], rtol=0.0, atol=0.0, equal_nan=True, msg=name)
-    for name in list(KEPT)[1:]:
+    for name, settings in list(kinds.items())[1:]:
         # those that only a rejected step shows beside the setting that makes one
         base = alone["first_step" if name == "dfactor" else "first"]
+        assert alone[name].dtype == settings.get("dtype", base.dtype)
         assert alone[name].shape != base.shape or not torch.equal(alone[name].to(base.dtype), base), name
 
 

@@ -1,0 +1,177 @@
+"""Plants small bugs, one at a time, and tells which of them no test sees: `make mutants`.
+
+tools/mutant_list.py holds the bugs as text: a file, what stands in it, what is put there, and the tests that must fail.
+Each runs in a copy of the working tree; those of C++ files are built there first. The exit status is 1 where a bug
+survives, 2 where the list is out of date or the tests fail without any.
+
+    python tools/mutants.py [--check] [--only WORDS] [--jobs N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+TIMEOUT = 600.0  # seconds of one bug's tests; what hangs is seen
+FAILED = 1  # pytest's exit status where tests ran and some failed
+
+
+class Mutant(NamedTuple):
+    """A bug: ``old``, which stands once in ``file``, becomes ``new``; some of ``tests`` must fail."""
+
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        old, new = (" ".join(text.split()) for text in (self.old, self.new))
+        start = len(os.path.commonprefix([old, new]))
+        start = max(0, old.rfind(" ", 0, start) + 1)
+        return f"{self.file}: {old[start:][:50]!r} -> {new[start:][:50]!r}"
+
+    @property
+    def compiled(self) -> bool:
+        return self.file.startswith(("csrc/", "python/"))
+
+
+def mutants() -> list[Mutant]:
+    """The list, whose entries may name one test or several."""
+    from mutant_list import MUTANTS  # beside this file
+
+    return [Mutant(file, old, new, (tests,) if isinstance(tests, str) else tests) for file, old, new, tests in MUTANTS]
+
+
+def stale(mutant: Mutant) -> str | None:
+    """What of an entry does not fit the sources any more."""
+    file = ROOT / mutant.file
+    if not file.is_file():
+        return "there is no such file"
+    count = file.read_text().count(mutant.old)
+    if count != 1:
+        return f"expected the old text once, found it {count} times"
+    if mutant.old == mutant.new:
+        return "the new text is the old one"
+    for test in mutant.tests:
+        path, _, name = test.partition("::")
+        if not (ROOT / path).is_file():
+            return f"there is no {path}"
+        if name and not re.search(rf"^def {re.escape(name.partition('[')[0])}\(", (ROOT / path).read_text(), re.M):
+            return f"there is no {test}"
+    return None
+
+
+def copy_tree(target: Path) -> None:
+    """The working tree without what git ignores, and the compiled library."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    built = [str(path.relative_to(ROOT)) for path in (ROOT / "fmkernels").glob("_C*")]
+    for name in [*filter(None, listed.stdout.split("\0")), *built]:
+        if (ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, target / name)
+
+
+def environment(tree: Path) -> dict[str, str]:
+    # no bytecode: two versions of a file may have one size and one time
+    return {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "FMKERNELS_CUDA": "off"}
+
+
+def build(tree: Path) -> bool:
+    """Builds the compiled library of a copy, only what has changed since the last time."""
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    return subprocess.run(command, cwd=tree, env=environment(tree), capture_output=True, check=False).returncode == 0
+
+
+def run_tests(tree: Path, tests: tuple[str, ...]) -> tuple[int, str]:
+    """(pytest's exit status, the end of what it says); FAILED for tests that hang."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]
+    try:
+        done = subprocess.run(
+            command, cwd=tree, env=environment(tree), capture_output=True, text=True, timeout=TIMEOUT, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return FAILED, "timeout"
+    return done.returncode, done.stdout[-3000:]
+
+
+def verdict(mutant: Mutant, tree: Path) -> tuple[str, str]:
+    """("seen", "SURVIVED" or "ERROR", details) of a bug planted in a copy, which is as it was afterwards."""
+    file = tree / mutant.file
+    text = file.read_text()
+    try:
+        file.write_text(text.replace(mutant.old, mutant.new))
+        if mutant.compiled and not build(tree):
+            return "ERROR", "does not compile"
+        status, output = run_tests(tree, mutant.tests)
+    finally:
+        file.write_text(text)
+    if status == FAILED:
+        return "seen", ""
+    return ("SURVIVED", "") if status == 0 else ("ERROR", output)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="only whether the list fits the sources")
+    parser.add_argument("--only", default="", help="entries whose text holds this")
+    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) // 2), help="copies at a time")
+    arguments = parser.parse_args()
+    chosen = [mutant for mutant in mutants() if arguments.only in "\n".join(map(str, mutant))]
+    faults = [f"{mutant.name}: {fault}" for mutant in chosen if (fault := stale(mutant))]
+    if faults or arguments.check or not chosen:
+        print("\n".join(faults) or f"{len(chosen)} bugs fit the sources")
+        return 2 if faults else 0
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        trees = [Path(folder) / str(number) for number in range(min(arguments.jobs, len(chosen)))]
+        for tree in trees:
+            copy_tree(tree)
+            if any(mutant.compiled for mutant in chosen) and not build(tree):
+                print("the copy does not build")
+                return 2
+        status, output = run_tests(trees[0], tuple(sorted({test for mutant in chosen for test in mutant.tests})))
+        if status != 0:
+            print(output, "\nthe tests fail without any bug")
+            return 2
+        free: SimpleQueue[Path] = SimpleQueue()
+        for tree in trees:
+            free.put(tree)
+
+        def judge(mutant: Mutant) -> str:
+            tree, start = free.get(), time.perf_counter()
+            try:
+                found, details = verdict(mutant, tree)
+                if mutant.compiled:  # the sources' own library again
+                    build(tree)
+            finally:
+                free.put(tree)
+            print(f"{found:9}{time.perf_counter() - start:6.1f} s  {mutant.name}", details, flush=True)
+            return found
+
+        # compiled ones one after another in one copy, so that little is built again
+        with ThreadPoolExecutor(len(trees)) as pool:
+            verdicts = list(pool.map(judge, sorted(chosen, key=lambda mutant: (mutant.compiled, mutant.file))))
+    survivors = sum(found != "seen" for found in verdicts)
+    print(f"{len(verdicts) - survivors} of {len(verdicts)} bugs are seen")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
