@@ -12,7 +12,7 @@ export FMKERNELS_CUDA ?= $(if $(GPU),auto,off)
 # Sources whose change calls for a new build of the compiled library.
 SOURCES := $(shell find csrc python -type f) CMakeLists.txt setup.py pyproject.toml fmkernels/version.py
 
-.PHONY: demo test bench gpu lint format wheel docs clean setup cuda
+.PHONY: demo test bench mutants gpu lint format wheel docs clean setup cuda
 .DEFAULT_GOAL := test
 
 setup: $(VENV)/installed
@@ -35,6 +35,10 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest $(ARGS)
 	PATH="$(abspath $(BIN)):$$PATH" sh tools/ctest.sh
+
+# Plants the bugs of tools/mutant_list.py one at a time and tells which no test sees; not a part of CI.
+mutants: setup
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tools/mutants.py $(ARGS)
 
 bench: setup
 	$(BIN)/python -m benchmarks $(ARGS)

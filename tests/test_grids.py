@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fmkernels as fm
-from fmkernels.solvers import grids
+from fmkernels.solvers.sampling import grids
 
 
 def field(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

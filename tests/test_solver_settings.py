@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import fmkernels as fm
 from fmkernels import _dispatch
-from fmkernels.solvers.controllers import PIController
+from fmkernels.solvers.adaptive.controllers import PIController
 
 NATIVE = _dispatch.unavailable("native", "cpu") is None
 

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from fmkernels.solvers.implicit_tableaus import IMPLICIT_TABLEAUS, ImplicitTableau
-from fmkernels.solvers.tableaus import TABLEAUS, Tableau
+from fmkernels.solvers.methods.implicit_tableaus import IMPLICIT_TABLEAUS, ImplicitTableau
+from fmkernels.solvers.methods.tableaus import TABLEAUS, Tableau
 
 EXPLICIT = {name: tableau for name, tableau in TABLEAUS.items() if tableau.error is not None}
 IMPLICIT = {name: tableau for name, tableau in IMPLICIT_TABLEAUS.items() if tableau.error is not None}

@@ -38,7 +38,7 @@ class Mutant(NamedTuple):
     @property
     def name(self) -> str:
         old, new = (" ".join(text.split()) for text in (self.old, self.new))
-        start = len(os.path.commonprefix([old, new]))
+        start = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), 0)
         start = max(0, old.rfind(" ", 0, start) + 1)
         return f"{self.file}: {old[start:][:50]!r} -> {new[start:][:50]!r}"
 
