@@ -33,7 +33,7 @@ demo: setup
 	$(BIN)/python examples/digits.py --out demo $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)
 	PATH="$(abspath $(BIN)):$$PATH" sh tools/ctest.sh
 
 # Plants the bugs of tools/mutant_list.py one at a time and tells which no test sees; not a part of CI.

@@ -12,6 +12,7 @@ import torch
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
+pytestmark = pytest.mark.xdist_group("examples")
 for _needed in ("matplotlib", "sklearn", "tqdm"):
     pytest.importorskip(_needed)
 
