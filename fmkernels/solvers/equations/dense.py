@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, final
 
@@ -13,6 +14,7 @@ from ...ops.combine.op import combine
 from ...ops.step_control.op import Status
 from ..adaptive.solve import solve_adaptive
 from ..methods import registry as methods
+from ..methods.runge_kutta import take_stages
 from ..methods.tableaus import Tableau
 from .options import adaptive_options, check_options, segments
 from .packed import Field, Packed, State
@@ -108,16 +110,15 @@ def _step(
     """A step from y, whose derivative is k if known: the new state, its derivative, and the interpolant's powers."""
     h = end - start
 
-    def time(c: float) -> Tensor:
-        return torch.tensor(end if c == 1.0 else start + c * h, dtype=y.dtype, device=y.device)
+    def state(row: Sequence[float], ks: list[Tensor]) -> Tensor:
+        return combine([y, *ks], [1.0, *(h * a for a in row)]) if row else y
 
-    ks = [packed.field(time(0.0), y) if k is None else k]
-    state = y
-    for c, row in zip(tableau.c[1:], tableau.a[1:], strict=True):
-        state = combine([y, *ks], [1.0, *(h * a for a in row)])
-        ks.append(packed.field(time(c), state))
+    def evaluate(y: Tensor, time: float) -> Tensor:
+        return packed.field(torch.tensor(time, dtype=y.dtype, device=y.device), y)
+
+    ks, last = take_stages(tableau, start, end, state, evaluate, first=k)
     powers = [combine(ks, [h * w for w in column]) for column in zip(*tableau.interpolant, strict=True)]
-    return state, ks[-1], torch.stack([y, *powers])
+    return last, ks[-1], torch.stack([y, *powers])
 
 
 __all__ = ["DenseSolution", "odeint_dense"]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...ops.combine.op import combine
 from ...paths import CondOT
-from ..methods.runge_kutta import combination
+from ..methods.runge_kutta import combination, take_stages
 from ..methods.tableaus import Tableau
 from ..programs.builder import Builder
 from ..programs.expressions import ZERO, Expr, Number
@@ -107,10 +107,11 @@ class Replay:
         number = 1
         for step in builder.steps():
             x, h = builder.x, step.u - step.t
-            ks = [builder.model(x, step.t) if k0 is None else k0]
-            for c, row in zip(tableau.c[1:], tableau.a[1:], strict=True):
-                y = builder.keep(combination(x, h, row, ks))
-                ks.append(builder.model(y, step.u if c == 1.0 else step.t + c * h))
+
+            def state(row: Sequence[float], ks: list[Expr], x: Expr = x, h: Number = h) -> Expr:
+                return builder.keep(combination(x, h, row, ks))
+
+            ks, y = take_stages(tableau, step.t, step.u, state, builder.model, first=k0)
             after = builder.advance(y)  # the last stage's state is the new one
             k0 = ks[-1]
             if self.rows:

@@ -19,9 +19,9 @@ grow by 1 / lambda a step on the way back.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 from ..._checks import check_number, check_output, value_error
 from ...ops.combine.op import combine
 from ..programs.tables import accumulator
-from .runge_kutta import RungeKutta
+from .runge_kutta import RungeKutta, take_stages
 from .tableaus import Tableau
 
 COUPLING = 0.999
@@ -60,19 +60,21 @@ class Scheme:
     def slopes(self, t: Any, u: Any, y: Tensor) -> tuple[list[Tensor], list[Any]]:
         """The stages k_i of a step from t to u and their weights h b_i, those of weight 0 left out."""
         h, tableau = u - t, self.tableau
-        used = RungeKutta(tableau).used
         dtype = accumulator(y)
 
         def scaled(weights: Sequence[float]) -> list[Any]:
             return [(h * w).to(dtype) for w in weights if w != 0.0]
 
-        ks: list[Tensor] = []
-        for c, row in zip(tableau.c[:used], tableau.a[:used], strict=True):
+        def state(row: Sequence[float], ks: list[Tensor]) -> Tensor:
             chosen = [k for k, w in zip(ks, row, strict=True) if w != 0.0]
-            state = combine([y, *chosen], [1.0, *scaled(row)]) if chosen else y
-            k = self.field(self.time(t if c == 0.0 else u if c == 1.0 else t + c * h), state)
+            return combine([y, *chosen], [1.0, *scaled(row)]) if chosen else y
+
+        def evaluate(state: Tensor, time: Any) -> Tensor:
+            k = self.field(self.time(time), state)
             check_output(self.name, k, y)
-            ks.append(k)
+            return k
+
+        ks, _ = take_stages(tableau, t, u, state, evaluate, count=RungeKutta(tableau).used)
         return [k for k, b in zip(ks, tableau.b, strict=False) if b != 0.0], scaled(tableau.b)
 
     def increment(self, t: Any, u: Any, y: Tensor) -> Tensor:
@@ -85,28 +87,40 @@ class Scheme:
         return y, combine([z, *ks], [1.0, *(-w for w in weights)])
 
 
+class _Solved(NamedTuple):
+    """A solve forward: the kept states, stacked, and both copies of the last state."""
+
+    kept: Tensor
+    y: Tensor
+    z: Tensor
+
+
+def _solve_forward(scheme: Scheme, y0: Tensor, times: Tensor) -> _Solved:
+    y = z = y0
+    wanted = set(scheme.kept)
+    kept = [y] if 0 in wanted else []
+    for n, (t, u) in enumerate(pairwise(times.unbind(0)), start=1):
+        y, z = scheme.forward(t, u, y, z)
+        if n in wanted:
+            kept.append(y)
+    return _Solved(torch.stack(kept), y, z)
+
+
 class _Solve(torch.autograd.Function):
-    """(kept states, the last z) of (scheme, y0, times (S + 1, ...) in float64, *inputs)."""
+    """The kept states of (scheme, its solve, y0, times (S + 1, ...) in float64, *what the field uses)."""
 
     @staticmethod
-    def forward(ctx: Any, scheme: Scheme, y0: Tensor, times: Tensor, *inputs: Tensor) -> Tensor:
-        y = z = y0.detach()
-        wanted = set(scheme.kept)
-        kept = [y] if 0 in wanted else []
-        for n, (t, u) in enumerate(pairwise(times.detach().unbind(0)), start=1):
-            y, z = scheme.forward(t, u, y, z)
-            if n in wanted:
-                kept.append(y)
+    def forward(ctx: Any, scheme: Scheme, solved: _Solved, y0: Tensor, times: Tensor, *inputs: Tensor) -> Tensor:
         ctx.scheme = scheme
-        ctx.save_for_backward(y, z, times, *inputs)
-        return torch.stack(kept)
+        ctx.save_for_backward(solved.y, solved.z, times, *inputs)
+        return solved.kept
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_kept: Tensor) -> tuple[Tensor | None, ...]:
         scheme: Scheme = ctx.scheme
         y, z, times, *inputs = ctx.saved_tensors
-        needs = ctx.needs_input_grad
+        needs = ctx.needs_input_grad[1:]
         tape = _Tape(scheme, inputs, needs[2])
         places = {n: i for i, n in enumerate(scheme.kept)}
         grad_times = torch.zeros_like(times) if needs[2] else None
@@ -132,7 +146,7 @@ class _Solve(torch.autograd.Function):
         grad_y = grad_y + grad_z
         if 0 in places:
             grad_y = grad_y + grad_kept[places[0]]
-        return None, grad_y, grad_times, *tape.grads
+        return None, None, grad_y, grad_times, *tape.grads
 
 
 class _Tape:
@@ -161,21 +175,34 @@ class _Tape:
         return value.detach(), of_y, of_t, of_u
 
 
-def used_tensors(output: Tensor, known: Sequence[Tensor]) -> list[Tensor]:
-    """The leaves with a gradient that an output depends on, not through the tensors known."""
-    stops = {id(x.grad_fn) for x in known if x.grad_fn is not None}
-    seen, leaves = set(stops), {}
-    nodes = [output.grad_fn]
-    while nodes:
-        node = nodes.pop()
-        if node is None or id(node) in seen:
-            continue
-        seen.add(id(node))
-        leaf = getattr(node, "variable", None)
-        if isinstance(leaf, Tensor):
-            leaves[id(leaf)] = leaf
-        nodes += [following for following, _ in node.next_functions]
-    return [leaf for leaf in leaves.values() if not any(leaf is x for x in known)]
+class _UsedTensors:
+    """A field that notes the leaves with a gradient that its outputs depend on, at whatever time they show.
+
+    Args:
+        known: inputs that are noted already; what lies behind them is theirs.
+    """
+
+    def __init__(self, field: Field, known: Sequence[Tensor]) -> None:
+        self.field, self.leaves = field, {id(x): x for x in known}
+        self._stops = {x.grad_fn for x in known if x.grad_fn is not None}
+
+    def __call__(self, t: Tensor, y: Tensor) -> Tensor:
+        value = self.field(t, y)
+        if not (isinstance(value, Tensor) and value.requires_grad):
+            return value
+        if value.grad_fn is None:
+            self.leaves.setdefault(id(value), value)
+        seen, nodes = set(self._stops), [value.grad_fn]
+        while nodes:
+            node = nodes.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            leaf = getattr(node, "variable", None)
+            if isinstance(leaf, Tensor):
+                self.leaves.setdefault(id(leaf), leaf)
+            nodes += [following for following, _ in node.next_functions]
+        return value.detach()
 
 
 def solve_reversible(
@@ -183,22 +210,22 @@ def solve_reversible(
 ) -> Tensor:
     """The states after the kept steps, (len(kept), *y0.shape).
 
-    Gradients flow to y0, times, the parameters of modules, the given tensors, and the leaves that one more call of the
-    field shows it to use.
+    Gradients flow to y0, times, the parameters of modules, the given tensors, and the leaves that the field is seen to
+    use on the way.
 
     Args:
         times: (S + 1,), or of a leading part of y0's shape each, (S + 1, B, ...); float64.
     """
+    start, grid = y0.detach(), times.detach()
     if not torch.is_grad_enabled():
-        return _Solve.apply(scheme, y0, times)  # type: ignore[no-untyped-call, no-any-return]
+        return _solve_forward(scheme, start, grid).kept
     inputs = [x for x in tensors if isinstance(x, Tensor) and x.requires_grad]
     for module in modules:
         if isinstance(module, nn.Module):
             inputs += [p for p in module.parameters() if p.requires_grad]
-    probe = scheme.field(scheme.time(times[0].detach()), y0.detach())
-    check_output(scheme.name, probe, y0)
-    inputs += used_tensors(probe, inputs)
-    return _Solve.apply(scheme, y0, times, *inputs)  # type: ignore[no-untyped-call, no-any-return]
+    used = _UsedTensors(scheme.field, inputs)
+    solved = _solve_forward(replace(scheme, field=used), start, grid)
+    return _Solve.apply(scheme, solved, y0, times, *used.leaves.values())  # type: ignore[no-untyped-call, no-any-return]
 
 
 def coupling_of(value: Any) -> float:

@@ -1,14 +1,59 @@
-"""Explicit Runge-Kutta and linear multistep methods on a fixed grid."""
+"""Explicit Runge-Kutta steps: their stages, once for all that take them, and the methods on a fixed grid."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Any, TypeVar, final
 
 from ..programs.builder import Builder
 from ..programs.expressions import Expr, Number
 from .tableaus import Tableau
+
+# A state, or a derivative: an expression or a tensor.
+Y = TypeVar("Y", bound=Any)
+
+
+def stage_time(t: Number, u: Number, c: float) -> Number:
+    """t + c (u - t), and exactly t and u at the ends, where schedules may be singular."""
+    return t if c == 0.0 else u if c == 1.0 else t + c * (u - t)
+
+
+def combination(y: Y, h: Number, weights: Sequence[Number], ks: Sequence[Y]) -> Y:
+    """y + h sum_i w_i k_i; weights beyond the last k are 0."""
+    for weight, k in zip(weights, ks, strict=False):
+        if not (isinstance(weight, float) and weight == 0.0):
+            y = y + (h * weight) * k
+    return y
+
+
+def take_stages(
+    tableau: Tableau,
+    t: Number,
+    u: Number,
+    state: Callable[[Sequence[float], list[Y]], Y],
+    evaluate: Callable[[Y, Number], Y],
+    *,
+    first: Y | None = None,
+    count: int | None = None,
+) -> tuple[list[Y], Y]:
+    """The stages of a step from t to u.
+
+    Args:
+        state: (row of the tableau's a, stages so far) to the state at which the next stage is taken.
+        evaluate: (state, time) to the derivative.
+        first: the derivative at the step's beginning, where it is known.
+        count: of the stages; None for all.
+
+    Returns:
+        The stages k_i = f(t + c_i h, y + h sum_j a_ij k_j), and the state of the last one.
+    """
+    y = state((), [])
+    ks = [evaluate(y, stage_time(t, u, tableau.c[0])) if first is None else first]
+    for c, row in zip(tableau.c[1:count], tableau.a[1:count], strict=True):
+        y = state(row, ks)
+        ks.append(evaluate(y, stage_time(t, u, c)))
+    return ks, y
 
 
 @final
@@ -38,17 +83,13 @@ class RungeKutta:
     def step(self, builder: Builder, t: Number, u: Number, v: Expr) -> Expr:
         """The state at u from the current state at t and its velocity v."""
         x, h, tableau = builder.x, u - t, self.tableau
-        ks = [v]
-        for c, row in zip(tableau.c[1 : self.used], tableau.a[1 : self.used], strict=True):
-            # exact at the ends, where schedules may be singular
-            time = t if c == 0.0 else u if c == 1.0 else t + c * h
-            ks.append(builder.model(combination(x, h, row, ks), time))
+        ks, _ = take_stages(
+            tableau,
+            t,
+            u,
+            lambda row, ks: combination(x, h, row, ks),
+            builder.model,
+            first=v,
+            count=self.used,
+        )
         return combination(x, h, tableau.b, ks)
-
-
-def combination(x: Expr, h: Number, weights: Sequence[Number], ks: list[Expr]) -> Expr:
-    """x + h sum_i w_i k_i; weights beyond the last k are 0."""
-    for weight, k in zip(weights, ks, strict=False):
-        if not (isinstance(weight, float) and weight == 0.0):
-            x = x + (h * weight) * k
-    return x
