@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import paths, testing, times, weightings
 from ._memory import set_cpu_pool_limit
-from .losses import cfm_loss
+from .losses import LossBins, cfm_loss
 from .ops.combine.op import combine
 from .ops.interpolate.op import Interpolation, interpolate
 from .ops.random.op import rand, randn, random_words
@@ -70,6 +70,7 @@ def __dir__() -> list[str]:
 __all__ = [
     "SDE",
     "Interpolation",
+    "LossBins",
     "Noise",
     "SampleResult",
     "Solver",

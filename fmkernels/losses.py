@@ -1,14 +1,18 @@
-"""The conditional flow-matching loss."""
+"""The conditional flow-matching loss, and what it is at different times."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, final
+
+import torch
 from torch import Tensor
 
 from . import weightings
-from ._checks import check_like, type_error
+from ._checks import check_float_tensor, check_int, check_like, type_error, value_error
 from .ops._operands import Operand
 from .ops.regression_loss.op import regression_loss
-from .paths.batch import Batch, as_times, target_terms
+from .paths.batch import Batch, as_times, check_times, target_terms
 from .paths.schedule import Schedule
 
 
@@ -75,7 +79,7 @@ def cfm_loss(
                 raise type_error(name, "None beside a batch", value)
         x_1, x_0, z, path, times = batch.x_1, batch.source, batch.bridge, batch.path, batch.t
         if checks:
-            as_times(times, "x_1", x_1, checks)
+            check_times("t", times)
     else:
         if not isinstance(path, Schedule):
             raise type_error("path", "a path of fm.paths, or a batch", path)
@@ -85,6 +89,8 @@ def cfm_loss(
         if t is None:
             raise type_error("t", "a tensor or a number, or a batch", t)
         times = as_times(t, "x_1", x_1, checks)
+        if z is not None and path.gamma(times) is None:
+            raise value_error("z", f"None, as {path!r} has no gamma term", z)
     parameters = {} if sigma_data is None else {"sigma_data": sigma_data}
     names, operands, coefficients = target_terms(path, times, target, x_1, x_0, z, **parameters)
     return regression_loss(
@@ -100,3 +106,126 @@ def cfm_loss(
         impl=impl,
         _names=names,
     )
+
+
+@final
+class LossBins:
+    """The mean loss in equal bins of time, accumulated on the device without waiting for it::
+
+        bins = fm.LossBins(10)
+        per_sample = fm.cfm_loss(pred, batch, reduction="none")
+        bins.update(batch.t, per_sample)
+        bins.all_reduce().mean     # (10,), of all ranks; NaN where there was no sample
+
+    Sums are in float64 and of fixed order. Bin i holds the times in [i / bins, (i + 1) / bins), the last one 1 too; a
+    time that is NaN counts nowhere.
+
+    Args:
+        bins: int >= 1.
+        device: where the sums live; that of the first update if None.
+    """
+
+    def __init__(self, bins: int = 10, *, device: torch.device | str | None = None) -> None:
+        check_int("bins", bins, low=1)
+        self.bins = bins
+        self._sums: Tensor | None = None  # (2, bins): weights times losses, weights
+        if device is not None:
+            self._sums = self._zeros(device)
+
+    def _zeros(self, device: torch.device | str | None = None) -> Tensor:
+        with torch.inference_mode(False):  # tensors made in it cannot be written outside
+            return torch.zeros(2, self.bins, dtype=torch.float64, device=device)
+
+    def _held(self) -> Tensor:
+        return self._zeros("cpu") if self._sums is None else self._sums
+
+    @property
+    def edges(self) -> Tensor:
+        """The bins' ends, bins + 1 times, float64."""
+        return torch.linspace(0.0, 1.0, self.bins + 1, dtype=torch.float64, device=self._held().device)
+
+    @property
+    def total(self) -> Tensor:
+        """The sum of weighted losses in each bin, (bins,), float64."""
+        return self._held()[0].clone()
+
+    @property
+    def count(self) -> Tensor:
+        """The number of samples, or sum of their weights, in each bin, (bins,), float64."""
+        return self._held()[1].clone()
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean loss in each bin, (bins,), float64; NaN where the count is 0."""
+        total, count = self._held()
+        return total / count
+
+    def update(self, t: Tensor, loss: Tensor, weight: Tensor | None = None) -> None:
+        """Adds losses.
+
+        Args:
+            t: times, floating, any shape.
+            loss: of t's shape, e.g. ``cfm_loss(..., reduction="none")``.
+            weight: of t's shape, e.g. the number of unmasked tokens; 1 if None.
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong type, shape or device.
+        """
+        check_float_tensor("t", t)
+        check_like("loss", loss, "t", t, dtype=False)
+        if weight is not None:
+            if not isinstance(weight, Tensor):
+                raise type_error("weight", "a tensor", weight)
+            if weight.shape != t.shape or weight.device != t.device:
+                raise value_error("weight", f"the shape and device of t, {tuple(t.shape)} on {t.device}", weight)
+        if self._sums is None:
+            self._sums = self._zeros(t.device)
+        elif self._sums.device != t.device:
+            raise value_error("t", f"a tensor on {self._sums.device}, where the sums are", t)
+        with torch.no_grad():
+            place = (t.detach().double().flatten() * self.bins).floor().clamp(0, self.bins - 1)
+            inside = place == torch.arange(self.bins, dtype=torch.float64, device=t.device)[:, None]
+            share = torch.ones_like(place) if weight is None else weight.detach().double().flatten()
+            rows = torch.stack((share * loss.detach().double().flatten(), share))
+            self._sums += torch.where(inside, rows[:, None], 0.0).sum(-1)
+
+    def reset(self) -> None:
+        """Back to no losses."""
+        if self._sums is not None:
+            with torch.no_grad():
+                self._sums.zero_()
+
+    def all_reduce(self, group: Any = None) -> LossBins:
+        """The bins of all ranks together, as new bins: these go on counting their own rank's.
+
+        Args:
+            group: a process group of torch.distributed; the default one if None.
+        """
+        result = LossBins(self.bins)
+        result._sums = self._held().clone()
+        torch.distributed.all_reduce(result._sums, group=group)
+        return result
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies of ``total`` and ``count``."""
+        return {"total": self.total, "count": self.count}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over what :meth:`state_dict` gave; the sums stay on their device.
+
+        Raises:
+            TypeError, ValueError: no such state, or that of another number of bins.
+        """
+        if not isinstance(state, Mapping) or set(state) != {"total", "count"}:
+            raise type_error("state", "a mapping with total and count", state)
+        for name, value in state.items():
+            check_float_tensor(f"state[{name!r}]", value)
+            if value.shape != (self.bins,):
+                raise value_error(f"state[{name!r}]", f"the shape ({self.bins},)", value)
+        if self._sums is None:
+            self._sums = self._zeros(state["total"].device)
+        with torch.no_grad():
+            self._sums.copy_(torch.stack((state["total"], state["count"])))
+
+    def __repr__(self) -> str:
+        return f"LossBins({self.bins})"

@@ -1,37 +1,130 @@
 r"""Times for training, and the resolution shift that training and inference share.
 
-A sampler is a function (shape, device=None, generator=None) to float32 times in [0, 1], t = 0 being noise. Papers that
-run the other way (Stable Diffusion 3, pi0: 1 is noise) are turned here: their time is the noise level 1 - t.
+A sampler draws float32 times in [0, 1], t = 0 being noise. Papers that run the other way (Stable Diffusion 3, pi0: 1 is
+noise) are turned here: their time is the noise level 1 - t.
+
+Times come from the Philox streams that all noise here comes from: element i of the whole batch is a function of the
+seed and of i, so that shards and micro-batches draw together, by ``row_offset``, what the whole batch would.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ._checks import check_float_tensor, check_int, check_number, type_error, value_error
+from .ops.random import kinds
+from .ops.random.op import draw
+from .random import as_seed
 
 Device = torch.device | str | None
 Shape = int | Sequence[int]
-Sampler = Callable[..., Tensor]
+Function = Callable[..., Tensor]
+
+# Streams 0 and 1 of a seed are the noises of path.sample (fmkernels.ops.interpolate); times begin here.
+TIME_STREAM = 2
 
 
 def _shape(shape: Shape) -> tuple[int, ...]:
-    sizes = (shape,) if isinstance(shape, int) and not isinstance(shape, bool) else shape
-    if not isinstance(sizes, Sequence):
+    if isinstance(shape, (int, torch.SymInt)) and not isinstance(shape, bool):
+        shape = (shape,)
+    elif not isinstance(shape, Sequence) or isinstance(shape, str):
         raise type_error("shape", "an int or a sequence of ints", shape)
-    for size in sizes:
-        check_int("shape", size, low=0)
-    return tuple(sizes)
+    if not torch.compiler.is_compiling():  # there a size may be symbolic
+        for size in shape:
+            check_int("shape", size, low=0)
+    return tuple(shape)
 
 
-def _rand(shape: Shape, device: Device, generator: torch.Generator | None) -> Tensor:
-    return torch.rand(_shape(shape), dtype=torch.float32, device=device, generator=generator)
+def _uniform(shape: tuple[int, ...], seed: Tensor, row_offset: int, stream: int = TIME_STREAM) -> Tensor:
+    return draw(shape, kinds.UNIFORM, seed, stream, row_offset, torch.float32)
+
+
+def _normal(shape: tuple[int, ...], seed: Tensor, row_offset: int, stream: int = TIME_STREAM) -> Tensor:
+    return draw(shape, kinds.NORMAL, seed, stream, row_offset, torch.float32)
+
+
+class Sampler:
+    """A law of times. One of your own is a subclass with a method ``draw``; any function of (shape, device=,
+    generator=) serves too where nothing is sharded."""
+
+    def draw(self, shape: tuple[int, ...], seed: Tensor, row_offset: int) -> Tensor:
+        """Float32 times of a shape on the seed's device, the first being row ``row_offset`` of the whole batch's."""
+        raise NotImplementedError(f"{type(self).__name__}: expected a method draw(shape, seed, row_offset), got none")
+
+    def __call__(
+        self,
+        shape: Shape,
+        device: Device = None,
+        generator: torch.Generator | None = None,
+        *,
+        seed: Tensor | int | None = None,
+        row_offset: int = 0,
+    ) -> Tensor:
+        """Draws times.
+
+        Args:
+            shape: an int or ints; its first dimension is that of samples.
+            device: the times' device; torch's default one, or the seed's, if None.
+            generator: torch.Generator from which the seed comes; excludes ``seed``.
+            seed: int64 tensor with one element, or an int.
+            row_offset: int >= 0, the index of the first sample within the whole batch.
+
+        Returns:
+            Float32 times in [0, 1].
+        """
+        sizes = _shape(shape)
+        check_int("row_offset", row_offset, low=0)
+        return self.draw(sizes, as_seed(seed, None if device is None else torch.device(device), generator), row_offset)
+
+
+def draw_times(
+    name: str,
+    sampler: Any,
+    shape: tuple[int, ...],
+    device: torch.device,
+    generator: torch.Generator | None,
+    seed: Tensor | int | None,
+    row_offset: int,
+) -> Tensor:
+    """Times of a sampler or of a function, checked; ``name`` is the caller's for it."""
+    if isinstance(sampler, Sampler):
+        times = sampler(shape, device, generator, seed=seed, row_offset=row_offset)
+    elif not callable(sampler):
+        raise type_error(name, "one of fm.times, or a function of (shape, device=, generator=)", sampler)
+    elif seed is None and row_offset == 0:
+        times = sampler(shape, device=device, generator=generator)
+    else:
+        # a generator's draws depend on how many were made before: only the function itself can tell rows apart
+        if not _takes(sampler, "seed", "row_offset"):
+            raise value_error(
+                name, "one of fm.times, or a function with arguments seed and row_offset, where one is given", sampler
+            )
+        source = {"generator": generator} if seed is None else {"seed": seed}
+        times = sampler(shape, device=device, row_offset=row_offset, **source)
+    if not isinstance(times, Tensor):
+        raise type_error(f"{name}(shape)", "a tensor", times)
+    check_float_tensor(f"{name}(shape)", times)
+    if times.shape != torch.Size(shape):
+        raise value_error(f"{name}(shape)", f"times of the shape that was asked for, {tuple(shape)}", times)
+    if times.device != device:
+        raise value_error(f"{name}(shape)", f"times on {device}", times)
+    return times
+
+
+def _takes(function: Function, *names: str) -> bool:
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return False
+    return set(names) <= set(parameters) or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 @final
@@ -91,7 +184,7 @@ class Shift:
 
 @final
 @dataclass(frozen=True)
-class Shifted:
+class Shifted(Sampler):
     """Times of a sampler, shifted.
 
     Args:
@@ -99,7 +192,7 @@ class Shifted:
         shift: a :class:`Shift`; use the same for the inference grid.
     """
 
-    sampler: Sampler
+    sampler: Sampler | Function
     shift: Shift
 
     def __post_init__(self) -> None:
@@ -108,44 +201,108 @@ class Shifted:
         if not isinstance(self.shift, Shift):
             raise type_error("shift", "a Shift", self.shift)
 
-    def __call__(self, shape: Shape, device: Device = None, generator: torch.Generator | None = None) -> Tensor:
-        return self.shift(self.sampler(shape, device=device, generator=generator))
+    def __call__(
+        self,
+        shape: Shape,
+        device: Device = None,
+        generator: torch.Generator | None = None,
+        *,
+        seed: Tensor | int | None = None,
+        row_offset: int = 0,
+    ) -> Tensor:
+        if isinstance(self.sampler, Sampler):
+            return self.shift(self.sampler(shape, device, generator, seed=seed, row_offset=row_offset))
+        check_int("row_offset", row_offset, low=0)
+        place = torch.empty((), device=device).device
+        return self.shift(draw_times("sampler", self.sampler, _shape(shape), place, generator, seed, row_offset))
 
 
 @final
 @dataclass(frozen=True)
-class Uniform:
+class Uniform(Sampler):
     """Uniform times in [low, high).
 
     Args:
-        low, high: 0 <= low < high <= 1.
-        stratified: one time in each of n equal intervals, in random order over the elements: (p(i) + u_i) / n, which
-            lowers the variance of a batch's loss.
+        low, high: 0 <= low < high <= 1, with a float32 number in [low, high).
+        stratified: one time in each of n equal intervals of [low, high), in random order over the elements: (p(i) +
+            u_i) / n, which lowers the variance of a batch's loss.
+        size: the number of samples of the whole batch, of which a call draws those from its ``row_offset`` on, so that
+            shards share the strata; None takes the call's own number. Only beside ``stratified``.
     """
 
     low: float = 0.0
     high: float = 1.0
     stratified: bool = False
+    size: int | None = None
 
     def __post_init__(self) -> None:
         check_number("low", self.low, low=0.0)
         check_number("high", self.high, above=self.low, high=1.0)
+        if not isinstance(self.stratified, bool):
+            raise type_error("stratified", "a bool", self.stratified)
+        if self.size is not None:
+            check_int("size", self.size, low=1)
+            if not self.stratified:
+                raise value_error("size", "None but beside stratified=True", self.size)
+        first, last = _float32_from(self.low), _float32_below(self.high)
+        if first > last:
+            raise value_error("high", f"a bound with a float32 number in [{self.low}, high)", self.high)
+        object.__setattr__(self, "_ends", (first, last))
 
-    def __call__(self, shape: Shape, device: Device = None, generator: torch.Generator | None = None) -> Tensor:
-        u = _rand(shape, device, generator)
-        if self.stratified and u.numel():
-            n = u.numel()
-            order = torch.randperm(n, device=device, generator=generator).reshape(u.shape)
-            # rounding may reach the next stratum's edge, and 1 in the last one
-            u = ((order + u) / n).clamp(max=1.0 - 2.0**-24)
-        return u if (self.low, self.high) == (0.0, 1.0) else self.low + (self.high - self.low) * u
+    def draw(self, shape: tuple[int, ...], seed: Tensor, row_offset: int) -> Tensor:
+        u = _uniform(shape, seed, row_offset)
+        if self.stratified:
+            return self._stratified(u, seed, row_offset)
+        if (self.low, self.high) == (0.0, 1.0):
+            return u
+        # rounding may reach beyond either end
+        return (self.low + (self.high - self.low) * u).clamp(*self._ends)  # type: ignore[attr-defined]
+
+    def _stratified(self, u: Tensor, seed: Tensor, row_offset: int) -> Tensor:
+        row = math.prod(u.shape[1:])
+        count, first = u.numel(), row_offset * row
+        whole = count if self.size is None else self.size * row
+        if self.size is None and row_offset > 0:
+            raise value_error(
+                "row_offset",
+                "0 for stratified times, or Uniform(size=...) for the strata of the whole batch",
+                row_offset,
+            )
+        if self.size is not None and first + count > whole:
+            raise value_error("size", f"at least the {row_offset + u.shape[0]} samples that are drawn", self.size)
+        # a permutation of the whole batch's strata that each shard makes for itself
+        words = draw((whole,), kinds.WORDS, seed, TIME_STREAM + 1, 0, torch.int64)
+        stratum = torch.argsort(words, stable=True)[first : first + count].reshape(u.shape).double()
+        width = (self.high - self.low) / max(whole, 1)
+        low, high = self.low + width * stratum, self.low + width * (stratum + 1.0)
+        t = torch.minimum(self.low + width * (stratum + u.double()), high).to(torch.float32)
+        # rounding may reach a neighbouring stratum, and the end
+        t = torch.where(t.double() < low, torch.nextafter(t, torch.ones_like(t)), t)
+        t = torch.where(t.double() >= high, torch.nextafter(t, torch.zeros_like(t)), t)
+        return t.clamp(*self._ends)  # type: ignore[attr-defined]
+
+
+def _float32_from(value: float) -> float:
+    """The least float32 number that is not below a value in [0, 1]."""
+    number = np.float32(value)
+    return float(number if float(number) >= value else np.nextafter(number, np.float32(2.0)))
+
+
+def _float32_below(value: float) -> float:
+    """The largest float32 number below a value in (0, 1]."""
+    number = np.float32(value)
+    return float(number if float(number) < value else np.nextafter(number, np.float32(-1.0)))
 
 
 @final
 @dataclass(frozen=True)
-class LogitNormal:
+class LogitNormal(Sampler):
     """1 - sigmoid(mean + std z): the noise level is logit-normal (Esser et al. 2024, eq. 19). A positive mean favours
-    noise, as in diffusers' ``logit_mean``.
+    noise.
+
+    diffusers' ``compute_density_for_timestep_sampling`` draws with its ``logit_mean`` a place among timesteps that
+    descend from noise to data, so that there a positive mean favours data: its times are those of
+    ``LogitNormal(-logit_mean, logit_std)``.
 
     Args:
         mean, std: of the noise level's logit; std > 0.
@@ -158,14 +315,13 @@ class LogitNormal:
         check_number("mean", self.mean)
         check_number("std", self.std, above=0.0)
 
-    def __call__(self, shape: Shape, device: Device = None, generator: torch.Generator | None = None) -> Tensor:
-        z = torch.randn(_shape(shape), dtype=torch.float32, device=device, generator=generator)
-        return torch.sigmoid(-(self.mean + self.std * z))
+    def draw(self, shape: tuple[int, ...], seed: Tensor, row_offset: int) -> Tensor:
+        return torch.sigmoid(-(self.mean + self.std * _normal(shape, seed, row_offset)))
 
 
 @final
 @dataclass(frozen=True)
-class Mode:
+class Mode(Sampler):
     """t = u + scale (cos^2(pi u / 2) - 1 + u), the noise level being 1 - t: sampling with a heavy middle (Esser et al.
     2024, eq. 20, with 1 - u in the place of u).
 
@@ -178,28 +334,28 @@ class Mode:
     def __post_init__(self) -> None:
         check_number("scale", self.scale, low=-1.0, high=2.0 / (math.pi - 2.0))
 
-    def __call__(self, shape: Shape, device: Device = None, generator: torch.Generator | None = None) -> Tensor:
-        u = _rand(shape, device, generator)
+    def draw(self, shape: tuple[int, ...], seed: Tensor, row_offset: int) -> Tensor:
+        u = _uniform(shape, seed, row_offset)
         return (u + self.scale * (torch.cos(0.5 * math.pi * u).square() - 1.0 + u)).clamp(0.0, 1.0)
 
 
 @final
 @dataclass(frozen=True)
-class CosMap:
+class CosMap(Sampler):
     """t = 1 / (tan(pi u / 2) + 1): times whose log SNR is that of the cosine schedule (Esser et al. 2024, eq. 21).
 
     The law is symmetric about 1/2.
     """
 
-    def __call__(self, shape: Shape, device: Device = None, generator: torch.Generator | None = None) -> Tensor:
-        angle = 0.5 * math.pi * _rand(shape, device, generator)
+    def draw(self, shape: tuple[int, ...], seed: Tensor, row_offset: int) -> Tensor:
+        angle = 0.5 * math.pi * _uniform(shape, seed, row_offset)
         # cos / (sin + cos) has no pole
         return torch.cos(angle) / (torch.sin(angle) + torch.cos(angle))
 
 
 @final
 @dataclass(frozen=True)
-class UShaped:
+class UShaped(Sampler):
     """Density proportional to cosh(a (2t - 1)), favouring both ends.
 
     Lee et al. 2024, "Improving the training of rectified flows", section 4.1: e^(au) + e^(-au) on [-1, 1].
@@ -215,17 +371,19 @@ class UShaped:
     def __post_init__(self) -> None:
         check_number("a", self.a, above=0.0, high=80.0)
 
-    def __call__(self, shape: Shape, device: Device = None, generator: torch.Generator | None = None) -> Tensor:
-        u = _rand(shape, device, generator)
+    def draw(self, shape: tuple[int, ...], seed: Tensor, row_offset: int) -> Tensor:
+        u = _uniform(shape, seed, row_offset)
         return (0.5 + torch.asinh((2.0 * u - 1.0) * math.sinh(self.a)) / (2.0 * self.a)).clamp(0.0, 1.0)
 
 
 @final
 @dataclass(frozen=True)
-class Beta:
+class Beta(Sampler):
     """t = 1 - (offset + scale beta) with beta ~ Beta(a, b): by default pi0's times.
 
     Black et al. 2024, appendix B; openpi draws the noise level 0.999 Beta(1.5, 1) + 0.001.
+
+    Drawn by inversion where b = 1, else from two gamma variates.
 
     Args:
         a, b: parameters of the Beta law, > 0.
@@ -243,14 +401,36 @@ class Beta:
         check_number("scale", self.scale, above=0.0, high=1.0)
         check_number("offset", self.offset, low=0.0, high=1.0 - self.scale + 1e-12)
 
-    def __call__(self, shape: Shape, device: Device = None, generator: torch.Generator | None = None) -> Tensor:
+    def draw(self, shape: tuple[int, ...], seed: Tensor, row_offset: int) -> Tensor:
         if self.b == 1.0:  # the law's distribution function is x^a
-            draw = (1.0 - _rand(shape, device, generator)) ** (1.0 / self.a)
-        else:
-            sizes = _shape(shape)
-            x, y = (
-                torch._standard_gamma(torch.full(sizes, p, dtype=torch.float32, device=device), generator=generator)
-                for p in (self.a, self.b)
-            )
-            draw = x / (x + y).clamp(min=torch.finfo(torch.float32).tiny)
-        return (1.0 - (self.offset + self.scale * draw)).clamp(0.0, 1.0)
+            beta = (1.0 - _uniform(shape, seed, row_offset)) ** (1.0 / self.a)
+        else:  # x / (x + y), by logarithms: gammas of small parameters underflow
+            x, y = _log_gammas((self.a, self.b), shape, seed, row_offset)
+            beta = torch.sigmoid(x - y)
+        return (1.0 - (self.offset + self.scale * beta)).clamp(0.0, 1.0)
+
+
+_ATTEMPTS = 8
+
+
+def _log_gammas(parameters: tuple[float, ...], shape: tuple[int, ...], seed: Tensor, row_offset: int) -> list[Tensor]:
+    """Logarithms of gamma variates, one tensor for each parameter.
+
+    Marsaglia and Tsang 2000, "A simple method for generating gamma variables", with a fixed number of attempts, so that
+    an element's variate depends on its place alone; each attempt succeeds with 95 % or more, and where all fail (once
+    in 10^10) the law's mode is taken. Parameters below 1 are raised by 1 and their variate multiplied by u^(1/a).
+    """
+    sizes = (*shape, len(parameters), _ATTEMPTS)
+    normals = _normal(sizes, seed, row_offset).unbind(-2)
+    uniforms = torch.log(1.0 - _uniform(sizes, seed, row_offset, TIME_STREAM + 1)).unbind(-2)
+    boosts = torch.log(1.0 - _uniform((*shape, len(parameters)), seed, row_offset, TIME_STREAM + 2)).unbind(-1)
+    results = []
+    for a, z, log_u, boost in zip(parameters, normals, uniforms, boosts, strict=True):
+        d = (a + 1.0 if a < 1.0 else a) - 1.0 / 3.0
+        v = 1.0 + z / math.sqrt(9.0 * d)
+        log_v = 3.0 * torch.log(v.clamp(min=torch.finfo(torch.float32).tiny))
+        accepted = (v > 0.0) & (log_u < 0.5 * z.square() + d * (1.0 - v**3 + log_v))
+        first = accepted.int().argmax(-1, keepdim=True)
+        value = math.log(d) + torch.where(accepted.any(-1), log_v.gather(-1, first).squeeze(-1), 0.0)
+        results.append(value + boost / a if a < 1.0 else value)
+    return results

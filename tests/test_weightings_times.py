@@ -133,6 +133,37 @@ def test_mode_is_diffusers_after_turning_time() -> None:
     assert stats.ks_2samp((1 - t).numpy(), sigma.numpy()).pvalue > 1e-3
 
 
+def test_logit_normal_is_diffusers_after_turning_the_means_sign() -> None:
+    """diffusers draws a place among timesteps that descend from noise: a place u has the noise level 1 - u."""
+    u = torch.sigmoid(0.7 + 0.8 * torch.randn(20_000, generator=torch.Generator().manual_seed(1)).double())
+    t = times.LogitNormal(-0.7, 0.8)(20_000, generator=torch.Generator().manual_seed(2)).double()
+    assert stats.ks_2samp(t.numpy(), u.numpy()).pvalue > 1e-3
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.999, 1.0), (0.3, 0.3000001), (0.7, 0.7 + 2**-24), (0.5, 0.5 + 1e-12)])
+@pytest.mark.parametrize("stratified", [False, True])
+def test_uniform_times_stay_within_a_half_open_interval(low, high, stratified) -> None:
+    t = times.Uniform(low, high, stratified)(50_000, generator=torch.Generator().manual_seed(0)).double()
+    assert t.min() >= low
+    assert t.max() < high
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 1000, 100_003])
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.25, 0.75)])
+def test_strata_are_exact_for_any_count(n, low, high) -> None:
+    t = times.Uniform(low, high, stratified=True)(n, seed=1).double()
+    assert torch.equal(((t - low) / (high - low) * n).floor().sort().values, torch.arange(n).double())
+
+
+def test_beta_of_small_and_large_parameters() -> None:
+    for a, b in ((0.3, 0.2), (1.0, 2.5), (5.0, 0.7), (50.0, 30.0)):
+        noise = 1 - times.Beta(a, b, 1.0, 0.0)(50_000, seed=3).double().numpy()
+        law = stats.beta(a, b)
+        edges = law.ppf(np.linspace(0.2, 0.8, 25))  # float32 does not resolve the ends of such laws
+        seen = np.histogram(noise, np.concatenate([[-1], edges, [2]]))[0]
+        assert stats.chisquare(seen, len(noise) * np.diff(law.cdf(np.concatenate([[-1], edges, [2]])))).pvalue > 1e-3
+
+
 def test_float32_whatever_the_default_dtype() -> None:
     default = torch.get_default_dtype()
     try:
@@ -186,6 +217,27 @@ def test_samplers_serve_a_path() -> None:
         (lambda: times.Shifted(3, times.Shift()), TypeError, "sampler"),
         (lambda: times.Shifted(times.Uniform(), 3.0), TypeError, "shift: expected a Shift"),
         (lambda: times.Shift.for_resolution(256, 256, 256), ValueError, "max_seq_len"),
+        (lambda: times.Uniform(0.3, 0.3 + 1e-9), ValueError, "high: expected a bound with a float32 number"),
+        (lambda: times.Uniform(stratified=1), TypeError, "stratified: expected a bool"),
+        (lambda: times.Uniform(size=4), ValueError, "size: expected None but beside stratified"),
+        (lambda: times.Uniform(stratified=True, size=0), ValueError, "size: expected an int >= 1"),
+        (lambda: times.Uniform(stratified=True)(4, row_offset=2), ValueError, "row_offset: expected 0 for strat"),
+        (lambda: times.Uniform(stratified=True, size=5)(4, row_offset=2), ValueError, "size: expected at least the 6"),
+        (lambda: times.Uniform()(4, seed="a"), TypeError, "seed: expected an int"),
+        (lambda: times.Uniform()(4, seed=2**64), ValueError, "seed: expected an int that fits"),
+        (lambda: times.Uniform()(4, seed=torch.ones(2)), ValueError, "seed: expected an int64 tensor"),
+        (lambda: times.Uniform()(4, None, torch.Generator(), seed=1), ValueError, "seed, generator: expected at most"),
+        (lambda: times.Uniform()(4, row_offset=-1), ValueError, "row_offset: expected an int >= 0"),
+        (lambda: times.Uniform()(4, row_offset=1.0), TypeError, "row_offset: expected an int"),
+        (lambda: times.Uniform()("44"), TypeError, "shape: expected an int or a sequence"),
+        (lambda: times.Sampler()(4), NotImplementedError, r"Sampler: expected a method draw"),
+        (lambda: times.Shifted(lambda *a, **k: 1.0, times.Shift())(4), TypeError, r"sampler\(shape\): expected a ten"),
+        (lambda: times.Shifted(lambda *a, **k: 1.0, times.Shift())(4, seed=1), TypeError, r"sampler\(shape\): expec"),
+        (
+            lambda: times.Shifted(lambda s, device, generator: torch.rand(s), times.Shift())(4, seed=1),
+            ValueError,
+            "sampler: expected one of fm.times, or a function with arguments seed and row_offset",
+        ),
         (lambda: times.Uniform()(-3), ValueError, "shape: expected an int >= 0"),
         (lambda: times.Uniform()(2.5), TypeError, "shape: expected an int or a sequence"),
     ],

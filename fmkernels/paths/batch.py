@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from .._checks import check_float_tensor, check_number, leading_shape, type_error, value_error
+from .._checks import check_float_tensor, check_int, check_number, leading_shape, type_error, value_error
 from ..ops._operands import Coefficient, Operand
 from ..ops.combine.op import combine
-from ..ops.interpolate.op import interpolate
+from ..ops.interpolate.op import X_0_STREAM, Z_STREAM, interpolate
+from ..ops.random import kinds
+from ..ops.random.op import draw
+from ..random import Noise, as_seed, draw_seed
+from ..times import TIME_STREAM, Sampler, draw_times
 from . import targets
 from .schedule import Schedule
 
-TimeSampler = Callable[..., Tensor]
+TimeSampler = Sampler | Callable[..., Tensor]
 
 # Whether drawn noise is written out for the loss by default, or drawn again there. On a CPU benchmarks/results show
 # storing to be faster (implementations native-stored and native-redrawn). On CUDA devices it is not measured; there
@@ -41,6 +45,12 @@ class Batch:
     def __init__(
         self, x_t: Tensor, t: Tensor, x_1: Tensor, path: Schedule, source: Operand, bridge: Operand | None
     ) -> None:
+        if not (isinstance(x_t, Tensor) and isinstance(t, Tensor) and isinstance(x_1, Tensor)):
+            _refuse(type_error, "a tensor", x_t=x_t, t=t, x_1=x_1)
+        if t.dtype is not torch.float32 and t.dtype is not torch.float64:
+            raise type_error("t", "float32 or float64 times", t)
+        if not isinstance(path, Schedule):
+            raise type_error("path", "a path of fm.paths", path)
         self.x_t, self.t, self.x_1, self.path, self.source, self.bridge = x_t, t, x_1, path, source, bridge
 
     @property
@@ -58,9 +68,74 @@ class Batch:
         _, operands, coefficients = target_terms(
             self.path, self.t, target, self.x_1, self.source, self.bridge, **parameters
         )
-        if isinstance(operands[0], Tensor):
-            return combine(operands, coefficients)
-        return combine([self.x_1, *operands], [0.0, *coefficients])
+        return combine([self._tensor(operand) for operand in operands], coefficients)
+
+    def __len__(self) -> int:
+        """The number of samples."""
+        return self.x_1.shape[0]
+
+    def __getitem__(self, index: slice | Tensor) -> Batch:
+        """Some of the samples, as views: ``batch[i:j]``, a micro-batch. Noise that was not stored is drawn again as it
+        was, by its place in the whole batch; it must be stored for an index that is no slice of step 1.
+
+        Args:
+            index: a slice, or a 1-D tensor of integers or booleans over the samples.
+        """
+        if isinstance(index, Tensor):
+            if index.dim() != 1 or index.is_floating_point() or index.is_complex():
+                raise value_error("index", "a slice, or a 1-D tensor of integers or booleans", index)
+            first = None
+        elif isinstance(index, slice):
+            if isinstance(index.step, int) and index.step <= 0:
+                raise value_error("index", "a slice of positive step", index)
+            first, _, step = index.indices(len(self))
+            first = first if step == 1 else None
+        else:
+            raise type_error("index", "a slice, or a 1-D tensor of integers or booleans", index)
+
+        def cut(operand: Operand) -> Operand:
+            if isinstance(operand, Tensor):
+                return operand[index]
+            if first is None:
+                raise value_error("index", "a slice of step 1, as noise was not stored (store_noise=True)", index)
+            return Noise(operand.seed, operand.stream, operand.row_offset + first)
+
+        source, bridge = cut(self.source), None if self.bridge is None else cut(self.bridge)
+        t = self.t if self.t.dim() == 0 else self.t[index]
+        return Batch(self.x_t[index], t, self.x_1[index], self.path, source, bridge)
+
+    __iter__ = None  # a batch has no sample by number
+
+    def split(self, size: int) -> list[Batch]:
+        """Micro-batches of ``size`` samples, the last one of what is left."""
+        check_int("size", size, low=1)
+        return [self[first : first + size] for first in range(0, len(self), size)]
+
+    def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> Batch:
+        """The batch on a device; what is there already is shared, not copied. The path stays what it is.
+
+        Args:
+            device: where to.
+            non_blocking: copy asynchronously from pinned memory.
+        """
+        if not isinstance(device, (torch.device, str, int)) or isinstance(device, bool):
+            raise type_error("device", "a torch.device, its name or its index", device)
+        if not isinstance(non_blocking, bool):
+            raise type_error("non_blocking", "a bool", non_blocking)
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory; torch.utils.data.DataLoader(pin_memory=True) calls it."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        def moved(operand: Operand) -> Operand:
+            if isinstance(operand, Tensor):
+                return function(operand)
+            return Noise(function(operand.seed), operand.stream, operand.row_offset)
+
+        bridge = None if self.bridge is None else moved(self.bridge)
+        return Batch(function(self.x_t), function(self.t), function(self.x_1), self.path, moved(self.source), bridge)
 
     def _tensor(self, operand: Operand) -> Tensor:
         if isinstance(operand, Tensor):
@@ -68,7 +143,22 @@ class Batch:
         return combine([torch.zeros_like(self.x_1), operand], [0.0, 1.0])
 
     def __repr__(self) -> str:
-        return f"Batch(x_t={tuple(self.x_t.shape)} {self.x_t.dtype}, t={tuple(self.t.shape)}, path={self.path!r})"
+        parts = [f"{name}={_short(getattr(self, name))}" for name in ("x_t", "t", "x_1", "source", "bridge")]
+        return f"Batch({', '.join(parts)}, path={self.path!r}, device={self.x_1.device})"
+
+
+def _short(value: Operand | None) -> str:
+    """An operand for a repr: its dtype and shape, not its numbers."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    return "None" if value is None else f"Noise(stream={value.stream}, row_offset={value.row_offset})"
+
+
+def _refuse(error: Callable[[str, str, Any], Exception], expected: str, **values: Any) -> None:
+    """Raises for the first of some arguments that is no tensor."""
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            raise error(name, expected, value)
 
 
 def target_terms(
@@ -93,21 +183,36 @@ def target_terms(
         names.append(name)
         operands.append(operand)
         coefficients.append(coefficient)
+    if not operands:  # a target that is 0 throughout
+        return ["x_1"], [x_1], [0.0]
     return names, operands, coefficients
 
 
-def as_times(t: Tensor | float, data_name: str, data: Tensor, checks: bool) -> Tensor:
+def as_times(t: Tensor | float, data_name: str, data: Tensor, checks: bool, name: str = "t") -> Tensor:
     """Times as a float32 (float64 for float64 data) tensor whose shape is a leading part of the data's."""
     dtype = torch.float64 if data.dtype is torch.float64 else torch.float32
     if not isinstance(t, Tensor):
-        check_number("t", t, low=0.0, high=1.0)
-        return torch.full(data.shape[:1], float(t), dtype=dtype, device=data.device)
+        if not torch.compiler.is_compiling():  # there a number may be symbolic: it has no value to check
+            check_number(name, t, low=0.0, high=1.0)
+        return torch.full(data.shape[:1], t, dtype=dtype, device=data.device)
     if t.dtype is not dtype:
-        check_float_tensor("t", t)
-    leading_shape("t", t, data_name, data)
-    if checks and not bool(((t >= 0) & (t <= 1)).all()):  # a NaN fails both
-        raise value_error("t", "finite times in [0, 1]", t)
+        check_float_tensor(name, t)
+    leading_shape(name, t, data_name, data)
+    if checks:
+        check_times(name, t)
     return t if t.dtype is dtype else t.to(dtype)
+
+
+def check_times(name: str, t: Tensor) -> None:
+    """Raises for times that are not finite or not in [0, 1]; waits for the device.
+
+    Under torch.compile the compiled code raises a RuntimeError.
+    """
+    inside = ((t >= 0) & (t <= 1)).all()  # a NaN fails both
+    if torch.compiler.is_compiling():
+        torch._assert_async(inside, f"{name}: expected finite times in [0, 1]")
+    elif not bool(inside):
+        raise value_error(name, "finite times in [0, 1]", t)
 
 
 def sample(
@@ -118,6 +223,7 @@ def sample(
     *,
     z: Operand | None = None,
     generator: torch.Generator | None = None,
+    seed: Tensor | int | None = None,
     time_sampler: TimeSampler | None = None,
     row_offset: int = 0,
     store_noise: bool | None = None,
@@ -132,10 +238,13 @@ def sample(
         t: times in [0, 1]: a number, or a tensor whose shape is a leading part of x_1's: (B,), or (B, T) for a time
             a token. None draws them: uniform, or by ``time_sampler``.
         z: the noise of a gamma term; None draws it.
-        generator: torch.Generator for all that is drawn; torch's default one if None.
-        time_sampler: one of :mod:`fmkernels.times`, or any function (shape, device=, generator=) to times.
-        row_offset: the index of the first sample within a larger batch, for drawn noise: its shards, with one seed,
-            draw what the whole batch would.
+        generator: torch.Generator on x_1's device for all that is drawn; torch's default one if None.
+        seed: in the place of a generator: an int, or an int64 tensor with one element on x_1's device (see
+            :func:`fmkernels.draw_seed`). Streams 0 and 1 of it are x_0 and z, those from 2 on times.
+        time_sampler: one of :mod:`fmkernels.times`, or any function (shape, device=, generator=) to times; beside
+            ``seed`` or ``row_offset`` one that takes these too.
+        row_offset: the index of the first sample within a larger batch: its shards, with one seed or equally seeded
+            generators, draw together the noise and the times that the whole batch would.
         store_noise: write drawn noise out for the loss (True), or draw it again there (False); None takes what was
             measured to be faster.
         checks: also check that t is finite and in [0, 1] (waits for the device).
@@ -145,23 +254,40 @@ def sample(
         Batch: x_t, t and what the loss needs.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, shape, dtype or device.
+        TypeError, ValueError: an argument of the wrong type, shape, dtype or device; or a seed or a row_offset where
+            nothing is drawn.
     """
     check_float_tensor("x_1", x_1)
     if x_1.dim() == 0:
         raise value_error("x_1", "at least one dimension, of samples", x_1)
-    if t is None:
-        shape = x_1.shape[:1]
-        if time_sampler is None:
-            t = torch.rand(shape, dtype=torch.float32, device=x_1.device, generator=generator)
-        else:
-            t = time_sampler(shape, device=x_1.device, generator=generator)
+    if type(row_offset) is not int or row_offset < 0:
+        check_int("row_offset", row_offset, low=0)
+    source = None if seed is None else as_seed(seed, x_1.device, generator)
+    drawn = t is None
+    if t is not None:
+        if time_sampler is not None:
+            raise ValueError("t, time_sampler: expected at most one of them, got both")
+        t = as_times(t, "x_1", x_1, checks)
     elif time_sampler is not None:
-        raise ValueError("t, time_sampler: expected at most one of them, got both")
-    t = as_times(t, "x_1", x_1, checks)
+        t = draw_times("time_sampler", time_sampler, x_1.shape[:1], x_1.device, generator, source, row_offset)
+        t = as_times(t, "x_1", x_1, checks, "time_sampler(shape)")
+    else:
+        if source is None:
+            source = draw_seed(x_1.device, generator)
+        t = draw(x_1.shape[:1], kinds.UNIFORM, source, TIME_STREAM, row_offset, torch.float32)
+        if x_1.dtype is torch.float64:
+            t = t.double()
     alpha, sigma, gamma = path.interpolation_coefficients(t)
     if gamma is None and z is not None:
         raise value_error("z", f"None, as {path!r} has no gamma term", z)
+    if x_0 is None or (gamma is not None and z is None):
+        if source is None:
+            source = draw_seed(x_1.device, generator)
+        x_0 = Noise(source, X_0_STREAM, row_offset) if x_0 is None else x_0
+        z = Noise(source, Z_STREAM, row_offset) if gamma is not None and z is None else z
+    elif not drawn and (seed is not None or row_offset > 0):
+        name, value, none = ("row_offset", row_offset, 0) if seed is None else ("seed", seed, None)
+        raise value_error(name, f"{none} where nothing is drawn: x_0 and t are given", value)
     point = interpolate(
         x_1,
         x_0,
@@ -169,8 +295,6 @@ def sample(
         sigma=sigma,
         gamma=gamma,
         z=z,
-        generator=generator,
-        row_offset=row_offset,
         store_noise=STORE_NOISE.get(x_1.device.type, False) if store_noise is None else store_noise,
         impl=impl,
     )

@@ -12,8 +12,9 @@ from . import kinds
 
 
 def run(size: Sequence[int], seed: Tensor, kind: int, stream: int, offset: int, dtype: torch.dtype) -> Tensor:
-    out = _memory.empty(torch.Size(size), dtype, seed.device)
-    if out.numel():
+    shape = size if type(size) is torch.Size else torch.Size(size)
+    out = _memory.empty(shape, dtype, seed.device)
+    if shape.numel():
         _native.launch(
             _native.library().random,
             out,
@@ -21,7 +22,7 @@ def run(size: Sequence[int], seed: Tensor, kind: int, stream: int, offset: int, 
             _native.DTYPE_CODE[dtype] if kind != kinds.WORDS else 0,
             kind,
             out.data_ptr(),
-            out.numel(),
+            shape.numel(),
             seed.data_ptr(),
             stream,
             offset,

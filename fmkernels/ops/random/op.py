@@ -65,8 +65,16 @@ def _draw(
     check_int("stream", stream, low=0)
     check_int("row_offset", row_offset, low=0)
     seed = as_seed(seed, None if device is None else torch.device(device), generator)
-    offset = row_offset * math.prod(shape[1:])
-    args = (shape, seed, kind, stream, offset, torch.int64 if dtype is None else dtype)
+    return draw(shape, kind, seed, stream, row_offset, torch.int64 if dtype is None else dtype, impl)
+
+
+def draw(
+    shape: Sequence[int], kind: int, seed: Tensor, stream: int, row_offset: int, dtype: torch.dtype, impl: str = "auto"
+) -> Tensor:
+    """randn, rand or random_words on checked arguments."""
+    args = (shape, seed, kind, stream, row_offset * math.prod(shape[1:]), dtype)
+    if type(seed) is Tensor and seed.is_cpu and _dispatch.plain_library(impl) is not None:
+        return _dispatch.implementation("random", "cpu", "native").run(*args)
     impl = _dispatch.wanted(impl)
     if impl == "reference":
         return reference.run(*args)
