@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from fmkernels.solvers.methods.tableaus import tableau
+from fmkernels.solvers.methods.tableaus import TABLEAUS
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 Loop = Callable[[Velocity, Tensor, Sequence[float]], Tensor]
@@ -105,7 +105,7 @@ LOOPS: dict[str, Loop] = {loop.__name__: loop for loop in (euler, midpoint, heun
 
 def dopri5(velocity: Velocity, x: Tensor, tolerance: float) -> Tensor:
     """From 0 to 1 with one step size for the whole batch, the error's norm read by the host at each step."""
-    table = tableau("dopri5")
+    table = TABLEAUS["dopri5"]
     assert table is not None
     assert table.error is not None
 

@@ -94,9 +94,19 @@ def _leading_parts(shape: Sequence[int]) -> str:
     return " or ".join(str(tuple(shape[: n + 1])) for n in range(-1, len(shape)))
 
 
+def nearest(value: str, names: Collection[str]) -> str:
+    """What a message adds about the name that was probably meant: nothing if there is none."""
+    import difflib  # for errors alone
+
+    found = difflib.get_close_matches(value, names, 1)
+    return f" (nearest: {found[0]!r})" if found else ""
+
+
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
+    if not isinstance(value, str):
+        raise type_error(name, f"one of the names {', '.join(map(repr, choices))}", value)
     if value not in choices:
-        raise value_error(name, f"one of {', '.join(map(repr, choices))}", value)
+        raise value_error(name, f"one of {', '.join(map(repr, choices))}{nearest(value, choices)}", value)
 
 
 def check_number(

@@ -30,14 +30,11 @@ from fmkernels.solvers.methods.edm import EDM, Restart, RestartInterval
 from fmkernels.solvers.methods.noise_levels import exponential_moments
 from fmkernels.solvers.methods.registry import METHODS
 from fmkernels.solvers.methods.runge_kutta import RungeKutta
+from fmkernels.solvers.methods.sde import SDE
 from fmkernels.solvers.methods.tableaus import TABLEAUS
 from fmkernels.solvers.programs.builder import Builder
 
-NAMES = [
-    name
-    for name, make in METHODS.items()
-    if type(make()) in (DDIM, Ancestral, LCM, DPMSolverPP, DPMSolverPP2S, UniPC, DEIS, LMS, EDM, Restart)
-]
+NAMES = [name for name, entry in METHODS.items() if "path" in entry.needs and not isinstance(entry.make(), SDE)]
 
 
 @pytest.fixture(autouse=True)
@@ -365,11 +362,11 @@ def test_moments_are_the_integrals():
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in NAMES if program_of(METHODS[name](), [0.2, 0.5, 0.9], CondOT()).streams]
+    "name", [name for name in NAMES if program_of(METHODS[name].make(), [0.2, 0.5, 0.9], CondOT()).streams]
 )
 def test_noise_needs_a_grid_towards_data(name):
     with pytest.raises(ValueError, match="time_grid: expected increasing times"):
-        program_of(METHODS[name](), [0.9, 0.5, 0.2], CondOT())
+        program_of(METHODS[name].make(), [0.9, 0.5, 0.2], CondOT())
 
 
 # ------------------------------------------------------------------ ends, grids, calls
@@ -382,11 +379,11 @@ PATHS = [CondOT(), VP(), Cosine(), LinearVP(), Polynomial(2.5), OptimalTransport
 def test_finite_from_end_to_end(name, path):
     for prediction in ("velocity", "x_1"):
         for steps in (0, 1, 2, 5):
-            x = solve(METHODS[name](), even(0.0, 1.0, steps), path, data_network, states(5), prediction)
+            x = solve(METHODS[name].make(), even(0.0, 1.0, steps), path, data_network, states(5), prediction)
             assert torch.isfinite(x).all(), (prediction, steps)
     # the last step goes to the data prediction
     if isinstance(path, CondOT):
-        x = solve(METHODS[name](), [0.4, 1.0], path, data_network, states(5), "x_1")
+        x = solve(METHODS[name].make(), [0.4, 1.0], path, data_network, states(5), "x_1")
         if name != "restart" and "churn" not in name:
             torch.testing.assert_close(x, at(data_network, states(5), 0.4), rtol=1e-13, atol=1e-13)
 
@@ -405,7 +402,7 @@ def test_backwards_to_noise(method):
         assert float((back - x_0).abs().max()) < 0.05
 
 
-METHODS_FOR_ROWS = {name: METHODS[name]() for name in NAMES} | {
+METHODS_FOR_ROWS = {name: METHODS[name].make() for name in NAMES} | {
     "restart": Restart((RestartInterval(0.1, 0.5, 2, 2), RestartInterval(0.8, 3.0, 2, 1)), s_noise=0.0),
     "restart_euler": Restart((RestartInterval(0.3, 0.9, 2, 1),), heun=False, s_noise=0.0),
 }

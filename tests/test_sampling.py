@@ -19,7 +19,7 @@ from fmkernels.solvers.programs import solve_graph as graph
 from fmkernels.solvers.programs.program import Update
 from fmkernels.solvers.programs.run import Buffers
 
-FIXED = methods.method_names()
+FIXED = methods.names()
 # those for any field; what is made for a probability path is tested with one
 GENERAL = [n for n in FIXED if isinstance(methods.resolve(n), (RungeKutta, AdamsBashforth, AdamsMoulton))]
 

@@ -78,6 +78,8 @@ def render() -> str:
         ("fmkernels.testing", testing),
     ):
         lines += [f"## {title}", "", inspect.getdoc(module) or "", ""]
+        if module is registry:
+            lines += [registry.table(), ""]
         for name in own_names(module):
             value = getattr(module, name)
             if callable(value):

@@ -171,10 +171,10 @@ class _Problem:
         )
         grid = self.grid(backward)
         tableau = None
-        if self.steps is None and isinstance(self.method, str):
-            tableau = methods.adaptive_tableau(self.method)
+        if self.steps is None:
+            tableau = methods.adaptive_tableau(self.method, methods.LOG_PROB)
         if tableau is None:
-            method, time_dtype = methods.resolve(self.method), self.time_dtype or compute_dtype(x)
+            method, time_dtype = methods.resolve(self.method, methods.LOG_PROB), self.time_dtype or compute_dtype(x)
             solution = solve_fixed(flow, method, grid, x, self.time_shape, time_dtype)
         else:
             options = AdaptiveOptions(

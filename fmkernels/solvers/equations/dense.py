@@ -75,7 +75,7 @@ def odeint_dense(
         RuntimeError: a solve that does not reach t1.
     """
     packed, options = Packed(func, y0), dict(options or {})
-    tableau = methods.adaptive_tableau(method or "dopri5")
+    tableau = methods.adaptive_tableau(method or "dopri5", methods.DENSE)
     if tableau is None or options.get("per_sample"):
         raise value_error("method", "an adaptive one, with a step size for all samples", method)
     check_options(packed, tableau.name, options, adaptive=True)

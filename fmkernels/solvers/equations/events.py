@@ -17,7 +17,6 @@ from ..adaptive.options import AdaptiveOptions
 from ..adaptive.solve import solve_adaptive
 from ..adaptive.stepper import AdaptiveStep
 from ..methods import registry as methods
-from ..methods.implicit_tableaus import IMPLICIT
 from ..methods.runge_kutta import RungeKutta
 from ..methods.tableaus import Tableau
 from ..programs.builder import Builder, Method
@@ -108,10 +107,10 @@ def solve_event(
         at_start = not crossing.before(value_of(t[0]), packed.y0)
     if at_start:
         return t[0].detach().clone(), torch.stack([packed.y0, packed.y0])
-    tableau = methods.adaptive_tableau(method) if isinstance(method, str) else None
+    tableau = methods.adaptive_tableau(method, methods.ODEINT)
     if tableau is not None:
         event_t, ys = _adaptive(packed, t, crossing, tableau, rtol, atol, options, tolerance)
-    elif isinstance(method, str) and method in IMPLICIT:
+    elif isinstance(method, str) and methods.find(method, methods.ODEINT).kind == "implicit":
         raise value_error("method", "an explicit method with event_fn", method)
     else:
         event_t, ys = _fixed(packed, t, crossing, named_method(method, options), options, tolerance)

@@ -35,8 +35,9 @@ def odeint(
         t: (T,) strictly increasing or decreasing; best on the CPU, as its values are read once before the solve.
         rtol, atol: tolerances of adaptive methods: numbers, or a number for each tensor of a tuple.
         method: adaptive: "dopri5" (default), "tsit5", "dopri8", "bosh3", "fehlberg", "fehlberg2", "adaptive_heun" (or
-            "heun_euler"); fixed grid: any of :func:`fmkernels.sample`'s. As in torchdiffeq "rk4" is the 3/8 rule here,
-            and "explicit_adams", "implicit_adams" are of order 4. Implicit, for stiff fields of small states
+            "heun_euler"); fixed grid: Runge-Kutta and Adams methods, see
+            :mod:`fmkernels.solvers.methods.registry`. As in torchdiffeq "rk4" is the 3/8 rule here, and
+            "explicit_adams", "implicit_adams" are of order 4. Implicit, for stiff fields of small states
             (:func:`fmkernels.solvers.implicit.newton.solve_implicit`): "implicit_euler", "implicit_midpoint",
             "trapezoid", "sdirk2", "sdirk3"; with step control "trbdf2", "kvaerno3", "kencarp4".
         options: adaptive: first_step, min_step, max_step, max_num_steps, safety, ifactor, dfactor, norm, step_t,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from operator import gt, lt
 from typing import Any, NamedTuple
@@ -19,13 +20,6 @@ from ..methods.adams import MAX_ORDER, AdamsBashforth, AdamsMoulton
 from ..programs.builder import Method
 from .packed import Packed
 
-# torchdiffeq's names where they differ from ours. Its rk4 is the 3/8 rule.
-_NAMES: dict[str, Any] = {
-    "rk4": "rk4_38",
-    "explicit_adams": AdamsBashforth(4),
-    "implicit_adams": AdamsMoulton(4),
-    "fixed_adams": AdamsMoulton(4),
-}
 _FIXED_OPTIONS = ("step_size", "grid_constructor", "interp", "checkpoint", "max_order", "reversible")
 _ADAPTIVE_OPTIONS = (*STEP_CONTROL, "step_t", "jump_t", "per_sample", "checkpoint")
 _IGNORED_OPTIONS = ("dtype", "norm", "perturb", "max_iters")  # torchdiffeq's, without a meaning here
@@ -62,11 +56,11 @@ def _warn_unknown(method: Any, options: dict[str, Any], known: Sequence[str]) ->
 
 def named_method(method: Any, options: dict[str, Any]) -> Method:
     """A method of fixed steps by its name in torchdiffeq or here, or as it is given."""
-    order = options.get("max_order")
-    if order is not None and isinstance(method, str) and "adams" in method:
-        order = min(int(order), MAX_ORDER)
-        return AdamsBashforth(order) if method == "explicit_adams" else AdamsMoulton(max(order, 2))
-    return methods.resolve(_NAMES.get(method, method) if isinstance(method, str) else method)
+    found, order = methods.resolve(method, methods.ODEINT), options.get("max_order")
+    if order is not None and isinstance(found, (AdamsBashforth, AdamsMoulton)):
+        least = 1 if isinstance(found, AdamsBashforth) else 2
+        return replace(found, order=min(max(int(order), least), MAX_ORDER))
+    return found
 
 
 def interp_of(options: dict[str, Any]) -> str:

@@ -18,7 +18,6 @@ from ...paths import CondOT
 from ..adaptive.solve import AdaptiveResult, solve_adaptive
 from ..adaptive.stepper import AdaptiveStep
 from ..methods import registry as methods
-from ..methods.implicit_tableaus import IMPLICIT
 from ..methods.reversible import Scheme, coupling_of, solve_reversible, tableau_of
 from ..methods.tableaus import Tableau
 from ..programs.builder import Builder, Method
@@ -42,11 +41,11 @@ from .packed import Packed
 
 def solve(packed: Packed, t: Tensor, rtol: Any, atol: Any, method: Any, options: dict[str, Any]) -> Tensor:
     """The packed states at the times t."""
-    tableau = methods.adaptive_tableau(method) if isinstance(method, str) else None
+    tableau = methods.adaptive_tableau(method, methods.ODEINT)
     if tableau is not None:
         check_options(packed, method, options, adaptive=True)
         return _adaptive(packed, t, tableau, rtol, atol, options)
-    if isinstance(method, str) and method in IMPLICIT:
+    if isinstance(method, str) and methods.find(method, methods.ODEINT).kind == "implicit":
         from ..implicit.newton import option_names, solve_implicit
 
         _warn_unknown(method, options, option_names(method, options))

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..._checks import check_choice, check_number, type_error, value_error
+from ..._checks import check_number, type_error, value_error
+from ..._names import Names
 from ...paths import Coefficients, Path
 
 # Coefficients are evaluated no nearer to t = 1, where quotients by sigma would be 0 / 0.
@@ -146,15 +147,18 @@ class Function:
         return w / at.sigma_t
 
 
-DIFFUSIONS: dict[str, Diffusion] = {
-    "constant": Constant(),
-    "sigma": Sigma(),
-    "sbdm": SBDM(),
-    "linear": Linear(),
-    "decreasing": Decreasing(),
-    "increasing-decreasing": IncreasingDecreasing(),
-    "flow_grpo": FlowGRPO(),
-}
+DIFFUSIONS: Names[Diffusion] = Names(
+    "diffusion",
+    {
+        "constant": Constant(),
+        "sigma": Sigma(),
+        "sbdm": SBDM(),
+        "linear": Linear(),
+        "decreasing": Decreasing(),
+        "increasing-decreasing": IncreasingDecreasing(),
+        "flow_grpo": FlowGRPO(),
+    },
+)
 
 
 def resolve(diffusion: str | Diffusion | Callable[[Tensor], Tensor | float]) -> Diffusion:
@@ -164,8 +168,7 @@ def resolve(diffusion: str | Diffusion | Callable[[Tensor], Tensor | float]) -> 
         TypeError, ValueError: an unknown name, or neither of these.
     """
     if isinstance(diffusion, str):
-        check_choice("diffusion", diffusion, DIFFUSIONS)
-        return DIFFUSIONS[diffusion]
+        return DIFFUSIONS.find(diffusion)
     if isinstance(diffusion, Diffusion):
         return diffusion
     if not callable(diffusion):

@@ -24,7 +24,7 @@ class Tableau:
         order: of the solution that is carried on.
         a: strictly lower triangular; row 0 is ().
         b: weights of the solution.
-        error: b minus the weights of the embedded solution, or None for a method without step control.
+        error: b minus the weights of the embedded solution; its name then means step control. None: only fixed steps.
         middle: weights of the adaptive() form's stages for y(t + h/2), for a quartic interpolant; None gives the cubic
             Hermite one.
         polynomials: row i holds the coefficients of theta, theta^2, ... in stage i's weight of the interpolant
@@ -353,8 +353,14 @@ TABLEAUS: dict[str, Tableau] = {
     for tableau in (
         Tableau("euler", 1, ((),), (1.0,), source="Euler 1768"),
         Tableau("midpoint", 2, ((), (0.5,)), (0.0, 1.0), source="Runge 1895"),
+        Tableau("heun2", 2, ((), (1.0,)), (0.5, 0.5), source="Heun 1900"),
         Tableau(
-            "heun2", 2, ((), (1.0,)), (0.5, 0.5), error=(-0.5, 0.5), source="Heun 1900, with Euler's method embedded"
+            "heun_euler",
+            2,
+            ((), (1.0,)),
+            (0.5, 0.5),
+            error=(-0.5, 0.5),
+            source="Heun 1900, with Euler's method embedded",
         ),
         Tableau("ralston", 2, ((), (2 / 3,)), (0.25, 0.75), source="Ralston 1962"),
         Tableau("heun3", 3, ((), (1 / 3,), (0.0, 2 / 3)), (0.25, 0.0, 0.75), source="Heun 1900"),
@@ -409,10 +415,3 @@ TABLEAUS: dict[str, Tableau] = {
         _DOPRI8,
     )
 }
-# Names that the peers use for the same methods.
-ALIASES = {"heun_euler": "heun2", "adaptive_heun": "heun2", "rk45": "dopri5"}
-
-
-def tableau(name: str) -> Tableau | None:
-    """The tableau of that name, or None."""
-    return TABLEAUS.get(ALIASES.get(name, name))

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..._checks import check_choice, check_int, check_number, type_error
+from ..._checks import check_int, check_number, type_error
+from ..._names import Names
 from ...times import Shift
 from ..programs.expressions import Number, as_grid
 
@@ -113,21 +114,17 @@ class Karras:
         return times
 
 
-SCHEDULES: dict[str, Schedule] = {
-    "uniform": Uniform(),
-    "power": Power(),
-    "cosine": Cosine(),
-    "log": Log(),
-    "karras": Karras(),
-}
+SCHEDULES: Names[Schedule] = Names(
+    "schedule",
+    {"uniform": Uniform(), "power": Power(), "cosine": Cosine(), "log": Log(), "karras": Karras()},
+)
 
 
 def times_of(schedule: str | Shift | Schedule, steps: int) -> np.ndarray:
     """n + 1 times of a schedule by name, a resolution shift of even steps, or any function of n."""
     check_int("steps", steps, low=0)
     if isinstance(schedule, str):
-        check_choice("schedule", schedule, SCHEDULES)
-        schedule = SCHEDULES[schedule]
+        schedule = SCHEDULES.find(schedule)
     if isinstance(schedule, Shift):
         return schedule(torch.linspace(0.0, 1.0, steps + 1, dtype=torch.float64)).numpy()
     if not callable(schedule):

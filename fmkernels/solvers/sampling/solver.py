@@ -98,7 +98,7 @@ class Solver:
         self._buffers = Buffers()
 
     def _adaptive_tableau(self) -> Tableau | None:
-        if self.sde is not None or self.steps is not None or not isinstance(self.method, str):
+        if self.sde is not None or self.steps is not None:
             return None
         return methods.adaptive_tableau(self.method)
 

@@ -18,7 +18,7 @@ from ..adaptive.native_stepper import make_stepper
 from ..adaptive.options import AdaptiveOptions
 from ..adaptive.rows import Batch, Problem, to_device
 from ..adaptive.stepper import Stepper
-from ..methods.registry import adaptive_tableau
+from ..methods import registry as methods
 from ..methods.tableaus import Tableau
 from .solver import Solver
 from .velocity import Velocity
@@ -317,7 +317,7 @@ def sample_stream(
         max_steps=max_steps,
         time_dtype=time_dtype,
     )
-    tableau = adaptive_tableau(method)
+    tableau = methods.adaptive_tableau(method, methods.STREAM)
     if tableau is None:
         raise value_error("method", "an adaptive method", method)
     options = AdaptiveOptions(
