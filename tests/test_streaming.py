@@ -136,9 +136,7 @@ def test_bad_requests() -> None:
         run(["x"])
     with pytest.raises(TypeError, match="requests: expected keyword arguments that are tensors or numbers"):
         run([(torch.ones(2), {"a": "x"})])
-    with pytest.raises(
-        ValueError, match="method: expected one of 'heun_euler', .*'euler' is explicit, on a fixed grid"
-    ):
+    with pytest.raises(ValueError, match=r"method: expected one of 'heun_euler', .*'euler' is explicit, on a fixed"):
         run([], method="euler")
     with pytest.raises(ValueError, match="capacity: expected an int >= 1"):
         run([], capacity=0)
