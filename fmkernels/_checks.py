@@ -58,23 +58,28 @@ def check_like(name: str, value: Any, data_name: str, data: Tensor, *, dtype: bo
         raise type_error(name, f"the dtype of {data_name}, {data.dtype}", value)
 
 
-def check_output(name: str, value: Any, state: Tensor) -> None:
-    """What a network or right-hand side returns must be a tensor like the state."""
+def as_state(name: str, value: Any, state: Tensor) -> Tensor:
+    """What a network or right-hand side returned, in the state's dtype: autocast may give another one.
+
+    Raises:
+        TypeError, ValueError: it is no floating tensor of the state's shape on its device.
+    """
     if (
         type(value) is Tensor
         and value.dtype is state.dtype
         and value.shape == state.shape
         and value.device == state.device
     ):
-        return
+        return value
     if not isinstance(value, Tensor):
         raise type_error(name, f"a tensor from {name}", value)
     if value.shape != state.shape:
         raise value_error(name, f"an output of the state's shape, {tuple(state.shape)}", value)
-    if value.dtype is not state.dtype:
-        raise type_error(name, f"an output of the state's dtype, {state.dtype} (cast it, or set dtype=)", value)
+    if value.dtype is not state.dtype and value.dtype not in FLOATING:
+        raise type_error(name, f"a floating output, as the state is {state.dtype}", value)
     if value.device != state.device:
         raise value_error(name, f"an output on the state's device, {state.device}", value)
+    return value if value.dtype is state.dtype else value.to(state.dtype)
 
 
 def leading_shape(name: str, value: Tensor, data_name: str, data: Tensor) -> None:

@@ -305,9 +305,9 @@ def test_bad_arguments() -> None:
     for bad, error, text in [
         (lambda t, y: y[:1], ValueError, r"func: expected an output of the state's shape, \(2, 3\), got .*\(1, 3\)"),
         (
-            lambda t, y: y.double(),
+            lambda t, y: y.long(),
             TypeError,
-            r"func: expected an output of the state's dtype, torch.float32 .*, got .*float64",
+            r"func: expected a floating output, as the state is torch.float32, got .*int64",
         ),
         (lambda t, y: 3.0, TypeError, "func: expected a tensor from func, got 3.0"),
     ]:

@@ -398,7 +398,7 @@ def test_full_newton_where_the_first_jacobian_misleads() -> None:
         ({"y0": torch.zeros(()), "options": {"per_sample": True}}, ValueError, "dimension"),
         ({"options": {"step_size": -1.0}}, ValueError, "step_size"),
         ({"field": lambda t, y: y[:1]}, ValueError, "the state's shape"),
-        ({"field": lambda t, y: y.double()}, TypeError, "dtype"),
+        ({"field": lambda t, y: y.long()}, TypeError, "floating output"),
         ({"method": "trbdf2", "norm": lambda e: e}, ValueError, "norm"),
     ],
 )

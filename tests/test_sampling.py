@@ -212,7 +212,7 @@ def test_trajectory_callback_and_progress() -> None:
     ("model", "error", "message"),
     [
         (lambda x, t: x[:1], ValueError, r"model: expected an output of the state's shape, \(3, 2\)"),
-        (lambda x, t: x.double(), TypeError, "model: expected an output of the state's dtype, torch.float32"),
+        (lambda x, t: x.long(), TypeError, "model: expected a floating output, as the state is torch.float32"),
         (lambda x, t: None, TypeError, "model: expected a tensor"),
         (lambda x, t: x.sum(), ValueError, "model: expected an output of the state's shape"),
     ],

@@ -20,7 +20,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from .._checks import check_choice, check_float_tensor, check_int, check_like, check_output, type_error, value_error
+from .._checks import as_state, check_choice, check_float_tensor, check_int, check_like, type_error, value_error
 from ..ops._operands import compute_dtype
 from ..ops.random.op import randn, random_words
 from ..ops.row_dots.op import row_dots
@@ -78,8 +78,7 @@ class _Reverse:
         self.gradient = gradient
         with torch.enable_grad():
             self.x = x if gradient and x.requires_grad else x.detach().requires_grad_()
-            self.v = func(t, self.x, **kwargs)
-        check_output("model", self.v, x)
+            self.v = as_state("model", func(t, self.x, **kwargs), x)
         if not self.v.requires_grad:
             raise _no_derivative()
 
@@ -117,8 +116,8 @@ class _Forward:
 
     def product(self, e: Tensor, last: bool) -> Tensor:
         with torch.set_grad_enabled(self.gradient), forward_ad.dual_level():
-            dual = self.func(self.t, forward_ad.make_dual(self.x, e.contiguous()), **self.kwargs)
-            check_output("model", dual, self.x)
+            output = self.func(self.t, forward_ad.make_dual(self.x, e.contiguous()), **self.kwargs)
+            dual = as_state("model", output, self.x)
             self.velocity, tangent = forward_ad.unpack_dual(dual)
         if tangent is None:
             raise _no_derivative()
@@ -134,15 +133,13 @@ class _Forward:
         return tangents
 
     def _at(self, x: Tensor) -> Tensor:
-        v = self.func(self.t, x, **self.kwargs)
-        check_output("model", v, x)
-        return v
+        return as_state("model", self.func(self.t, x, **self.kwargs), x)
 
     @property
     def v(self) -> Tensor:
         if self.velocity is None:  # no directions at all
             with torch.set_grad_enabled(self.gradient):
-                self.velocity = self.func(self.t, self.x, **self.kwargs)
+                self.velocity = as_state("model", self.func(self.t, self.x, **self.kwargs), self.x)
         return self.velocity
 
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from .._checks import (
+    as_state,
     check_choice,
     check_float_tensor,
     check_like,
     check_number,
-    check_output,
     leading_shape,
     type_error,
     value_error,
@@ -81,8 +81,7 @@ def sde_step_log_prob(
     dtype = compute_dtype(x)
     start, end = (_times(name, value, x) for name, value in (("t", t), ("t_next", t_next)))
     times = start if isinstance(t, Tensor) else start.to(dtype)
-    output = model(x, times.expand(x.shape[0]) if times.dim() == 0 else times, **model_kwargs)
-    check_output("model", output, x)
+    output = as_state("model", model(x, times.expand(x.shape[0]) if times.dim() == 0 else times, **model_kwargs), x)
     start, end = torch.broadcast_tensors(start.double(), end.double())
     a, b, std = sde.transition(path, start, end)
     if TARGETS[prediction] is not TARGETS["velocity"]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import _dispatch, _native
-from ..._checks import check_output
+from ..._checks import as_state
 from ...ops.step_control.native import wanted_times
 from ...ops.step_control.op import Clock
 from .rows import Batch, Problem
@@ -115,7 +115,7 @@ class NativeStepper(Stepper):
         k = self.problem.func(self.time_views[1], self.y1, **batch.kwargs)
         if self.plan.begin(k) < 0:
             # evaluated again where an output overwrites another: the derivative at y may be lost
-            check_output(self.problem.name, k, self.y1)
+            k = as_state(self.problem.name, k, self.y1)
             if overlap(k, [self.derivative]):
                 self.copy_outputs()
                 self.set_derivative(self.evaluate(0, time, batch.y, ()))
@@ -162,13 +162,13 @@ class NativeStepper(Stepper):
         return answer
 
     def _copied(self, number: int, k: Tensor) -> Tensor:
-        check_output(self.problem.name, k, self.y1)
+        k = as_state(self.problem.name, k, self.y1)
         assert self._copies is not None
         return self._copies[number].copy_(k)
 
     def _take(self, k: Any, code: int) -> int:
         """Hands over an output that is not taken as it is."""
-        check_output(self.problem.name, k, self.y1)
+        k = as_state(self.problem.name, k, self.y1)
         if code == OVERLAPS_STAGE:
             raise Restart
         if code == OVERLAPS_STATE:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._checks import check_output
+from ..._checks import as_state
 from ...ops._operands import compute_dtype
 from ...ops.combine.op import combine
 from ...ops.step_control.op import Clock, Count, step_control
@@ -133,7 +133,7 @@ class Stepper:
     def evaluate(self, number: int, t: Tensor, y: Tensor, held: Sequence[Tensor]) -> Tensor:
         """A network output in memory that stays as it is while ``held`` are in use."""
         k = self.problem.func(t, y, **self.batch.kwargs)
-        check_output(self.problem.name, k, y)
+        k = as_state(self.problem.name, k, y)
         if k.requires_grad:
             k = k.detach()
         if self._copies is not None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..._checks import check_number, check_output, value_error
+from ..._checks import as_state, check_number, value_error
 from ...ops.step_control.op import Status
 from ...paths import CondOT
 from ..adaptive.solve import AdaptiveResult, solve_adaptive
@@ -174,7 +174,7 @@ def needs_gradient(packed: Packed, t: Tensor, per_sample: bool = False) -> bool:
         return True
     start = t[0].to(packed.y0.dtype)
     value = packed.field(start.expand(packed.y0.shape[:1]) if per_sample else start, packed.y0)
-    check_output("func", value, packed.y0)
+    value = as_state("func", value, packed.y0)
     return value.requires_grad
 
 

@@ -9,7 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from ..._checks import check_output, type_error, value_error
+from ..._checks import as_state, type_error, value_error
 
 Field = Callable[[Tensor, Tensor], Tensor]
 Norm = Callable[[Tensor], Tensor]
@@ -74,7 +74,7 @@ class System:
         """f at times (R,) and states (R, N)."""
         state, time = y.reshape(self.shape), t.to(self.dtype)
         k = self.field(time if self.per_sample else time[0], state)
-        check_output("func", k, state)
+        k = as_state("func", k, state)
         return k.reshape(y.shape)
 
     def needs_gradient(self, t: Tensor, y0: Tensor) -> bool:

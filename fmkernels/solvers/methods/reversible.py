@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..._checks import check_number, check_output, value_error
+from ..._checks import as_state, check_number, value_error
 from ...ops.combine.op import combine
 from ..programs.tables import accumulator
 from .runge_kutta import RungeKutta, take_stages
@@ -70,9 +70,7 @@ class Scheme:
             return combine([y, *chosen], [1.0, *scaled(row)]) if chosen else y
 
         def evaluate(state: Tensor, time: Any) -> Tensor:
-            k = self.field(self.time(time), state)
-            check_output(self.name, k, y)
-            return k
+            return as_state(self.name, self.field(self.time(time), state), y)
 
         ks, _ = take_stages(tableau, t, u, state, evaluate, count=RungeKutta(tableau).used)
         return [k for k, b in zip(ks, tableau.b, strict=False) if b != 0.0], scaled(tableau.b)

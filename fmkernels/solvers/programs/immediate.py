@@ -7,6 +7,7 @@ from typing import final
 
 from torch import Tensor
 
+from ..._checks import as_state
 from ...ops.combine.op import combine
 from ...paths import Path
 from .builder import Builder
@@ -43,8 +44,10 @@ class Immediate(Builder):
 
     def evaluate_all(self, x: Expr, t: Number, branch: str, count: int, prediction: str | None = None) -> list[Expr]:
         state = self.keep(x)
-        output = self._calls[branch](self.tensor(state), t)
-        outputs = output if isinstance(output, (tuple, list)) else (output,)
+        x_t = self.tensor(state)
+        output = self._calls[branch](x_t, t)
+        given = output if isinstance(output, (tuple, list)) else (output,)
+        outputs = [as_state("model", v, x_t) for v in given]
         return [
             self.convert(state, Expr({self._append(v): 1.0}), t, "velocity", prediction or self.prediction)
             for v in outputs

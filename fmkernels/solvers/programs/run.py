@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ... import _dispatch, _native
-from ..._checks import check_output, type_error
+from ..._checks import as_state, type_error
 from ...ops.combine.op import combine
 from ...random import Noise
 from .program import EndStep, Prepared, Program, perform
@@ -153,7 +153,7 @@ class Run:
                 else:
                     operands = [registers[s] if s >= 0 else self.noises[-1 - s] for s in sources]
                     if addresses is not None:
-                        self._check_all(operands)
+                        operands = self._taken(operands)
                     out = None if targets is None else targets[result]
                     registers[result] = combine(operands, coefficients[at], out=out)
                     if addresses is not None and copies[result]:
@@ -175,7 +175,9 @@ class Run:
             elif kind == "Compute":
                 function, sources, results = instruction
                 if addresses is not None:
-                    self._check_all([registers[s] for s in sources if s in self.program.outputs])
+                    used = [s for s in sources if s in self.program.outputs]
+                    for s, value in zip(used, self._taken([registers[s] for s in used]), strict=True):
+                        registers[s] = value
                 values = perform(function, [registers[s] for s in sources])
                 for result, value in zip(results, values, strict=True):
                     registers[result] = value
@@ -184,16 +186,15 @@ class Run:
             for register in released:
                 registers[register] = None
 
-    def _check_all(self, operands: Sequence[Any]) -> None:
+    def _taken(self, operands: Sequence[Any]) -> list[Any]:
         """States are what they should be; network outputs are told from them by nothing but that."""
         assert self.targets is not None
         like = next(target for target in self.targets if target is not None)
-        for operand in operands:
-            if not isinstance(operand, Noise):
-                check_output(self.function_name, operand, like)
+        name = self.function_name
+        return [operand if isinstance(operand, Noise) else as_state(name, operand, like) for operand in operands]
 
     def _checked(self, v: Any, x: Tensor) -> Tensor:
-        check_output(self.function_name, v, x)
+        v = as_state(self.function_name, v, x)
         # what the network returns must not change when the state's buffer is written again
         return v.clone() if self.targets is not None and _is_alias_of(v, x) else v
 
