@@ -73,8 +73,7 @@ Status combine_as(const CombineArguments& a) {
   }
   if (a.norm != nullptr) {
     for (int64_t g = 0; g < groups; ++g) {
-      double sum = 0;
-      for (int64_t t = 0; t < group_tiles; ++t) sum += partial[g * group_tiles + t];
+      const double sum = sum_of_partials(partial + g * group_tiles, group_tiles);
       static_cast<T*>(a.norm)[g] = static_cast<T>(std::sqrt(sum / static_cast<double>(group_elements)));
     }
   }

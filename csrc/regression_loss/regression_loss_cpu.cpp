@@ -10,14 +10,14 @@ namespace {
 constexpr int64_t small_group = 256;
 
 // n elements of one row. Returns the sum of rho; writes the gradient where grad is given.
-template <Penalty kind, typename T>
-T row_loss(const T* pred, const T* target, T delta, T grad_weight, T* grad, int64_t n) {
+template <Penalty kind, typename T, typename In>
+T row_loss(const In* pred, const T* target, T delta, T grad_weight, T* grad, int64_t n) {
   T sum = 0;
   if (grad == nullptr) {
 #pragma omp simd reduction(+ : sum)
     for (int64_t j = 0; j < n; ++j) {
       T value, derivative;
-      penalty<kind>(pred[j] - target[j], delta, value, derivative);
+      penalty<kind>(widened<T>(pred[j]) - target[j], delta, value, derivative);
       sum += value;
     }
     return sum;
@@ -25,7 +25,7 @@ T row_loss(const T* pred, const T* target, T delta, T grad_weight, T* grad, int6
 #pragma omp simd reduction(+ : sum)
   for (int64_t j = 0; j < n; ++j) {
     T value, derivative;
-    penalty<kind>(pred[j] - target[j], delta, value, derivative);
+    penalty<kind>(widened<T>(pred[j]) - target[j], delta, value, derivative);
     sum += value;
     grad[j] = grad_weight * derivative;
   }
@@ -50,8 +50,8 @@ bool row_kept(const RegressionLossArguments& a, int64_t row) {
 }
 
 // Elements i .. i + n - 1, row by row; returns sum mask w rho, without the scale.
-template <Penalty kind, typename T>
-double rows_tile(const RegressionLossArguments& a, int64_t i, int64_t n, const T* pred, const Output* grad) {
+template <Penalty kind, typename T, typename In>
+double rows_tile(const RegressionLossArguments& a, int64_t i, int64_t n, const In* pred, const Output* grad) {
   Linear<T> linear;
   linear.load(a.operands, a.count, a.dtype, a.rows * a.inner, i, n);
   const T delta = bend<T>(a.delta);
@@ -130,9 +130,8 @@ Status loss_as(const RegressionLossArguments& a) {
     const int64_t i = several ? t * step : t / group_tiles * group_elements + begin;
     const int64_t n = several ? minimum(step, elements - i) : minimum(step, group_elements - begin);
     alignas(64) T pred_buffer[tile_elements], values[tile_elements];
-    const T* pred = load(a.pred, a.pred_dtype, i, n, pred_buffer);
     if (by_element) {
-      elements_tile<kind>(a, i, n, pred, values, grad);
+      elements_tile<kind>(a, i, n, load(a.pred, a.pred_dtype, i, n, pred_buffer), values, grad);
       const int64_t length = several ? group_elements : n;
       for (int64_t j = 0; j < n; j += length) {
         T sum = 0;
@@ -140,15 +139,16 @@ Status loss_as(const RegressionLossArguments& a) {
         for (int64_t k = 0; k < length; ++k) sum += values[j + k];
         partial[several ? (i + j) / group_elements : t] = sum;
       }
+    } else if (sizeof(T) == sizeof(float) && a.pred_dtype == Dtype::bf16) {
+      partial[t] = rows_tile<kind, T>(a, i, n, static_cast<const uint16_t*>(a.pred) + i, grad);
     } else {
-      partial[t] = rows_tile<kind>(a, i, n, pred, grad);
+      partial[t] = rows_tile<kind, T>(a, i, n, load(a.pred, a.pred_dtype, i, n, pred_buffer), grad);
     }
     out.finish();
   }
   const int64_t group_rows = a.rows / a.groups, parts = several ? 1 : group_tiles;
   for (int64_t g = 0; g < a.groups; ++g) {
-    double sum = 0;
-    for (int64_t p = 0; p < parts; ++p) sum += partial[g * parts + p];
+    const double sum = sum_of_partials(partial + g * parts, parts);
     static_cast<T*>(a.loss)[g] = static_cast<T>(sum * static_cast<double>(coefficient_at<T>(a.scale, g * group_rows)));
   }
   return Status::ok;

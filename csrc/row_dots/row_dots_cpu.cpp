@@ -136,9 +136,7 @@ Status row_dots_as(const RowDotsArguments& a) {
   }
   for (int64_t k = 0; row_tiles > 1 && k < a.rows * a.pairs; ++k) {
     const int64_t row = k / a.pairs, p = k % a.pairs;
-    double sum = 0;
-    for (int64_t t = row * row_tiles; t < (row + 1) * row_tiles; ++t) sum += partial[t * a.pairs + p];
-    out[k] = static_cast<T>(sum);
+    out[k] = static_cast<T>(sum_of_partials(partial + row * row_tiles * a.pairs + p, row_tiles, a.pairs));
   }
   return Status::ok;
 }
