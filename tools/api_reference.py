@@ -14,7 +14,7 @@ from fmkernels import guidance, likelihood, paths, testing, times, weightings
 from fmkernels.solvers.adaptive import controllers
 from fmkernels.solvers.adaptive import options as adaptive_options
 from fmkernels.solvers.adaptive import solve as adaptive_solve
-from fmkernels.solvers.implicit import newton
+from fmkernels.solvers.implicit import solve as implicit_solve
 from fmkernels.solvers.methods import adams, diffusion, edm, registry, runge_kutta, sde_coefficients, tableaus
 from fmkernels.solvers.programs import builder
 from fmkernels.solvers.sampling import grids
@@ -74,7 +74,7 @@ def render() -> str:
         ("fmkernels.solvers.adaptive.options", adaptive_options),
         ("fmkernels.solvers.adaptive.controllers", controllers),
         ("fmkernels.solvers.adaptive.solve", adaptive_solve),
-        ("fmkernels.solvers.implicit.newton", newton),
+        ("fmkernels.solvers.implicit.solve", implicit_solve),
         ("fmkernels.testing", testing),
     ):
         lines += [f"## {title}", "", inspect.getdoc(module) or "", ""]

@@ -38,8 +38,9 @@ def odeint(
             "heun_euler"); fixed grid: Runge-Kutta and Adams methods, see
             :mod:`fmkernels.solvers.methods.registry`. As in torchdiffeq "rk4" is the 3/8 rule here, and
             "explicit_adams", "implicit_adams" are of order 4. Implicit, for stiff fields of small states
-            (:func:`fmkernels.solvers.implicit.newton.solve_implicit`): "implicit_euler", "implicit_midpoint",
-            "trapezoid", "sdirk2", "sdirk3"; with step control "trbdf2", "kvaerno3", "kencarp4".
+            (:func:`fmkernels.solvers.implicit.solve.solve_implicit`): "implicit_euler", "implicit_midpoint",
+            "trapezoid", "gl4", "gl6", "radauIIA3", "radauIIA5", "sdirk2", "sdirk3"; with step control "trbdf2",
+            "kvaerno3", "kencarp4".
         options: adaptive: first_step, min_step, max_step, max_num_steps, safety, ifactor, dfactor, norm, step_t,
             jump_t as in torchdiffeq; controller, an object of :mod:`fmkernels.solvers.adaptive.controllers`;
             per_sample=True controls the step of each index of dimension 0 by itself, func's t being (B,). Fixed:

@@ -46,13 +46,13 @@ def solve(packed: Packed, t: Tensor, rtol: Any, atol: Any, method: Any, options:
         check_options(packed, method, options, adaptive=True)
         return _adaptive(packed, t, tableau, rtol, atol, options)
     if isinstance(method, str) and methods.find(method, methods.ODEINT).kind == "implicit":
-        from ..implicit.newton import option_names, solve_implicit
+        from ..implicit.solve import option_names, solve_implicit
 
         _warn_unknown(method, options, option_names(method, options))
         _per_sample(packed, options)
-        tolerances = {"rtol": packed.tolerance("rtol", rtol), "atol": packed.tolerance("atol", atol)}
+        rtol, atol = packed.tolerance("rtol", rtol), packed.tolerance("atol", atol)
         norm = packed.norm(options.get("norm"))
-        return solve_implicit(packed.field, packed.y0, t, method, options, **tolerances, norm=norm)
+        return solve_implicit(packed.field, packed.y0, t, method, options, rtol=rtol, atol=atol, norm=norm)
     check_options(packed, method, options, adaptive=False)
     return _fixed(packed, t, named_method(method, options), options)
 

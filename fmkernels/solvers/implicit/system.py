@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..._checks import as_state, type_error, value_error
+from ..adaptive.gradient_watch import FoundGradient
 
 Field = Callable[[Tensor, Tensor], Tensor]
 Norm = Callable[[Tensor], Tensor]
@@ -22,8 +23,8 @@ _CHUNK = 64  # backward passes in one batch
 
 @final
 class Stage(torch.autograd.Function):
-    """A stage's derivative k, found without a graph, as a function of f = f(t, g + h a k) by implicit differentiation:
-    dk = matrix^-1 df, matrix = I - h a J."""
+    """The derivatives k of stages, found without a graph, as a function of f = f(t, y + h A k) by implicit
+    differentiation: dk = matrix^-1 df, matrix = I - h a_ij J_i."""
 
     @staticmethod
     def forward(ctx: Any, f: Tensor, k: Tensor, matrix: Tensor) -> Tensor:
@@ -40,10 +41,26 @@ class Stage(torch.autograd.Function):
 
 @final
 class System:
-    """The field on a state (R, N) of R independent rows, its Jacobians and the tolerances."""
+    """The field on a state (R, N) of R independent rows, its Jacobians and the tolerances.
+
+    Args:
+        stages: that are solved together.
+
+    Attributes:
+        watching: a value of the field that has a gradient raises FoundGradient.
+    """
+
+    watching = False
 
     def __init__(
-        self, field: Field, y0: Tensor, per_sample: bool, rtol: float | Tensor, atol: float | Tensor, norm: Norm | None
+        self,
+        field: Field,
+        y0: Tensor,
+        per_sample: bool,
+        rtol: float | Tensor,
+        atol: float | Tensor,
+        norm: Norm | None,
+        stages: int = 1,
     ) -> None:
         if y0.dtype not in (torch.float32, torch.float64):
             raise type_error("y0", "a float32 or float64 tensor for an implicit method", y0)
@@ -52,7 +69,7 @@ class System:
         self.field, self.shape, self.per_sample, self.norm = field, y0.shape, per_sample, norm
         self.rows = y0.shape[0] if per_sample else 1
         self.size = y0.numel() // max(self.rows, 1)
-        if self.size > MAX_SIZE or self.rows * self.size**2 > MAX_ENTRIES:
+        if self.size > MAX_SIZE or self.rows * (stages * self.size) ** 2 > MAX_ENTRIES:
             hint = "" if per_sample else "; options={'per_sample': True} has one for each independent sample"
             raise value_error(
                 "y0",
@@ -72,16 +89,19 @@ class System:
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
         """f at times (R,) and states (R, N)."""
+        if not self.watching:
+            return self._value(t, y)
+        with torch.enable_grad():
+            k = self._value(t, y)
+        if k.requires_grad:
+            raise FoundGradient
+        return k
+
+    def _value(self, t: Tensor, y: Tensor) -> Tensor:
         state, time = y.reshape(self.shape), t.to(self.dtype)
         k = self.field(time if self.per_sample else time[0], state)
         k = as_state("func", k, state)
         return k.reshape(y.shape)
-
-    def needs_gradient(self, t: Tensor, y0: Tensor) -> bool:
-        """Whether a gradient can be asked of the solution; needs a call of the field where y0 and t tell nothing."""
-        if not torch.is_grad_enabled():
-            return False
-        return t.requires_grad or y0.requires_grad or self(t[:1].expand(self.rows), y0).requires_grad
 
     def linearise(self, t: Tensor, y: Tensor, *, graph: bool = False) -> tuple[Tensor, Tensor]:
         """f and its Jacobians (R, N, N) without gradient; ``graph`` keeps that of f."""
@@ -90,7 +110,7 @@ class System:
                 t = t.clone()
             if not (graph and y.requires_grad):
                 y = y.detach().clone().requires_grad_()
-            value = self(t, y)
+            value = self._value(t, y)
             if not value.requires_grad:
                 return value, self.eye.new_zeros((self.rows, self.size, self.size))
             parts = [self._products(value, y, rows) for rows in self.eye.split(_CHUNK)]
@@ -120,7 +140,12 @@ class System:
         magnitude = states[0].abs()
         for state in states[1:]:
             magnitude = torch.maximum(magnitude, state.abs())
-        return self.atol + self.rtol * magnitude
+        return self.tolerance_of(magnitude)
+
+    def tolerance_of(self, magnitude: Tensor) -> Tensor:
+        """atol + rtol times magnitudes (R, N), or (R, S, N) of S stages."""
+        rtol, atol = (x[:, None] if x.dim() and magnitude.dim() == 3 else x for x in (self.rtol, self.atol))
+        return atol + rtol * magnitude
 
     def error_norm(self, ratio: Tensor) -> Tensor:
         """(R,) norms of error ratios."""

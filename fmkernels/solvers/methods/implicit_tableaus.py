@@ -1,8 +1,9 @@
-r"""Diagonally implicit Runge-Kutta methods as data: a new method is one entry here.
+r"""Implicit Runge-Kutta methods as data: a new method is one entry here.
 
-A step from t to t + h solves for one stage after another, :math:`k_i = f(t + c_i h, y + h \sum_{j \le i} a_{ij} k_j)`,
-and takes :math:`y' = y + h \sum_i b_i k_i`, with the error estimate :math:`h \sum_i e_i k_i`, e = b - b_hat, where an
-embedded method is there. c_i is the sum of row i of a. All numbers are float64.
+A step from t to t + h solves for the stages :math:`k_i = f(t + c_i h, y + h \sum_j a_{ij} k_j)`, one after another
+where a is lower triangular (diagonally implicit methods), else all together, and takes
+:math:`y' = y + h \sum_i b_i k_i`, with the error estimate :math:`h \sum_i e_i k_i`, e = b - b_hat, where an embedded
+method is there. c_i is the sum of row i of a. All numbers are float64.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ Row = tuple[float, ...]
 @final
 @dataclass(frozen=True)
 class ImplicitTableau:
-    """A Butcher tableau with a lower triangular a.
+    """A Butcher tableau.
 
     Args:
         name: what ``method=`` calls it.
         order: of the solution that is carried on.
-        a: row i has i + 1 entries, the last one its diagonal element; 0 there makes the stage explicit.
+        a: row i has i + 1 entries, the last one its diagonal element (0 there makes the stage explicit); or all rows
+            have as many entries as there are stages.
         b: weights of the solution.
         error: b minus the weights of the embedded solution, or None for a method without step control.
         source: where the numbers come from.
@@ -37,8 +39,17 @@ class ImplicitTableau:
     source: str = ""
 
     def __post_init__(self) -> None:
-        if any(len(row) != i + 1 for i, row in enumerate(self.a)) or len(self.b) != len(self.a):
-            raise ValueError(f"a, b: expected a lower triangular a with a row for each weight in {self.name!r}")
+        lengths, stages = [len(row) for row in self.a], len(self.b)
+        if lengths not in ([i + 1 for i in range(stages)], [stages] * stages):
+            raise ValueError(
+                f"a, b: expected a lower triangular or square a with a row for each weight in {self.name!r}"
+            )
+
+    @cached_property
+    def blocks(self) -> tuple[tuple[int, ...], ...]:
+        """The numbers of the stages that are solved together, one block after another."""
+        numbers = range(len(self.b))
+        return (tuple(numbers),) if len(self.a[0]) > 1 else tuple((i,) for i in numbers)
 
     @cached_property
     def c(self) -> Row:
@@ -137,12 +148,64 @@ def _kencarp4() -> ImplicitTableau:
     )
 
 
+def _gauss4() -> ImplicitTableau:
+    r = math.sqrt(3.0) / 6.0
+    return ImplicitTableau(
+        "gl4", 4, ((0.25, 0.25 - r), (0.25 + r, 0.25)), (0.5, 0.5), source="Gauss's method of two stages"
+    )
+
+
+def _gauss6() -> ImplicitTableau:
+    r = math.sqrt(15.0)
+    return ImplicitTableau(
+        "gl6",
+        6,
+        (
+            (5 / 36, 2 / 9 - r / 15, 5 / 36 - r / 30),
+            (5 / 36 + r / 24, 2 / 9, 5 / 36 - r / 24),
+            (5 / 36 + r / 30, 2 / 9 + r / 15, 5 / 36),
+        ),
+        (5 / 18, 4 / 9, 5 / 18),
+        source="Gauss's method of three stages (Kuntzmann 1961, Butcher 1964)",
+    )
+
+
+def _radau3() -> ImplicitTableau:
+    return ImplicitTableau(
+        "radauIIA3",
+        3,
+        ((5 / 12, -1 / 12), (3 / 4, 1 / 4)),
+        (3 / 4, 1 / 4),
+        source="Radau IIA of two stages (Ehle 1969)",
+    )
+
+
+def _radau5() -> ImplicitTableau:
+    r = math.sqrt(6.0)
+    last = (4 / 9 - r / 36, 4 / 9 + r / 36, 1 / 9)
+    return ImplicitTableau(
+        "radauIIA5",
+        5,
+        (
+            (11 / 45 - 7 * r / 360, 37 / 225 - 169 * r / 1800, -2 / 225 + r / 75),
+            (37 / 225 + 169 * r / 1800, 11 / 45 + 7 * r / 360, -2 / 225 - r / 75),
+            last,
+        ),
+        last,
+        source="Radau IIA of three stages (Ehle 1969; Hairer and Wanner 1996, IV.5)",
+    )
+
+
 IMPLICIT_TABLEAUS: dict[str, ImplicitTableau] = {
     tableau.name: tableau
     for tableau in (
         ImplicitTableau("implicit_euler", 1, ((1.0,),), (1.0,), source="Euler's method backward"),
         ImplicitTableau("implicit_midpoint", 2, ((0.5,),), (1.0,), source="Gauss's method of one stage"),
         ImplicitTableau("trapezoid", 2, ((0.0,), (0.5, 0.5)), (0.5, 0.5), source="Crank and Nicolson 1947"),
+        _gauss4(),
+        _gauss6(),
+        _radau3(),
+        _radau5(),
         _sdirk2(),
         _sdirk3(),
         _trbdf2(),
