@@ -60,7 +60,7 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
         "copysign(size, span)",
         INSIDE,
     ),
-    (f"{SOLVERS}/implicit/newton.py", "            controller.dfactor,\n", "            0.2,\n", IMPLICIT_CONTROL),
+    (f"{SOLVERS}/implicit/solve.py", "            controller.dfactor,\n", "            0.2,\n", IMPLICIT_CONTROL),
     # ------------------------------------------------------------------ adjoint, events, replay
     (
         f"{SOLVERS}/equations/adjoint.py",

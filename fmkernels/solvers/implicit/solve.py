@@ -23,8 +23,7 @@ The host looks at each iteration's convergence: unlike the explicit solvers thes
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any, NamedTuple, final
 
 import torch
@@ -63,19 +62,17 @@ class ImplicitStep(NamedTuple):
     accepted: Tensor
 
 
-@dataclass
 class Watch:
-    """What is told of a solve.
+    """What is told of a solve; this one does nothing with it."""
 
-    Attributes:
-        before: called with (t, h), (R,) float64, and y, (R, N), before each step is tried.
-        after: called with an :class:`ImplicitStep` and h; a true answer ends the solve.
-        again: called before a solve that turns out to need gradients begins again.
-    """
+    def before(self, t: Tensor, y: Tensor, h: Tensor) -> None:
+        """Before each step is tried: its time and size, (R,) float64, and the state, (R, N)."""
 
-    before: Callable[[Tensor, Tensor, Tensor], None] = lambda t, y, h: None
-    after: Callable[[ImplicitStep, Tensor], Any] = lambda step, h: None
-    again: Callable[[], None] = lambda: None
+    def after(self, step: ImplicitStep, h: Tensor) -> Any:
+        """After it was judged; a true answer ends the solve."""
+
+    def again(self) -> None:
+        """A solve that turns out to need gradients begins again."""
 
 
 def option_names(method: str, options: dict[str, Any]) -> tuple[str, ...]:
