@@ -143,7 +143,7 @@ def test_bad_outputs_of_func(method: str, gradient: bool) -> None:
     method = method.replace("reversible", "rk4")
     for func, error in (
         (lambda t, y: y[:1], ValueError),
-        (lambda t, y: y.float(), TypeError),
+        (lambda t, y: y.long(), TypeError),
         (lambda t, y: (y, y), TypeError),
         (lambda t, y: None, TypeError),
     ):
