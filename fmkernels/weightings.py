@@ -14,11 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, final, runtime_checkable
 
-import torch
 from torch import Tensor
 
 from ._checks import check_choice, check_number, type_error
-from .paths.derivatives import SMALL
+from .paths.derivatives import SMALL, filled
 from .paths.schedule import Schedule, tensor_at
 
 
@@ -173,7 +172,7 @@ def resolve(weight: Weight, path: Schedule, t: Tensor) -> Tensor | None:
         raise type_error("weight", "None, a name, a weighting, a tensor or a callable of t", weight)
     value = weight(t)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return torch.full_like(t, float(value))
+        return filled(value, t.shape, t.dtype, t.device)
     if not isinstance(value, Tensor):
         raise type_error("weight(t)", "a tensor", value)
     return value

@@ -17,6 +17,7 @@ from ..ops.random.op import draw
 from ..random import Noise, as_seed, draw_seed
 from ..times import TIME_STREAM, Sampler, draw_times
 from . import targets
+from .derivatives import filled
 from .schedule import Schedule
 
 TimeSampler = Sampler | Callable[..., Tensor]
@@ -194,7 +195,7 @@ def as_times(t: Tensor | float, data_name: str, data: Tensor, checks: bool, name
     if not isinstance(t, Tensor):
         if not torch.compiler.is_compiling():  # there a number may be symbolic: it has no value to check
             check_number(name, t, low=0.0, high=1.0)
-        return torch.full(data.shape[:1], t, dtype=dtype, device=data.device)
+        return filled(t, data.shape[:1], dtype, data.device)
     if t.dtype is not dtype:
         check_float_tensor(name, t)
     leading_shape(name, t, data_name, data)

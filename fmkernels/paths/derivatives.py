@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,11 +19,18 @@ from .._dispatch import transform_active, untraced
 SMALL = 1e-4
 
 
+def filled(number: float, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of one number, which torch.compile may take for a variable: a fill would be compiled for each number."""
+    if torch.compiler.is_compiling():
+        return torch.zeros(shape, dtype=dtype, device=device) + number
+    return torch.full(shape, number, dtype=dtype, device=device)
+
+
 def as_tensor(value: Tensor | float, t: Tensor) -> Tensor:
     """A schedule's value as a tensor of t's shape."""
     if isinstance(value, Tensor):
         return value if value.shape == t.shape else value.expand(t.shape)
-    return torch.full_like(t, value)
+    return filled(value, t.shape, t.dtype, t.device)
 
 
 # Of a schedule's function: whether it is finite at both ends, and whether autograd sees its derivative (a constant has

@@ -18,6 +18,8 @@ def promoted(name: str, value: Tensor | float) -> Tensor:
     if not isinstance(value, Tensor):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise type_error(name, "a tensor or a number", value)
+        if torch.compiler.is_compiling():  # a variable of the graph, not a constant
+            return torch.zeros((), dtype=torch.float32) + value
         return torch.tensor(float(value), dtype=torch.float32)
     check_float_tensor(name, value)
     return value if value.dtype in (torch.float32, torch.float64) else value.to(torch.float32)

@@ -25,7 +25,7 @@ from torch import Tensor
 from .._checks import check_choice, check_float_tensor, check_like, check_number, leading_shape, type_error, value_error
 from ..ops._operands import Coefficient, compute_dtype
 from ..ops.combine.op import combine
-from .derivatives import SMALL, as_tensor
+from .derivatives import SMALL, as_tensor, filled
 from .schedule import Schedule, at, promoted, tensor_at
 
 Triple = tuple[Coefficient, Coefficient, Coefficient | None]
@@ -65,7 +65,8 @@ def _v(path: Schedule, t: Tensor) -> Triple:
 
 def _edm(path: Schedule, t: Tensor, sigma_data: float = 0.5) -> Triple:
     _no_bridge(path, t, "edm")
-    check_number("sigma_data", sigma_data, above=0.0)
+    if not torch.compiler.is_compiling():  # there a number may be symbolic: it has no value to check
+        check_number("sigma_data", sigma_data, above=0.0)
     alpha, sigma = tensor_at(path, "alpha", t), tensor_at(path, "sigma", t)
     root = torch.sqrt((alpha * sigma_data).square() + sigma.square())
     return sigma / (sigma_data * root), -sigma_data * alpha / root, None
@@ -181,7 +182,7 @@ def convert(
     else:
         if not torch.compiler.is_compiling():  # there a number may be symbolic: it has no value to check
             check_number("t", t, low=0.0, high=1.0)
-        times = torch.full((), t, dtype=compute_dtype(x_t, prediction), device=x_t.device)
+        times = filled(t, (), compute_dtype(x_t, prediction), x_t.device)
     if path.gamma(times) is not None:
         raise value_error("path", "a path without a gamma term", path)
     if TARGETS[source] is TARGETS[target]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ... import _dispatch
 from ..._checks import FLOATING, check_int, type_error, value_error
-from ...random import as_seed
+from ...random import as_seed, draw_seed_of
 from ..library import LIBRARY
 from . import kinds, reference
 
@@ -34,6 +34,15 @@ def _random_fake(
 for _key in ("CPU", "CUDA"):
     LIBRARY.impl("random", _random, _key)
 torch.library.register_fake("fmkernels::random", _random_fake, lib=LIBRARY)
+
+# random, so that two of one graph are two, and none is computed again for the backward pass
+LIBRARY.define("draw_seed(int handle, Device device) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
+LIBRARY.impl("draw_seed", draw_seed_of, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "fmkernels::draw_seed",
+    lambda handle, device: torch.empty((), dtype=torch.int64, device=device),
+    lib=LIBRARY,
+)
 
 
 def _shape(size: tuple[Any, ...]) -> tuple[int, ...]:
