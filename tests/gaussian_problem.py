@@ -79,15 +79,20 @@ def response(program: Program, affine, mean: float, std: float) -> np.ndarray:
     width = 2 + program.streams
     registers = {0: np.zeros(width)}
     registers[0][:2] = mean, std
+    times = torch.tensor(program.times, dtype=torch.float64)
+    p, q = (torch.as_tensor(c, dtype=torch.float64).expand_as(times).numpy() for c in affine(times))
     for instruction in program.instructions:
         if isinstance(instruction, Evaluate):
-            p, q = (float(c) for c in affine(torch.tensor(program.times[instruction.time], dtype=torch.float64)))
-            registers[instruction.results[0]] = q * registers[instruction.source]
-            registers[instruction.results[0]][0] += p
+            registers[instruction.results[0]] = q[instruction.time] * registers[instruction.source]
+            registers[instruction.results[0]][0] += p[instruction.time]
         elif isinstance(instruction, Update):
-            basis = np.eye(width)
-            terms = [registers[s] if s >= 0 else basis[1 - s] for s in instruction.sources]
-            registers[instruction.result] = sum(c * t for c, t in zip(instruction.coefficients, terms, strict=True))
+            total = np.zeros(width)
+            for source, coefficient in zip(instruction.sources, instruction.coefficients, strict=True):
+                if source >= 0:
+                    total += coefficient * registers[source]
+                else:
+                    total[1 - source] += coefficient
+            registers[instruction.result] = total
         else:
             assert not isinstance(instruction, Compute)
     return registers[program.result]

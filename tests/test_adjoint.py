@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from adjoint_problems import D, Net, assert_all_close, loss_of, needs_peer, peer
-from torch import Tensor
+from torch import Tensor, nn
 
 import fmkernels as fm
 
@@ -17,22 +18,18 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-def finite_differences(function: Any, inputs: list[Tensor], step: float = 1e-5) -> list[Tensor]:
-    """Central differences in each component."""
-    grads = []
+def directional_differences(function: Any, inputs: list[Tensor], directions: list[Tensor]) -> list[Tensor]:
+    """Central differences along one direction of each input."""
+    step, slopes = 1e-5, []
     with torch.no_grad():
-        for x in inputs:
-            grad = torch.zeros_like(x)
-            for i in range(x.numel()):
-                flat, values = x.detach().reshape(-1), []
-                kept = flat[i].clone()
-                for sign in (1.0, -1.0):
-                    flat[i] = kept + sign * step
-                    values.append(function())
-                flat[i] = kept
-                grad.view(-1)[i] = (values[0] - values[1]) / (2 * step)
-            grads.append(grad)
-    return grads
+        for x, direction in zip(inputs, directions, strict=True):
+            kept, values = x.detach().clone(), []
+            for sign in (1.0, -1.0):
+                x.copy_(kept + sign * step * direction)
+                values.append(function())
+            x.copy_(kept)
+            slopes.append((values[0] - values[1]) / (2 * step))
+    return slopes
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
@@ -55,9 +52,10 @@ def test_adjoint_direct_and_differences_agree(
 
     adjoint = torch.autograd.grad(solve(fm.odeint_adjoint), inputs)
     direct = torch.autograd.grad(solve(), inputs)
-    expected = finite_differences(solve, inputs)
-    assert_all_close(direct, expected, 2e-6)
-    assert_all_close(adjoint, expected, 2e-6)
+    assert_all_close(adjoint, direct, 2e-6)
+    directions = [torch.randn_like(x) for x in inputs]
+    expected = directional_differences(solve, inputs, directions)
+    assert_all_close([(g * d).sum() for g, d in zip(direct, directions, strict=True)], expected, 2e-6)
 
 
 @needs_peer
@@ -121,24 +119,66 @@ def test_each_backward_tolerance_is_its_own(name: str) -> None:
     assert counts[1] > 3 * counts[0], counts
 
 
-class Recorded:
-    """Counts the tensors that autograd keeps."""
+def test_y_is_set_to_the_forward_solution_at_each_output() -> None:
+    """Bit for bit, so that what a backward solve loses does not go beyond an output time."""
+    net, t = Net(), torch.tensor([0.0, 0.5, 1.0, 2.0], dtype=D)
+    seen: list[tuple[float, Tensor]] = []
+    net.register_forward_pre_hook(lambda _, args: seen.append((float(args[0]), args[1].detach().clone())))
+    y = fm.odeint_adjoint(net, torch.randn(2, 2, dtype=D, requires_grad=True), t, rtol=1e-3, atol=1e-3)
+    seen.clear()
+    loss_of(y).backward()
+    for time, state in zip(t[1:].tolist(), y[1:].detach(), strict=True):
+        assert any(at == time and torch.equal(x, state) for at, x in seen), time
 
-    def __init__(self) -> None:
-        self.count = self.size = 0
+
+def test_seminorm_leaves_the_parameters_out() -> None:
+    """Where only the parameters' gradient changes with time, only it asks for small steps."""
+
+    class Driven(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.strength, self.calls = nn.Parameter(torch.zeros(1, dtype=D)), 0
+
+        def forward(self, t: Tensor, y: Tensor) -> Tensor:
+            self.calls += 1
+            return self.strength * torch.sin(40.0 * t) + 0.0 * y
+
+    calls = []
+    for norm in (None, "seminorm"):
+        func = Driven()
+        options = None if norm is None else {"norm": norm}
+        y = fm.odeint_adjoint(func, torch.ones(1, dtype=D), torch.tensor([0.0, 1.0], dtype=D), adjoint_options=options)
+        func.calls = 0
+        y[-1].sum().backward()
+        calls.append(func.calls)
+    assert calls[0] > 3 * calls[1], calls
+
+
+class Saved:
+    """A tensor that autograd keeps."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+class Recorded:
+    """Counts the tensors that autograd still keeps at the end."""
 
     def __enter__(self) -> Recorded:
-        def pack(x: Tensor) -> Tensor:
-            self.count += 1
-            self.size += x.numel()
-            return x
+        self.kept: weakref.WeakSet[Saved] = weakref.WeakSet()
 
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
+        def pack(x: Tensor) -> Saved:
+            saved = Saved(x.detach())  # an output would keep the node that keeps it
+            self.kept.add(saved)
+            return saved
+
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor)
         self.hooks.__enter__()
         return self
 
     def __exit__(self, *args: Any) -> None:
         self.hooks.__exit__(*args)
+        self.count, self.size = len(self.kept), sum(saved.tensor.numel() for saved in self.kept)
 
 
 @pytest.mark.parametrize("kind", ["adjoint", "reversible", "sample"])
@@ -160,7 +200,8 @@ def test_memory_is_constant_in_the_steps(kind: str) -> None:
 
     assert kept(5) == kept(200)
     with Recorded() as direct:
-        fm.odeint(net, y0, t, method="rk4", options={"step_size": 1 / 200})
+        y = fm.odeint(net, y0, t, method="rk4", options={"step_size": 1 / 200})
+    assert y.requires_grad
     assert direct.count > 100 * kept(5)[0]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fmkernels as fm
-from fmkernels.likelihood.divergence import divergence, draw_probes
+from fmkernels.likelihood.divergence import Divergence, divergence, draw_probes
 
 
 @shapes
@@ -79,6 +79,15 @@ def test_probes_have_mean_0_and_covariance_1(distribution: str) -> None:
     assert ((covariance - torch.eye(6, dtype=DTYPE)).abs() < 4.5 * math.sqrt(2.0 / count)).all()
     if distribution == "rademacher":
         assert torch.equal(probes.abs(), torch.ones_like(probes))
+
+
+@pytest.mark.parametrize(("distribution", "count"), [("gaussian", 3), ("rademacher", 40)])
+def test_evaluations_with_fresh_probes_share_none(distribution: str, count: int) -> None:
+    how, like = Divergence("hutchinson", count, distribution), torch.zeros(2, 64)
+    noise = fm.Noise(torch.tensor(3))
+    drawn = [probe for evaluation in range(3) for probe in how.draw(like, noise, evaluation)]
+    assert len(drawn) == 3 * count
+    assert len({tuple(probe.flatten().tolist()) for probe in drawn}) == len(drawn)
 
 
 def test_probes_of_a_shard_are_those_of_the_whole_batch() -> None:

@@ -225,7 +225,7 @@ def test_gradients(tableau: ImplicitTableau, per_sample: bool) -> None:
         options = {"step_size": 0.5, "per_sample": per_sample}
         return solve_implicit(func, y0, t, tableau.name, options, rtol=1e-13, atol=1e-13)
 
-    assert torch.autograd.gradcheck(solve, (y0, weight, t), fast_mode=per_sample)
+    assert torch.autograd.gradcheck(solve, (y0, weight, t), fast_mode=True)
     with torch.no_grad():
         plain = solve(y0, weight, t)
     torch.testing.assert_close(solve(y0, weight, t).detach(), plain, rtol=1e-12, atol=1e-12)

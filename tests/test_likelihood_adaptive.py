@@ -22,15 +22,15 @@ def test_adaptive_normal_to_normal_flow(shape: tuple[int, ...], method: str) -> 
     x_1 = mean + std * data(shape)
     target = torch.distributions.Normal(torch.tensor(mean, dtype=DTYPE), std)
     expected = target.log_prob(x_1).reshape(shape[0], -1).sum(1)
+    tol = 1e-5 if method == "bosh3" else 1e-7
+    options: dict = {"method": method, "rtol": tol, "atol": tol}
     for estimate in ("exact", "hutchinson"):  # Rademacher is exact here
-        result = log_prob(
-            normal_flow(mean, std), x_1, method=method, rtol=1e-7, atol=1e-7, divergence=estimate, generator=rng()
-        )
-        torch.testing.assert_close(result.log_prob, expected, rtol=2e-6, atol=2e-6)
+        result = log_prob(normal_flow(mean, std), x_1, divergence=estimate, generator=rng(), **options)
+        torch.testing.assert_close(result.log_prob, expected, rtol=20 * tol, atol=20 * tol)
         assert (result.status == Status.SUCCESS).all()
-        back, forward = sample_with_log_prob(normal_flow(mean, std), result.x_0, method=method, rtol=1e-7, atol=1e-7)
-        torch.testing.assert_close(back, x_1, rtol=2e-6, atol=2e-6)
-        torch.testing.assert_close(forward.log_prob, expected, rtol=4e-6, atol=4e-6)
+        back, forward = sample_with_log_prob(normal_flow(mean, std), result.x_0, **options)
+        torch.testing.assert_close(back, x_1, rtol=20 * tol, atol=20 * tol)
+        torch.testing.assert_close(forward.log_prob, expected, rtol=40 * tol, atol=40 * tol)
 
 
 def test_adaptive_steps_bound_the_error_of_the_log_density_in_many_dimensions() -> None:
@@ -51,14 +51,14 @@ def test_adaptive_steps_bound_the_error_of_the_log_density_in_many_dimensions() 
 def test_samples_with_their_keyword_arguments_and_probes_leave_the_batch_as_they_finish() -> None:
     """A stiff sample does not change the others, whose probes and conditions move with them."""
     base, x = network((6, 3)), data((6, 3))
-    scale = torch.tensor([40.0, 1.0, 0.2, 1.0, 0.5, 30.0], dtype=DTYPE)
+    scale = torch.tensor([20.0, 1.0, 0.2, 1.0, 0.5, 15.0], dtype=DTYPE)
 
     def model(x: Tensor, t: Tensor, scale: Tensor) -> Tensor:
         return base(x, t) * scale[:, None]
 
-    options = {"divergence": "hutchinson", "probes": 2, "distribution": "gaussian", "rtol": 1e-6, "atol": 1e-6}
+    options = {"divergence": "hutchinson", "probes": 2, "distribution": "gaussian", "rtol": 1e-5, "atol": 1e-5}
     whole = log_prob(model, x, scale=scale, generator=rng(3), **options)
-    for i in range(6):
+    for i in (0, 2, 3, 5):
         own = slice(i, i + 1)
         one = log_prob(model, x[own], scale=scale[own], generator=rng(3), row_offset=i, **options)
         torch.testing.assert_close(one.log_prob, whole.log_prob[own], rtol=1e-9, atol=1e-9)

@@ -94,7 +94,7 @@ def random_state(seed: int, rows: int = 300) -> tuple[State, Tensor, Tensor]:
 @pytest.mark.parametrize("dtypes", [(torch.float64, torch.float64), (torch.float32, torch.float32)], ids=str)
 def test_compiled_and_reference_agree(controller: Controller, changes: dict, dtypes: tuple) -> None:
     made = rules(controller, **changes)
-    for seed in range(5):
+    for seed in range(2):
         state, error, wanted = random_state(seed)
         state.step, state.times = state.step.to(dtypes[0]), state.times.to(dtypes[1])
         for_all = wanted[:1].expand(300, -1)

@@ -51,7 +51,7 @@ def test_marginals_converge_from_end_to_end(diffusion: str, method: str, path: P
 @each_method
 @each_diffusion
 def test_samples_have_the_moments_of_the_program(diffusion: str, method: str, path: Path) -> None:
-    model, samples = Gaussian(path), 50_000
+    model, samples = Gaussian(path), 20_000
     x, start = model.start(samples), model.marginal(0.0)
     for i, last_step in enumerate(LAST_STEPS):
         sde = SDE(diffusion, last_step=last_step, method=method)

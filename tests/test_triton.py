@@ -41,10 +41,19 @@ def interpreted_code(code: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("operation", ["test_combine", "test_regression_loss"])
-def test_random_cases_in_the_interpreter(operation: str) -> None:
+@pytest.mark.parametrize(
+    ("operation", "cases"),
+    [
+        ("test_combine", range(60)),
+        ("test_regression_loss", range(40)),
+        ("test_regression_loss", range(40, 80)),
+        ("test_regression_loss", range(80, 120)),
+    ],
+    ids=str,
+)
+def test_random_cases_in_the_interpreter(operation: str, cases: range) -> None:
     """Random shapes, layouts, dtypes, masks, noise at every phase."""
-    interpreted("tests/test_ops_random.py", "-k", f"{operation} and triton")
+    interpreted(*(f"tests/test_ops_random.py::{operation}[cpu-triton-{case}]" for case in cases))
 
 
 def test_row_dots_in_the_interpreter() -> None:
@@ -116,10 +125,14 @@ for inner in (37, 2100):  # of one tile and of several
     interpreted_code(code)
 
 
-@pytest.fixture(scope="module")
-def machine_code() -> list[dict[str, int | str]]:
+CAPABILITIES = [pytest.param(c, marks=pytest.mark.xdist_group(f"triton-sm_{c}")) for c in (80, 90, 100, 120)]
+
+
+@pytest.fixture(scope="module", params=CAPABILITIES, ids=lambda c: f"sm_{c}")
+def machine_code(request: pytest.FixtureRequest) -> list[dict[str, int | str]]:
+    """What a GPU's code holds, kernel by kernel."""
     done = subprocess.run(
-        [sys.executable, str(ROOT / "triton_ahead_of_time.py"), "80", "90", "100", "120"],
+        [sys.executable, str(ROOT / "triton_ahead_of_time.py"), str(request.param)],
         capture_output=True,
         text=True,
         cwd=ROOT.parent,
@@ -127,12 +140,14 @@ def machine_code() -> list[dict[str, int | str]]:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert {kernel["capability"] for kernel in found} == {request.param}
+    return found
 
 
-def test_compiles_for_every_architecture_without_spills_stack_or_atomics(machine_code) -> None:
-    assert {found["capability"] for found in machine_code} == {80, 90, 100, 120}
-    assert len(machine_code) == 4 * len({(found["case"], found["kernel"]) for found in machine_code})
+def test_compiles_without_spills_stack_or_atomics(machine_code) -> None:
+    assert len({found["case"] for found in machine_code}) > 20
+    assert len(machine_code) == len({(found["case"], found["kernel"]) for found in machine_code})
     assert {found["kernel"] for found in machine_code} == {"_kernel", "_finish"}
     for found in machine_code:
         assert found["local"] == 0, found

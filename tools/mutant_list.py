@@ -11,26 +11,37 @@ KEPT = f"{SETTINGS}::test_no_solve_answers_with_the_settings_of_another"
 IMPLICIT_CONTROL = f"{SETTINGS}::test_step_control_of_implicit_methods"
 INSIDE = f"{SETTINGS}::test_no_call_leaves_the_interval"
 FIRST_STEP = f"{SETTINGS}::test_a_given_first_step_is_only_the_first"
+CONTROL = "tests/test_step_control.py"
+ADAPTIVE_TESTS = "tests/test_adaptive.py"
+BATCHES = "tests/test_adaptive_batches.py"
+ADJOINT = "tests/test_adjoint.py"
+EVENTS = "tests/test_events.py"
+OPTIONS = "tests/test_odeint_options.py"
+IMPLICIT = "tests/test_implicit.py"
+DIFFUSION = "tests/test_diffusion_solvers.py"
+STOCHASTIC = "tests/test_stochastic.py"
+LINEAR = "tests/test_guidance_linear.py"
+NONLINEAR = "tests/test_guidance_nonlinear.py"
+PATHS_TESTS = "tests/test_paths.py"
+TARGETS = "tests/test_targets.py"
+WEIGHTS = "tests/test_weightings_times.py"
+OPS_CASES = "tests/test_ops.py::test_case"
+NOISE = "tests/test_noise.py"
 
 SOLVERS = "fmkernels/solvers"
+KEEPER = f"{SOLVERS}/adaptive/kept_steppers.py"
+CONTROL_BODY = "csrc/step_control/step_control_body.h"
+SDE = f"{SOLVERS}/methods/sde.py"
 
 MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
     # ------------------------------------------------------------------ what a solve keeps for the next
-    (
-        f"{SOLVERS}/adaptive/kept_steppers.py",
-        "problem.atol, problem.rtol, problem.shared",
-        "problem.atol, problem.shared",
-        KEPT,
-    ),
-    (
-        f"{SOLVERS}/adaptive/kept_steppers.py",
-        "problem.atol, problem.rtol, problem.shared",
-        "problem.rtol, problem.shared",
-        KEPT,
-    ),
-    (f"{SOLVERS}/adaptive/kept_steppers.py", "(problem.rules, problem.atol", "(problem.atol", KEPT),
-    (f"{SOLVERS}/adaptive/kept_steppers.py", "y0.shape, y0.dtype, rows)", "y0.shape, rows)", KEPT),
-    (f"{SOLVERS}/adaptive/kept_steppers.py", "if before != interval:", "if False:", KEPT),
+    (KEEPER, "problem.atol, problem.rtol, problem.shared", "problem.atol, problem.shared", KEPT),
+    (KEEPER, "problem.atol, problem.rtol, problem.shared", "problem.rtol, problem.shared", KEPT),
+    (KEEPER, "(problem.rules, problem.atol", "(problem.atol", KEPT),
+    (KEEPER, "y0.shape, y0.dtype, rows)", "y0.shape, rows)", KEPT),
+    (KEEPER, "if before != interval:", "if False:", KEPT),
+    (f"{SOLVERS}/programs/tables.py", '("times", x.device, dtype, batch)', '("times", x.device, batch)', KEPT),
+    (f"{SOLVERS}/programs/tables.py", '("coefficients", x.device, dtype)', '("coefficients", x.device)', KEPT),
     # ------------------------------------------------------------------ options of step control
     (
         f"{SOLVERS}/adaptive/options.py",
@@ -50,41 +61,86 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
         "",
         (f"{SETTINGS}::test_safety_scales_the_next_step", IMPLICIT_CONTROL),
     ),
+    (f"{SOLVERS}/adaptive/options.py", "float(self.min_step),", "0.0,", f"{ADAPTIVE_TESTS}::test_min_and_max_step"),
+    (
+        f"{SOLVERS}/adaptive/options.py",
+        "else float(share)",
+        "else 0.5",
+        f"{BATCHES}::test_compaction_saves_evaluations",
+    ),
     (f"{SOLVERS}/equations/solves.py", "        engine = replace(engine, first_step=None)\n", "", FIRST_STEP),
     (f"{SOLVERS}/equations/dense.py", "        engine = replace(engine, first_step=None)\n", "", FIRST_STEP),
     (f"{SOLVERS}/equations/events.py", "        engine = replace(engine, first_step=None)\n", "", FIRST_STEP),
     (f"{SOLVERS}/adaptive/stepper.py", "torch.minimum(h0, span.abs())", "h0", INSIDE),
+    (CONTROL_BODY, "copysign(smaller(size, fabs(span)), span)", "copysign(size, span)", INSIDE),
+    (CONTROL_BODY, "ratio < 1 ? rules.least_growth : rules.dfactor", "rules.dfactor", CONTROL),
+    (CONTROL_BODY, "accept ? rules.ifactor : smaller(rules.ifactor, rules.safety)", "rules.ifactor", CONTROL),
+    (CONTROL_BODY, "      row.ratio_2 = row.ratio_1;\n", "", CONTROL),
+    (CONTROL_BODY, "step_stretch = 1.01", "step_stretch = 1.0", CONTROL),
+    (CONTROL_BODY, "row.failures = finite ? 0 : row.failures + 1;", "row.failures += finite ? 0 : 1;", CONTROL),
     (
-        "csrc/step_control/step_control_body.h",
-        "copysign(smaller(size, fabs(span)), span)",
-        "copysign(size, span)",
-        INSIDE,
+        "fmkernels/ops/step_control/reference.py",
+        "moved = torch.where(h == t_end - t, t_end, t + h)",
+        "moved = t + h",
+        CONTROL,
+    ),
+    (
+        f"{SOLVERS}/adaptive/controllers.py",
+        "-(i + p + d) / order, (p + 2.0 * d) / order, -d / order",
+        "-(i + p + d) / order, (p + d) / order, -d / order",
+        f"{CONTROL}::test_history_of_errors",
     ),
     (f"{SOLVERS}/implicit/solve.py", "            controller.dfactor,\n", "            0.2,\n", IMPLICIT_CONTROL),
+    (f"{SOLVERS}/implicit/solve.py", "            controller.safety,\n", "            0.9,\n", IMPLICIT_CONTROL),
+    (f"{SOLVERS}/implicit/solve.py", "            settings.max_step,\n", "            math.inf,\n", IMPLICIT_CONTROL),
+    (
+        f"{SOLVERS}/implicit/solve.py",
+        "clock[Clock.T_END] = fixed[number]",
+        "clock[Clock.T_END] = fixed[number].float()",
+        f"{IMPLICIT}::test_error_follows_the_tolerance_and_outputs_do_not_cut_the_steps",
+    ),
     # ------------------------------------------------------------------ adjoint, events, replay
     (
         f"{SOLVERS}/equations/adjoint.py",
         "_smallest(atol) if adjoint_atol is None else adjoint_atol",
         "_smallest(rtol) if adjoint_atol is None else adjoint_atol",
-        "tests/test_adjoint.py::test_the_backward_solve_has_the_forward_ones_tolerances",
+        f"{ADJOINT}::test_the_backward_solve_has_the_forward_ones_tolerances",
     ),
     (
         f"{SOLVERS}/equations/adjoint.py",
         "_smallest(atol) if adjoint_atol is None else adjoint_atol",
         "_smallest(atol) if adjoint_atol is None else adjoint_rtol or 0.0",
-        "tests/test_adjoint.py::test_each_backward_tolerance_is_its_own",
+        f"{ADJOINT}::test_each_backward_tolerance_is_its_own",
+    ),
+    (
+        f"{SOLVERS}/equations/adjoint.py",
+        "torch.as_tensor(tolerance, dtype=torch.float64)",
+        "torch.as_tensor(tolerance)",
+        f"{ADJOINT}::test_the_backward_solve_has_the_forward_ones_tolerances",
+    ),
+    (
+        f"{SOLVERS}/equations/adjoint.py",
+        "            state[1] = ys[i - 1]\n",
+        "",
+        f"{ADJOINT}::test_y_is_set_to_the_forward_solution_at_each_output",
+    ),
+    (
+        f"{SOLVERS}/equations/adjoint.py",
+        'if given != "seminorm":',
+        "if True:",
+        f"{ADJOINT}::test_seminorm_leaves_the_parameters_out",
     ),
     (
         f"{SOLVERS}/equations/events.py",
         "float(tolerances.min())",
         "float(tolerances.max())",
-        "tests/test_events.py::test_the_event_is_found_to_the_smallest_atol",
+        f"{EVENTS}::test_the_event_is_found_to_the_smallest_atol",
     ),
     (
         f"{SOLVERS}/equations/events.py",
         "begin = done if isinstance(method, RungeKutta) else 0",
         "begin = done",
-        "tests/test_events.py::test_a_fixed_grid_is_the_same_with_an_event",
+        f"{EVENTS}::test_a_fixed_grid_is_the_same_with_an_event",
     ),
     (
         f"{SOLVERS}/equations/outputs.py",
@@ -92,6 +148,27 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
         "(h != 0.0)",
         "tests/test_odeint_gradients.py::test_outputs_where_steps_end_are_counted_once",
     ),
+    (f"{SOLVERS}/equations/outputs.py", "-s * s * r * h", "s * s * r * h", f"{OPTIONS}::test_interp_of_fixed_grids"),
+    (
+        f"{SOLVERS}/equations/packed.py",
+        "t = t.clamp(*self.limits)",
+        "pass",
+        (f"{OPTIONS}::test_jump_t", f"{OPTIONS}::test_jump_t_in_gradients"),
+    ),
+    (
+        f"{SOLVERS}/methods/runge_kutta.py",
+        "return t if c == 0.0 else u if c == 1.0 else t + c * (u - t)",
+        "return t + c * (u - t)",
+        INSIDE,
+    ),
+    (
+        f"{SOLVERS}/methods/reversible.py",
+        "grad_times[n - 1] += of_t + more_of_t",
+        "grad_times[n - 1] += of_t",
+        "tests/test_reversible.py",
+    ),
+    (f"{SOLVERS}/equations/sdeint.py", "g.square() + g_u.square()", "2 * g.square()", "tests/test_sdeint.py"),
+    (f"{SOLVERS}/equations/sdeint.py", "* (1.0 - 1e-6)", "", "tests/test_sdeint.py"),
     # ------------------------------------------------------------------ grids and methods
     (
         f"{SOLVERS}/sampling/grids.py",
@@ -100,10 +177,38 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
         "tests/test_grids.py::test_logarithmic_levels_reach_the_least_before_data",
     ),
     (
+        f"{SOLVERS}/sampling/grids.py",
+        "high + np.linspace(0.0, 1.0, steps) * (low - high)",
+        "high + np.linspace(0.0, 1.0, steps + 1)[:-1] * (low - high)",
+        "tests/test_grids.py::test_karras_levels",
+    ),
+    (
         f"{SOLVERS}/methods/diffusion.py",
         "nodes = ei.places(history, start, end)[: _order(self.order, builder, self.lower_order_final)]",
         "nodes = ei.places(history, start, end)[: self.order]",
-        "tests/test_diffusion_solvers.py::test_deis_and_lms_integrate_their_polynomials",
+        f"{DIFFUSION}::test_deis_and_lms_integrate_their_polynomials",
+    ),
+    (
+        f"{SOLVERS}/methods/diffusion.py",
+        "weights[1] = weights[1] - 0.5 * moments[2]",
+        "weights[1] = weights[1] - moments[2]",
+        f"{DIFFUSION}::test_dpmpp_is_the_published_one",
+    ),
+    (
+        f"{SOLVERS}/methods/diffusion.py",
+        "second * ei.fresh(first)) * z",
+        "ei.fresh(first)) * z",
+        "tests/test_diffusion_laws.py",
+    ),
+    (f"{SOLVERS}/methods/diffusion.py", "simple=2 if len(nodes) == 1 else 0", "simple=2", DIFFUSION),
+    (f"{SOLVERS}/methods/edm.py", "& (t.ratio <= self.s_tmax)", "", f"{DIFFUSION}::test_edm_is_the_published_one"),
+    (f"{SOLVERS}/methods/edm.py", "interval.steps, self.rho)", "interval.steps, 1.0)", DIFFUSION),
+    (f"{SOLVERS}/methods/noise_levels.py", "if rate else 1.0", "", f"{DIFFUSION}::test_finite_from_end_to_end"),
+    (
+        f"{SOLVERS}/methods/noise_levels.py",
+        "np.abs(h) < 1.0, h, 0.0",
+        "np.abs(h) < 1e-9, h, 0.0",
+        f"{DIFFUSION}::test_moments_are_the_integrals",
     ),
     (
         f"{SOLVERS}/methods/tableaus.py",
@@ -111,4 +216,233 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
         "error=(-1 / 256, 0.0, 1 / 256),",
         "tests/test_tableaus.py::test_error_estimates_are_the_published_ones",
     ),
+    (
+        f"{SOLVERS}/methods/tableaus.py",
+        "        -1 / 66,\n",
+        "        1 / 66,\n",
+        "tests/test_tableaus.py::test_error_estimates_are_the_published_ones",
+    ),
+    (
+        f"{SOLVERS}/methods/adams.py",
+        "history = [(step.t, predicted), *history[: self.order - 2]]",
+        "history = [(step.t, predicted), *history[: self.order - 3]]",
+        "tests/test_sampling.py::test_converges_with_its_order",
+    ),
+    (
+        f"{SOLVERS}/methods/adams.py",
+        '4: "heun3"',
+        '4: "midpoint"',
+        "tests/test_sampling.py::test_converges_with_its_order",
+    ),
+    # ------------------------------------------------------------------ stochastic solves
+    (SDE, "torch.minimum(free, torch.maximum(sigma_t, sigma_u))", "free", STOCHASTIC),
+    (SDE, "free = h.abs() * self.scale *", "free = h.abs() *", STOCHASTIC),
+    (SDE, "lost = self.scale * renewed", "lost = renewed", STOCHASTIC),
+    (SDE, "- np.sign(last - first) * size", "- size", STOCHASTIC),
+    (
+        f"{SOLVERS}/methods/sde_coefficients.py",
+        "torch.where(at.alpha_t == 0.0, path.coefficients(other).alpha_t, at.alpha_t)",
+        "at.alpha_t",
+        STOCHASTIC,
+    ),
+    (f"{SOLVERS}/methods/sde_coefficients.py", "0.5 * self.noise_level**2", "0.5 * self.noise_level", STOCHASTIC),
+    # ------------------------------------------------------------------ sampling
+    (
+        f"{SOLVERS}/sampling/solver.py",
+        "max_steps=self.max_steps,\n",
+        "",
+        "tests/test_sampling_joined.py::test_reaching_max_steps_returns_the_samples_with_a_warning",
+    ),
+    (f"{SOLVERS}/sampling/solver.py", "            controller=self.controller,\n", "", KEPT),
+    (
+        f"{SOLVERS}/sampling/solver.py",
+        "            row_offset=row_offset,\n            buffers=kept,",
+        "            buffers=kept,",
+        "tests/test_sampling_joined.py::test_shards_of_a_batch_draw_what_the_whole_would",
+    ),
+    (
+        f"{SOLVERS}/sampling/solver.py",
+        'if t.dim() == 0 and self.time_shape == "batch" else t',
+        "if t.dim() == 0 else t",
+        "tests/test_reversible.py",
+    ),
+    (
+        f"{SOLVERS}/sampling/streaming.py",
+        "refill_at = max(1, capacity // 8)",
+        "refill_at = capacity",
+        "tests/test_streaming.py",
+    ),
+    (f"{SOLVERS}/sampling/streaming.py", "self.watch.forget()  # what", "pass  # what", "tests/test_streaming.py"),
+    # ------------------------------------------------------------------ guidance
+    ("fmkernels/guidance/base.py", "low <= float(t) <= high", "low <= float(t) < high", LINEAR),
+    ("fmkernels/guidance/base.py", "(t >= low) & (t <= high)", "(t > low) & (t <= high)", LINEAR),
+    (
+        "fmkernels/guidance/base.py",
+        "(x.shape, x.tobytes())",
+        "x.shape",
+        "tests/test_guidance_solvers.py::test_plan_keys",
+    ),
+    ("fmkernels/guidance/calls.py", "and not shared\n", "\n", "tests/test_guidance_arguments.py"),
+    ("fmkernels/guidance/cfg.py", "(square + 1e-8)", "(square + 1e-2)", LINEAR),
+    ("fmkernels/guidance/cfg.py", "v_variance = (v_square - v_sum.square() / size)", "v_variance = v_square", LINEAR),
+    ("fmkernels/guidance/cfg.py", "builder.step.number < self.zero_steps", "builder.step.number < 1", LINEAR),
+    ("fmkernels/guidance/cfg.py", "along = (1.0 - eta) * product", "along = product", NONLINEAR),
+    ("fmkernels/guidance/cfg.py", "d_square.clamp(min=threshold**2)", "d_square.clamp(min=threshold)", NONLINEAR),
+    ("fmkernels/guidance/cfg.py", "before if number == builder.step.number else current", "current", NONLINEAR),
+    ("fmkernels/guidance/cfg.py", "noise = c * beyond + u * (1.0 - beyond)", "noise = u", NONLINEAR),
+    ("fmkernels/guidance/cfg.py", "self.interval, outside=0.0)", "self.interval)", NONLINEAR),
+    ("fmkernels/guidance/cfg.py", "self.fraction * (builder.step.u - t)", "(builder.step.u - t)", NONLINEAR),
+    ("fmkernels/guidance/linear.py", "overridden(model_kwargs, self.weak_kwargs)", "model_kwargs", LINEAR),
+    ("fmkernels/guidance/linear.py", "self.interval, outside=0.0)", "self.interval)", LINEAR),
+    ("fmkernels/guidance/linear.py", "torch.where(alpha == 0.0, torch.zeros_like(slope), slope)", "slope", LINEAR),
+    # ------------------------------------------------------------------ likelihood
+    (
+        "fmkernels/likelihood/density.py",
+        "else -solution.integral",
+        "else solution.integral",
+        "tests/test_likelihood.py",
+    ),
+    (
+        "fmkernels/likelihood/density.py",
+        "row_offset=self.row_offset",
+        "row_offset=0",
+        "tests/test_likelihood_adaptive.py",
+    ),
+    ("fmkernels/likelihood/density.py", "+ math.log2(scale)", "- math.log2(scale)", "tests/test_likelihood.py"),
+    (
+        "fmkernels/likelihood/density.py",
+        "                max_steps=self.max_steps,\n",
+        "",
+        "tests/test_likelihood_adaptive.py",
+    ),
+    (
+        "fmkernels/likelihood/log_det.py",
+        "torch.maximum(ratio[:, :-1].square().mean(1).sqrt(), ratio[:, -1].abs())",
+        "ratio.square().mean(1).sqrt()",
+        "tests/test_likelihood_adaptive.py",
+    ),
+    (
+        "fmkernels/likelihood/log_det.py",
+        "a * math.prod(x.shape[1:]) + b * div",
+        "a + b * div",
+        "tests/test_likelihood.py",
+    ),
+    ("fmkernels/likelihood/divergence.py", "return total / count", "return total", "tests/test_divergence.py"),
+    ("fmkernels/likelihood/divergence.py", "(p % _BITS)", "0", "tests/test_divergence.py"),
+    (
+        "fmkernels/likelihood/divergence.py",
+        "noise.stream + evaluation * streams_of(self.probes, self.distribution)",
+        "noise.stream + evaluation",
+        "tests/test_divergence.py::test_evaluations_with_fresh_probes_share_none",
+    ),
+    (
+        "fmkernels/likelihood/step_log_prob.py",
+        "a, b = a + b * a_v, b * b_v",
+        "a, b = a + a_v, b * b_v",
+        "tests/test_step_log_prob.py",
+    ),
+    # ------------------------------------------------------------------ paths, targets, losses, times
+    ("fmkernels/paths/affine.py", "(1.0 - t) + self.sigma_min * t", "(1.0 - t) + self.sigma_min", PATHS_TESTS),
+    ("fmkernels/paths/affine.py", "return self.sigma_min - 1.0", "return -1.0", PATHS_TESTS),
+    ("fmkernels/paths/affine.py", "/ (1.0 + ratio - self.sigma_min)", "/ (1.0 + ratio)", PATHS_TESTS),
+    ("fmkernels/paths/bridges.py", "(1.0 - 2.0 * t) / root", "(1.0 - t) / root", PATHS_TESTS),
+    ("fmkernels/paths/targets.py", "d_1 * alpha + d_0 * sigma", "d_1 * alpha - d_0 * sigma", (PATHS_TESTS, TARGETS)),
+    ("fmkernels/paths/targets.py", "result = result.clamp(-limit, limit)", "pass", (PATHS_TESTS, TARGETS)),
+    (
+        "fmkernels/paths/targets.py",
+        "torch.promote_types(torch.float32 if half else prediction.dtype, x_t.dtype)",
+        "prediction.dtype",
+        (PATHS_TESTS, TARGETS),
+    ),
+    ("fmkernels/paths/batch.py", "((t >= 0) & (t <= 1)).all()", "(t <= 1).all()", (PATHS_TESTS, TARGETS)),
+    ("fmkernels/weightings.py", "1.0 - 2.0 * sigma + 2.0", "1.0 - 2.0 * sigma + 1.0", WEIGHTS),
+    ("fmkernels/weightings.py", "(1.0 - t).clamp(min=SMALL)", "(1.0 - t).clamp(min=1e-8)", WEIGHTS),
+    (
+        "fmkernels/weightings.py",
+        'tensor_at(path, "sigma", t).clamp(min=SMALL)',
+        'tensor_at(path, "sigma", t).clamp(min=1e-8)',
+        WEIGHTS,
+    ),
+    ("fmkernels/weightings.py", "math.exp(self.bias)", "math.exp(-self.bias)", WEIGHTS),
+    (
+        "fmkernels/losses.py",
+        "noise_dtype=x_1.dtype",
+        "noise_dtype=pred.dtype",
+        (PATHS_TESTS, "tests/test_plain_calls.py"),
+    ),
+    (
+        "fmkernels/times.py",
+        "(self.low + (self.high - self.low) * u).clamp(*self._ends)",
+        "self.low + (self.high - self.low) * u",
+        WEIGHTS,
+    ),
+    ("fmkernels/times.py", "        return t.clamp(*self._ends)", "        return t", WEIGHTS),
+    ("fmkernels/times.py", "TIME_STREAM + 1, 0, torch.int64", "TIME_STREAM, 0, torch.int64", WEIGHTS),
+    ("fmkernels/times.py", "base_shift + slope * (seq_len - base_seq_len)", "base_shift + slope * seq_len", WEIGHTS),
+    ("fmkernels/times.py", "return self.shift * t / (1.0 - t + self.shift * t)", "return self.shift * t", WEIGHTS),
+    ("fmkernels/random.py", "seed - 2**64 if seed >= 2**63 else seed", "seed - 2**64 if seed > 2**63 else seed", NOISE),
+    ("fmkernels/random.py", "torch.float16: 11, torch.bfloat16: 8", "torch.float16: 12, torch.bfloat16: 8", NOISE),
+    ("fmkernels/random.py", "self.row_offset * math.prod(data.shape[1:])", "self.row_offset * data.numel()", NOISE),
+    # ------------------------------------------------------------------ operations
+    (
+        "fmkernels/ops/combine/reference.py",
+        "torch.maximum(first.abs(), y.abs())",
+        "first.abs()",
+        (OPS_CASES, "tests/test_ops_random.py::test_combine"),
+    ),
+    (
+        "fmkernels/ops/regression_loss/reference.py",
+        "torch.where(kept, w, 0.0)",
+        "w",
+        "tests/test_ops_random.py::test_regression_loss",
+    ),
+    (
+        "fmkernels/ops/regression_loss/op.py",
+        "(entries * per_entry).clamp(min=1)",
+        "entries * per_entry",
+        (OPS_CASES, PATHS_TESTS),
+    ),
+    (
+        "fmkernels/ops/row_dots/op.py",
+        "shift = factors.pop(ONES, None)",
+        "factors.pop(ONES, None); shift = None",
+        "tests/test_row_dots.py",
+    ),
+    (
+        "csrc/combine/error_ratio.h",
+        "k > magnitude || k != k ? k",
+        "k > magnitude ? k",
+        "tests/test_ops_random.py::test_combine",
+    ),
+    (
+        "csrc/regression_loss/penalty.h",
+        "d < T(0) ? -delta : (d > T(0) ? delta : d)",
+        "d < T(0) ? -delta : delta",
+        ("tests/test_penalties.py", "tests/test_ops_random.py::test_regression_loss"),
+    ),
+    (
+        "csrc/regression_loss/regression_loss_cpu.cpp",
+        "for (int64_t k = j; k < j + m; ++k) keep[k] = kept;",
+        "for (int64_t k = j; k < j + (m > 40 ? m - 1 : m); ++k) keep[k] = kept;",
+        ("tests/test_ops_random.py::test_regression_loss", OPS_CASES),
+    ),
+    (
+        "csrc/regression_loss/regression_loss_cpu.cpp",
+        "a.mask[row / (a.mask_elements / a.inner)]",
+        "a.mask[row]",
+        ("tests/test_ops_random.py::test_regression_loss", OPS_CASES),
+    ),
+    (
+        "csrc/row_dots/row_dots_cpu.cpp",
+        "for (int64_t l = 0; j < inner; ++l, ++j)",
+        "for (int64_t l = 0; j + 1 < inner; ++l, ++j)",
+        "tests/test_row_dots.py::test_values",
+    ),
+    (
+        "csrc/random/random_cpu.cpp",
+        "a.dtype == Dtype::f16 ? 11 : 8",
+        "a.dtype == Dtype::f16 ? 12 : 8",
+        f"{NOISE}::test_uniforms",
+    ),
+    ("csrc/common/philox.h", "stream >> 32", "stream >> 31", f"{NOISE}::test_known_answers"),
 ]
