@@ -16,7 +16,7 @@ IMPLICIT = {name: tableau for name, tableau in IMPLICIT_TABLEAUS.items() if tabl
 # The order of the embedded solution, and the last weight of b minus b_hat. Order conditions are linear in the weights:
 # they leave the estimate's size open, and so does every test of accuracy.
 PUBLISHED = {
-    "heun2": (1, 1 / 2),
+    "heun_euler": (1, 1 / 2),
     "bosh3": (2, -1 / 8),
     "fehlberg": (4, 2 / 55),
     "fehlberg2": (1, 1 / 512),
