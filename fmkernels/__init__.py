@@ -4,6 +4,7 @@ from importlib import import_module as _import_module
 from typing import TYPE_CHECKING, Any
 
 from . import paths, testing, times, weightings
+from ._cache import CacheInfo, cache_info, clear_caches
 from ._memory import set_cpu_pool_limit
 from .losses import LossBins, cfm_loss
 from .ops.combine.op import combine
@@ -69,6 +70,7 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "SDE",
+    "CacheInfo",
     "Interpolation",
     "LossBins",
     "Noise",
@@ -76,7 +78,9 @@ __all__ = [
     "Solver",
     "Status",
     "__version__",
+    "cache_info",
     "cfm_loss",
+    "clear_caches",
     "combine",
     "convert",
     "divergence",

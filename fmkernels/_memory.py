@@ -11,27 +11,47 @@ import os
 import torch
 from torch import Tensor
 
-from . import _native
+from . import _cache, _native
 from ._checks import check_int
 
 # Below, the C library tends to keep freed blocks itself.
 POOL_FROM_BYTES = 16 << 20
 
-_configured = False
+_limit: int | None = None  # in bytes, once the compiled library knows it
 
 
 def set_cpu_pool_limit(megabytes: int) -> None:
     """Keeps at most so many MiB of freed large CPU outputs for the next calls; 0 returns all to the system."""
-    global _configured
+    global _limit
     check_int("megabytes", megabytes, low=0)
     _native.library().pool_limit(megabytes << 20)
-    _configured = True
+    _limit = megabytes << 20
+
+
+def _pool_info() -> _cache.CacheInfo:
+    """Of the pool; does not load the compiled library."""
+    if _limit is None:
+        return _cache.CacheInfo(None, 0, None, None, _default_megabytes() << 20)
+    return _cache.CacheInfo(None, _native.library().pool_cached_bytes(), None, None, _limit)
+
+
+def _clear_pool() -> None:
+    if _limit is not None:
+        _native.library().pool_limit(0)
+        _native.library().pool_limit(_limit)
+
+
+_cache.report("cpu_pool", _pool_info, _clear_pool)
+
+
+def _default_megabytes() -> int:
+    return int(os.environ.get("FMKERNELS_CPU_POOL_MB", "1024"))
 
 
 def _pooled(dtype: torch.dtype, size: torch.Size, stride: tuple[int, ...]) -> Tensor:
     elements = size.numel()
-    if not _configured:
-        set_cpu_pool_limit(int(os.environ.get("FMKERNELS_CPU_POOL_MB", "1024")))
+    if _limit is None:
+        set_cpu_pool_limit(_default_megabytes())
     block = torch.frombuffer(_native.library().Block(elements * dtype.itemsize), dtype=dtype)
     # set_ instead of a view of the block: autograd treats views specially
     return torch.empty(0, dtype=dtype).set_(block.untyped_storage(), 0, size, stride)

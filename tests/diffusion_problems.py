@@ -9,8 +9,8 @@ import torch
 import fmkernels as fm
 from fmkernels.paths import VP, CondOT
 from fmkernels.solvers.programs.builder import Builder
-from fmkernels.solvers.programs.run import Buffers, Run
-from fmkernels.solvers.programs.tables import coefficients_of
+from fmkernels.solvers.programs.run import Run
+from fmkernels.solvers.programs.tables import GivenNumbers, coefficients_of
 
 SEED = 12345
 TWO_PATHS = pytest.mark.parametrize("path", [CondOT(), VP()], ids=repr)
@@ -25,8 +25,8 @@ def program_of(method, grid, path, prediction="velocity"):
 def execute(program, model, x_0, noises=None, row_offset=0):
     times = [torch.from_numpy(np.broadcast_to(np.asarray(t), x_0.shape[:1]).copy()) for t in program.times]
     seed = torch.tensor(SEED)
-    coefficients = coefficients_of(program, x_0)
-    run = Run(program, {"": model}, x_0, times, coefficients, seed, row_offset=row_offset, buffers=Buffers())
+    numbers = GivenNumbers(program, times, coefficients_of(program, x_0))
+    run = Run(program, {"": model}, x_0, numbers, seed, row_offset=row_offset, reuse=True)
     if noises is not None:
         run.noises = noises
     run.all()

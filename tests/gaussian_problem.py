@@ -11,8 +11,8 @@ from fmkernels.paths import Path
 from fmkernels.solvers.programs.builder import Builder
 from fmkernels.solvers.programs.expressions import as_grid
 from fmkernels.solvers.programs.program import Compute, Evaluate, Program, Update
-from fmkernels.solvers.programs.run import Buffers, Run
-from fmkernels.solvers.programs.tables import coefficients_of, time_rows
+from fmkernels.solvers.programs.run import Run
+from fmkernels.solvers.programs.tables import numbers_for
 
 MEAN, STD = 1.0, 0.5
 
@@ -58,16 +58,15 @@ def program_of(method, grid: list, path: Path, prediction: str = "velocity") -> 
 
 def run(method, grid, path, model, x, seed=3, row_offset=0, prediction="velocity", trajectory=None) -> Run:
     program = program_of(method, grid, path, prediction)
-    times = time_rows(program, x, torch.float64 if x.dtype == torch.float64 else torch.float32, "batch")
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     solve = Run(
         program,
         {"": model},
         x,
-        times,
-        coefficients_of(program, x),
+        numbers_for(program, x, dtype, "batch"),
         seed=torch.tensor(seed),
         row_offset=row_offset,
-        buffers=Buffers(),
+        reuse=True,
         trajectory=trajectory,
     )
     solve.all()

@@ -12,8 +12,8 @@ from fmkernels.paths import CondOT
 from fmkernels.solvers.methods.registry import resolve
 from fmkernels.solvers.programs.builder import Builder
 from fmkernels.solvers.programs.expressions import as_grid
-from fmkernels.solvers.programs.run import Buffers, Run
-from fmkernels.solvers.programs.tables import coefficients_of, time_rows
+from fmkernels.solvers.programs.run import Run
+from fmkernels.solvers.programs.tables import numbers_for
 
 B, NULL = 3, 9
 SHAPES = [(B, 5), (B, 2, 3, 4)]
@@ -56,9 +56,8 @@ def solve(guidance, model, x, method=EULER, grid=GRID, path=None, prediction="ve
         program,
         guidance.calls(model, kwargs),
         x,
-        time_rows(program, x, dtype, "batch"),
-        coefficients_of(program, x),
-        buffers=Buffers() if buffers else None,
+        numbers_for(program, x, dtype, "batch"),
+        reuse=buffers,
     )
     run.all()
     return run.result

@@ -31,7 +31,7 @@ from fmkernels.paths import VP, CondOT, Cosine
 from fmkernels.solvers.methods.registry import resolve
 from fmkernels.solvers.programs.builder import Builder
 from fmkernels.solvers.programs.run import Run
-from fmkernels.solvers.programs.tables import coefficients_of, time_rows
+from fmkernels.solvers.programs.tables import numbers_for
 
 
 @each_shape
@@ -64,7 +64,7 @@ def test_every_stage_is_guided(method: str, rule: str) -> None:
     builder = Builder(GRID, CondOT())
     resolve(method)(builder)
     program = builder.program()
-    run = Run(program, {"": Guided()}, x, time_rows(program, x, torch.float64, "batch"), coefficients_of(program, x))
+    run = Run(program, {"": Guided()}, x, numbers_for(program, x, torch.float64, "batch"))
     run.all()
     close(got, run.result, 1e-11)
 

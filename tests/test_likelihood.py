@@ -47,7 +47,7 @@ def test_every_sum_of_velocities_integrates_the_divergence_as_it_does_the_state(
     result = log_prob(model, x, method=methods.resolve(method), time_grid=grid)
 
     from fmkernels.solvers.programs.run import Run
-    from fmkernels.solvers.programs.tables import coefficients_of, time_rows
+    from fmkernels.solvers.programs.tables import numbers_for
 
     program = plan(methods.resolve(method), grid)
 
@@ -56,8 +56,7 @@ def test_every_sum_of_velocities_integrates_the_divergence_as_it_does_the_state(
         return torch.cat([v, div[:, None]], 1)
 
     state = torch.cat([x, torch.zeros(3, 1, dtype=DTYPE)], 1)
-    times = time_rows(program, state, DTYPE, "batch")
-    run = Run(program, {"": joint}, state, times, coefficients_of(program, state))
+    run = Run(program, {"": joint}, state, numbers_for(program, state, DTYPE, "batch"))
     run.all()
     torch.testing.assert_close(result.x_0, run.result[:, :2])
     torch.testing.assert_close(result.delta_log_p, run.result[:, 2])

@@ -17,7 +17,6 @@ from fmkernels.solvers.methods.runge_kutta import RungeKutta
 from fmkernels.solvers.methods.tableaus import TABLEAUS
 from fmkernels.solvers.programs import solve_graph as graph
 from fmkernels.solvers.programs.program import Update
-from fmkernels.solvers.programs.run import Buffers
 
 FIXED = methods.names()
 # those for any field; what is made for a probability path is tested with one
@@ -340,10 +339,6 @@ def test_a_solver_reuses_its_buffers_but_gives_its_results_away() -> None:
     assert torch.equal(a, kept)
     assert not torch.equal(a, b)
     assert solver.sample(torch.ones(5, 2))[0].shape == (5, 2)
-    buffers = Buffers()
-    taken = buffers.take(2, a)
-    buffers.give_back(taken, but=a)
-    assert [t.data_ptr() for t in buffers.take(2, a)] == [t.data_ptr() for t in taken]
 
 
 def test_model_arguments_reach_the_model() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .._checks import check_number, type_error, value_error
+from .._keys import attributes, is_ours, key_or_none
 from ..paths import CondOT, Path
 from ..solvers.programs.builder import Builder
 from ..solvers.programs.expressions import Expr, Number, as_number
@@ -195,10 +196,17 @@ class Guidance(ABC):
                         yield f.name, tuple(leaf.shape)
 
     @property
-    def plan_key(self) -> Any:
-        """What the programs written with this guidance depend on, hashable: two with equal keys share them."""
-        leaves, spec = self._flat(network=False)
-        return type(self), repr(spec), *((x.shape, x.tobytes()) if isinstance(x, np.ndarray) else x for x in leaves)
+    def plan_key(self) -> Hashable | None:
+        """What the programs written with this guidance depend on; those of equal keys (and one class) are shared.
+
+        None, so that each solve writes its own program: for functions as scales, which may change, and for classes of
+        one's own, which a subclass that returns its key vouches for.
+        """
+        if not is_ours(type(self)):
+            return None
+        network = {f.name for f in fields(self) if f.metadata.get("network", False)}
+        held = sorted(attributes(self).items())
+        return key_or_none(*(pair for pair in held if pair[0] not in network))
 
     @property
     def network_key(self) -> Any:

@@ -11,13 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .._cache import Cache
 from .._checks import value_error
 from ..ops._operands import compute_dtype
 from ..ops.step_control.op import Status
@@ -31,11 +31,12 @@ from ..solvers.methods.tableaus import Tableau
 from ..solvers.programs.builder import Builder, Method
 from ..solvers.programs.expressions import Number
 from ..solvers.programs.program import Compute, EndStep, Evaluate, Program
-from ..solvers.programs.run import Buffers, Run
-from ..solvers.programs.tables import coefficients_of, time_rows
+from ..solvers.programs.run import Run
+from ..solvers.programs.tables import for_program, numbers_for, place
 from .divergence import Divergence
 
 Model = Callable[..., Tensor]
+_COND_OT = CondOT()
 
 
 def log_det_weights(program: Program) -> list[Number]:
@@ -84,33 +85,24 @@ def _not_a_sum(found: str) -> ValueError:
     )
 
 
+_WEIGHTS: Cache[Tensor] = Cache("weights")
+
+
 def weight_table(program: Program, like: Tensor) -> Tensor:
     """(evaluations,) or (evaluations, B) weights on the divergences' device."""
-    key = ("log_det", like.device, like.dtype)
-    if key not in program.cache:
+
+    def make() -> Tensor:
         numbers = np.asarray(np.broadcast_arrays(*log_det_weights(program)), np.float64)
         if numbers.ndim > 2:
             raise value_error("time_grid", "times of the whole batch or of each sample", numbers.shape)
-        program.cache[key] = torch.from_numpy(numbers).to(like.dtype).to(like.device, non_blocking=True)
-    return program.cache[key]
+        return torch.from_numpy(numbers).to(like.dtype).to(like.device, non_blocking=True)
 
-
-@lru_cache(maxsize=32)
-def _plan(method: Method, grid: tuple[float, ...]) -> Program:
-    return _build(method, list(grid))
-
-
-def _build(method: Method, grid: Sequence[Number]) -> Program:
-    builder = Builder(grid, CondOT())
-    method(builder)
-    return builder.program()
+    return for_program(_WEIGHTS, program, (place(like), like.dtype), make)
 
 
 def plan(method: Method, grid: list[Number]) -> Program:
-    """The program of a method for a velocity on a grid; the same object for the same hashable arguments."""
-    if not all(isinstance(t, float) for t in grid) or type(method).__hash__ is None:
-        return _build(method, grid)
-    return _plan(method, tuple(grid))  # type: ignore[arg-type]  # hashable, as has been seen
+    """The program of a method for a velocity on a grid; the same object for equal arguments, where that can be told."""
+    return Builder(grid, _COND_OT).plan(method)
 
 
 @dataclass
@@ -181,9 +173,8 @@ def solve_fixed(
         program,
         {"": call},
         x,
-        time_rows(program, x, time_dtype, time_shape) if program.times else (),
-        coefficients_of(program, x),
-        buffers=None if flow.gradient else Buffers(),
+        numbers_for(program, x, time_dtype, time_shape, keep=not flow.gradient),
+        reuse=not flow.gradient,
     )
     run.all()
     if not divergences:

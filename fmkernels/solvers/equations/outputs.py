@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 from torch import Tensor
 
+from ..._keys import NoKey
 from ...ops.combine.op import combine
 from ...paths import CondOT
 from ..methods.runge_kutta import combination, take_stages
 from ..methods.tableaus import Tableau
-from ..programs.builder import Builder
+from ..programs.builder import Builder, grid_key
 from ..programs.expressions import ZERO, Expr, Number
 
 
@@ -60,8 +60,11 @@ class DenseBuilder(Builder):
         self.wanted, self.interp, self.reached = list(wanted), interp, 1
         self._values: dict[tuple[int, float], list[Expr]] = {}
 
-    def _settings(self) -> tuple[Any, ...]:
-        return (self.interp, *self.wanted)
+    def _settings(self) -> Hashable:
+        wanted = grid_key(self.wanted)
+        if wanted is None:
+            raise NoKey
+        return self.interp, wanted
 
     def evaluate_all(self, x: Expr, t: Number, branch: str, count: int, prediction: str | None = None) -> list[Expr]:
         key = (self.register(x), value_of(t))

@@ -17,8 +17,8 @@ from ...random import as_seed
 from ..methods.sde import heun_step
 from ..programs.builder import Builder
 from ..programs.expressions import ZERO, Expr, Number, as_grid
-from ..programs.run import Buffers, Run
-from ..programs.tables import coefficients_of, time_rows
+from ..programs.run import Run
+from ..programs.tables import numbers_for
 
 Drift = Callable[[Tensor, Tensor], Tensor]
 NoiseLevel = float | Tensor | Callable[[Tensor], Tensor | float]
@@ -84,11 +84,10 @@ def sdeint(
         program,
         {"": lambda y, time: drift(time, y)},
         y0,
-        time_rows(program, y0, dtype, "scalar") if program.times else (),
-        coefficients_of(program, y0),
+        numbers_for(program, y0, dtype, "scalar", keep=False),  # the program is this call's own
         seed=seeds,
         row_offset=row_offset,
-        buffers=None if torch.is_grad_enabled() else Buffers(),
+        reuse=not torch.is_grad_enabled(),
     )
     run.all()
     return torch.stack(run.extras()["y"])

@@ -22,8 +22,8 @@ from ..methods.reversible import Scheme, coupling_of, solve_reversible, tableau_
 from ..methods.tableaus import Tableau
 from ..programs.builder import Builder, Method
 from ..programs.expressions import Number
-from ..programs.run import Buffers, Run
-from ..programs.tables import coefficients_of, time_rows
+from ..programs.run import Run
+from ..programs.tables import numbers_for
 from .options import (
     CALLBACKS,
     _per_sample,
@@ -96,8 +96,7 @@ def new_run(packed: Packed, builder: Builder, method: Method, **kwargs: Any) -> 
         dtype = y0.dtype
     func = packed.func if packed.plain and packed.limits is None else packed.field
     calls = {"": lambda y, t: func(t, y)}
-    times, coefficients = time_rows(program, y0, dtype, "scalar"), coefficients_of(program, y0)
-    run = Run(program, calls, y0, times, coefficients, **kwargs)
+    run = Run(program, calls, y0, numbers_for(program, y0, dtype, "scalar", keep=not torch.is_grad_enabled()), **kwargs)
     run.function_name = "func"
     return run
 
@@ -124,8 +123,7 @@ def run_program(packed: Packed, builder: Builder, method: Method, options: dict[
         tell(number + 1, state)
 
     watched = callback is not None or (gradient and trajectory)
-    buffers = None if gradient else Buffers()
-    run = new_run(packed, builder, method, buffers=buffers, trajectory=kept, on_step=on_step if watched else None)
+    run = new_run(packed, builder, method, reuse=not gradient, trajectory=kept, on_step=on_step if watched else None)
     tell(0, y0)
     if options.get("checkpoint") and gradient:
         run.checkpointed(max(1, round(steps**0.5)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, final
+from typing import Any, ClassVar, TypeVar, final
 
 from ..programs.builder import Builder
 from ..programs.expressions import Expr, Number
@@ -66,6 +66,8 @@ class RungeKutta:
     """
 
     tableau: Tableau
+    equal_steps: ClassVar[bool] = True
+    """A step is a function of its two times alone, and does the same at all times."""
 
     @property
     def order(self) -> int:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import final
 
+from ..._keys import HashedKey, attributes, key_of
+
 Row = tuple[float, ...]
 
 
@@ -46,6 +48,11 @@ class Tableau:
             raise ValueError(
                 f"a, b: expected a strictly lower triangular a with a row for each weight in {self.name!r}"
             )
+
+    @cached_property
+    def cache_key(self) -> HashedKey:
+        """All of its numbers, see :mod:`fmkernels._keys`."""
+        return HashedKey(tuple(key_of(value) for name, value in sorted(attributes(self).items())))
 
     @property
     def stages(self) -> int:

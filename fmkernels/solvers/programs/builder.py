@@ -9,20 +9,34 @@ their own, and the program that comes out is a list of network calls and updates
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import is_dataclass
+from array import array
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..._keys import NoKey, is_ours, key_or_none
 from ...ops._operands import MAX_TENSORS
 from ...paths import Path
 from ...paths.targets import conversion_coefficients
 from .expressions import Expr, Number, as_number
-from .plans import planned, settings_key
-from .program import Compute, EndStep, Evaluate, Instruction, Operation, Program, Step, Update, Work
+from .plans import method_key, planned, settings_key
+from .program import (
+    Compute,
+    EndStep,
+    Evaluate,
+    Instruction,
+    Loop,
+    LoopProgram,
+    Operation,
+    Program,
+    Segment,
+    Step,
+    Update,
+    Work,
+)
 
 
 class Guidance(Protocol):
@@ -202,37 +216,69 @@ class Builder:
         return result
 
     def plan(self, method: Method) -> Program:
-        """The program of a method on this builder's grid: the same object for equal settings."""
-        return planned(self._key(method), lambda: self._written(method))
+        """The program of a method on this builder's grid: the same object for equal settings, see
+        :mod:`fmkernels.solvers.programs.plans`."""
+        return planned(self._key(method), lambda: self.write(method))
 
-    def _written(self, method: Method) -> Program:
+    def write(self, method: Method) -> Program:
+        """A new program of the method."""
+        if self._has_equal_steps(method):
+            return self._looped(method)
         method(self)
         return self.program()
 
-    def _key(self, method: Method) -> Any:
-        if not is_dataclass(method) or not all(type(t) is float for t in self.grid):
+    def _key(self, method: Method) -> Hashable | None:
+        try:
+            grid = grid_key(self.grid)
+            return None if grid is None else (type(self), method_key(method), self._settings(), grid)
+        except (NoKey, RecursionError):
             return None
-        return (type(self), method, *self._settings(), *self.grid)
 
-    def _settings(self) -> tuple[Any, ...]:
-        """What the program depends on beside the method and the grid."""
+    def _settings(self) -> Hashable:
+        """What the program depends on beside the method and the grid.
+
+        Raises:
+            NoKey: that cannot be told.
+        """
+        if not is_ours(type(self)):
+            raise NoKey
         return settings_key(self.path, self.prediction, self.guidance)
+
+    def _has_equal_steps(self, method: Method) -> bool:
+        return (
+            getattr(method, "equal_steps", False) is True
+            and type(self) is Builder
+            and self.guidance is None
+            and len(self.grid) > 2
+            and all(type(t) is float for t in self.grid)
+        )
+
+    def _looped(self, method: Method) -> Program:
+        """All steps at once: one step, with the times of all in the place of its own."""
+        times = np.asarray(self.grid, dtype=np.float64)
+        step = type(self)([times[:-1], times[1:]], self.path, self.prediction)
+        method(step)
+        evaluated = np.stack([np.broadcast_to(t, times[1:].shape) for t in step._times], -1)
+        loop = Loop(tuple(step._instructions), evaluated, step._registers, step._state)
+        return LoopProgram(loop, self.grid)
 
     def program(self) -> Program:
         """The program of what was written."""
         if self._steps != max(len(self.grid) - 1, 0):
             raise AssertionError(f"a method must end each of its {len(self.grid) - 1} steps, ended {self._steps}")
-        return Program(
-            tuple(self._instructions),
-            tuple(self._times),
-            self._registers,
-            self._steps,
-            self._state,
-            self._streams,
-            tuple((name, tuple(registers)) for name, registers in self._extras.items()),
-            tuple(self.grid),
-        )
+        extras = tuple((name, tuple(registers)) for name, registers in self._extras.items())
+        kept = tuple(register for _, registers in extras for register in registers)
+        segment = Segment(tuple(self._instructions), self._registers, self._state, kept)
+        return Program(segment, self.grid, self._times, self._streams, extras)
 
 
-def _key(t: Number) -> float | bytes:
-    return t if isinstance(t, float) else t.tobytes()
+def grid_key(grid: Sequence[Number]) -> Hashable | None:
+    """Times as a key, or None for times that are tensors."""
+    kinds = set(map(type, grid))
+    if kinds == {float}:
+        return array("d", grid).tobytes()
+    return key_or_none(*grid) if kinds == {np.ndarray} else None
+
+
+def _key(t: Number) -> Hashable:
+    return t if isinstance(t, float) else (t.shape, t.tobytes())

@@ -7,13 +7,14 @@ from typing import final
 
 from torch import Tensor
 
+from ..._cache import is_plain_context
 from ..._checks import as_state
 from ...ops.combine.op import combine
 from ...paths import Path
 from .builder import Builder
 from .expressions import Expr, Number
 from .program import Operation, Work, perform
-from .run import Call
+from .run import Call, check_each, owned, owned_each, references_of
 
 
 @final
@@ -26,6 +27,7 @@ class Immediate(Builder):
     def __init__(self, calls: Mapping[str, Call], x: Tensor, t: Tensor, path: Path, prediction: str) -> None:
         super().__init__([t, t], path, prediction)
         self._calls, self._tensors = calls, [x]
+        self._look = is_plain_context()
 
     def register(self, x: Expr) -> int:
         terms = {base: c for base, c in x.terms.items() if not (isinstance(c, float) and c == 0.0)} or {0: 0.0}
@@ -46,12 +48,19 @@ class Immediate(Builder):
         state = self.keep(x)
         x_t = self.tensor(state)
         output = self._calls[branch](x_t, t)
-        given = output if isinstance(output, (tuple, list)) else (output,)
-        outputs = [as_state("model", v, x_t) for v in given]
-        return [
-            self.convert(state, Expr({self._append(v): 1.0}), t, "velocity", prediction or self.prediction)
-            for v in outputs
-        ]
+        references = references_of(output) if self._look else 0
+        # the next branch's call may write to what this one returned
+        if isinstance(output, (tuple, list)):
+            check_each(output, x_t, "model")
+            outputs = owned_each(output, self._look)
+        else:
+            check_each([output], x_t, "model")
+            outputs = [owned(output, references, 1, self._look)]
+        results = []
+        for v in outputs:
+            kept = Expr({self._append(as_state("model", v, x_t)): 1.0})
+            results.append(self.convert(state, kept, t, "velocity", prediction or self.prediction))
+        return results
 
     def compute(self, function: Work | Operation, sources: Sequence[Expr], count: int) -> list[Expr]:
         return [Expr({self._append(v): 1.0}) for v in perform(function, [self.tensor(x) for x in sources])]
@@ -60,4 +69,5 @@ class Immediate(Builder):
         key = (id(t), source, target)
         if key not in self._conversions:
             self._conversions[key] = super().conversion(t, source, target)
+            self._times.append(t)  # its id is its own while it lives
         return self._conversions[key]

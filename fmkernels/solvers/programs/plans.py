@@ -2,32 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
+from ..._cache import Cache, numbers_only
+from ..._keys import NoKey, key_of
 from ...paths import Path
 from .program import Program
 
-_PLANS: dict[Any, Program] = {}
-MAX_PLANS = 256
+_PLANS: Cache[Program] = Cache("plan")
 
 
-def planned(key: Any, make: Callable[[], Program]) -> Program:
-    """The program kept under a key, made at its first use; a key of None, or that holds a tensor, keeps nothing."""
-    try:
-        program = None if key is None else _PLANS.get(key)
-    except TypeError:
-        key = program = None
-    if program is None:
-        program = make()
-        if key is not None:
-            if len(_PLANS) >= MAX_PLANS:
-                del _PLANS[next(iter(_PLANS))]
-            _PLANS[key] = program
-    return program
+def planned(key: Hashable | None, make: Callable[[], Program]) -> Program:
+    """The program of a key, made at its first use; with None it is made at each."""
+    if key is None:
+        return make()
+
+    def pure() -> Program:
+        with numbers_only():
+            return make()
+
+    return _PLANS.get(key, pure)
 
 
-def settings_key(path: Path, prediction: str, guidance: Any) -> tuple[Any, ...]:
-    """A path by its kind and parameters, and a guidance by what its expressions depend on."""
-    parameters = tuple(sorted(vars(path).items())) if hasattr(path, "__dict__") else (path,)
-    return type(path), parameters, prediction, getattr(guidance, "plan_key", guidance)
+def settings_key(path: Path, prediction: str, guidance: Any) -> Hashable:
+    """What programs depend on beside method and grid.
+
+    Raises:
+        NoKey: that cannot be told; a path or guidance of a class of one's own.
+    """
+    return key_of(path), prediction, guidance_key(guidance)
+
+
+def guidance_key(guidance: Any) -> Hashable:
+    """What the expressions of a guidance depend on: its ``plan_key``."""
+    if guidance is None:
+        return None
+    key = getattr(guidance, "plan_key", None)
+    if key is None:
+        raise NoKey
+    return type(guidance), key
+
+
+def method_key(method: Any) -> Hashable:
+    """A method by its name, or by its class and all that it holds."""
+    return method if isinstance(method, str) else key_of(method)

@@ -1,7 +1,15 @@
-"""The one executor of fixed-grid programs."""
+"""The one executor of fixed-grid programs.
+
+Whose memory a tensor is decides what may be done with it. States that updates write are the run's own buffers, or
+places in a trajectory; they are written again, so that nobody who is to keep one gets it (a callback gets a copy, the
+network is told). A network's output is nobody's but the run's where it is a new tensor; a static buffer, the input, a
+parameter may be written by the network's next call or by the run's next update. Outputs that are read before either
+are taken as they come; the others are copied unless the run is their only owner.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,12 +18,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ... import _dispatch, _native
+from ..._cache import is_plain_context
 from ..._checks import as_state, type_error
 from ...ops.combine.op import combine
 from ...random import Noise
-from .program import EndStep, Prepared, Program, perform
+from .program import Prepared, Program, Segment, perform
+from .tables import Lease
 
-_is_alias_of: Callable[[Tensor, Tensor], bool] = torch._C._is_alias_of  # type: ignore[attr-defined]
 # Beyond this the time is the kernel's, and outputs are written through the operation.
 MOST_ELEMENTS = 1 << 20
 COPIED_BYTES = 1 << 14
@@ -24,26 +33,68 @@ Call = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, ...]]
 OnStep = Callable[[int, Tensor], None]
 
 
-class Buffers:
-    """Tensors for the results of updates, kept between runs; a run within another one finds none and makes its own."""
-
-    def __init__(self) -> None:
-        self._tensors: list[Tensor] = []
-
-    def take(self, count: int, like: Tensor) -> list[Tensor]:
-        kept, self._tensors = self._tensors, []
-        if kept and (kept[0].shape != like.shape or kept[0].dtype != like.dtype or kept[0].device != like.device):
-            kept = []
-        return kept[:count] + [torch.empty_like(like) for _ in range(count - len(kept))]
-
-    def give_back(self, tensors: list[Tensor], but: Tensor) -> None:
-        """After a run: all but what it returned."""
-        self._tensors = [tensor for tensor in tensors if tensor is not but]
-
-
 def _is_plain(x: Tensor) -> bool:
     """Whether the compiled library takes tensors like x by their addresses."""
     return type(x) is Tensor and x.is_contiguous() and 0 < x.numel() <= MOST_ELEMENTS
+
+
+# ---------------------------------------------------------------------- whose memory an output is
+
+_is_alias_of: Callable[[Tensor, Tensor], bool] = torch._C._is_alias_of  # type: ignore[attr-defined]
+_use_count: Callable[[int], int] = torch._C._storage_Use_Count  # type: ignore[attr-defined]
+references_of = sys.getrefcount
+
+
+def _references_of_one_variable(make: Callable[[], object]) -> int:
+    """What sys.getrefcount says of an object that a local variable alone refers to."""
+    output = make()
+    return references_of(output)
+
+
+ALONE = _references_of_one_variable(object)
+
+
+def owned(output: Tensor, references: int, sharers: int = 1, look: bool = True) -> Tensor:
+    """A network's output, or a copy where anyone else may write to its memory.
+
+    Args:
+        references: what :data:`references_of` says of the variable that took it from the call, and of nothing else
+            that refers to it: not of an argument in the making.
+        sharers: outputs that came with it, in the same memory.
+        look: whether its owners can be seen; they cannot while anyone traces or transforms operations.
+    """
+    if look and references <= ALONE and type(output) is Tensor:
+        storage = output.untyped_storage()
+        # One reference more is the Python object that has just been made. Memory that no allocator of PyTorch's gave
+        # (numpy's, another framework's) may always be somebody's.
+        if _use_count(storage._cdata) == sharers + 1 and storage.resizable():
+            return output
+    # what autograd has recorded is nobody's buffer, unless it was written to
+    if look and output.grad_fn is not None and output._version == 0:
+        return output
+    return output.clone()
+
+
+def check_each(outputs: Sequence[Any], x: Tensor, name: str) -> None:
+    """That outputs are like the state; refers to none of them afterwards."""
+    for output in outputs:
+        as_state(name, output, x)
+
+
+def owned_each(outputs: Sequence[Tensor], look: bool = True) -> list[Tensor]:
+    """:func:`owned` for several outputs of one call, which may lie in one memory."""
+    if not look:
+        return [output.clone() for output in outputs]
+    starts = [output.untyped_storage().data_ptr() for output in outputs]
+    kept = []
+    for i, start in enumerate(starts):
+        output = outputs[i]
+        references = references_of(output) - 1  # the sequence has one
+        kept.append(owned(output, references, starts.count(start)))
+    return kept
+
+
+_ONE = [1.0]
 
 
 class Run:
@@ -52,13 +103,13 @@ class Run:
     Args:
         calls: for each branch the network call.
         x_0: initial state.
-        times: one tensor for each evaluation time.
-        coefficients: for each instruction, the update's coefficients: a list of numbers and tensors, or one table.
+        numbers: times and coefficients, see :func:`fmkernels.solvers.programs.tables.numbers_for`.
         seed: of the program's noise.
         row_offset: the batch's place in a larger one, for noise.
-        buffers: where updates are written; None allocates (as gradients need).
+        reuse: updates write to a few buffers, which are written again, those of this run alone; else each makes a new
+            tensor, as gradients need and callers that hand states to functions which may keep them.
         trajectory: (steps + 1, B, ...) tensor that receives the states.
-        on_step: called with (index, state) after each step.
+        on_step: called with (index, state) after each step; with ``reuse`` the state is written again later.
     """
 
     function_name = "model"  # in errors
@@ -68,76 +119,109 @@ class Run:
         program: Program,
         calls: Mapping[str, Call],
         x_0: Tensor,
-        times: Sequence[Tensor],
-        coefficients: Sequence[Any],
+        numbers: Lease,
         seed: Tensor | None = None,
         *,
         row_offset: int = 0,
-        buffers: Buffers | None = None,
+        reuse: bool = False,
         trajectory: Tensor | None = None,
         on_step: OnStep | None = None,
     ) -> None:
-        self.program, self.calls, self.times, self.coefficients = program, calls, times, coefficients
+        self.program, self.calls, self.numbers, self.lease = program, calls, numbers.value, numbers
         self.trajectory, self.on_step = trajectory, on_step
         self.noises: list[Noise] = []
         if program.streams:
             assert seed is not None
             self.noises = [Noise(seed, stream, row_offset) for stream in range(program.streams)]
-        self.registers: list[Any] = [None] * program.registers
-        self.registers[0] = x_0
+        self.look = self.numbers.plain or is_plain_context()  # whether the owners of memory can be seen
+        self.first_step = 0
+        self.registers: list[Any] = [x_0]
         # where updates write, by register; their addresses where the compiled library takes those
         self.targets: list[Any] | None = None
         self.addresses: list[int] | None = None
-        self.trajectory = trajectory
         # a trajectory's rows that updates write to, or the addresses to which small states are copied
         self.rows: Sequence[Tensor] = ()
         self.copies: list[int] = []
-        if buffers is not None:
-            self._place(buffers, x_0)
+        self.buffers: list[Tensor] | None = None
+        # for copies of small outputs that are held: a copy costs no more than what it saves, as it has an address
+        self.holders: list[Tensor] = []
+        self.write: Callable[..., bool] | None = None  # combine into memory given by its address
+        if reuse:
+            self.buffers = [torch.empty_like(x_0) for _ in range(program.slot_count)]
+            self.row_bytes = x_0.numel() * x_0.element_size() if program.held_count or trajectory is not None else 0
+            library = _dispatch.plain_library("auto") if x_0.device.type == "cpu" and _is_plain(x_0) else None
+            if library is not None:
+                self.write = library.combine_into_buffer
+                self.kind = (_native.DTYPE_CODE[x_0.dtype], tuple(x_0.shape))
+                if self.row_bytes <= COPIED_BYTES and program.held_count:
+                    self.holders = [torch.empty_like(x_0) for _ in range(program.held_count)]
+            if trajectory is not None and (self.write is None or self.row_bytes > COPIED_BYTES):
+                self.rows = trajectory.unbind(0)
+        self._begin(0, x_0)
 
-    def _place(self, buffers: Buffers, x_0: Tensor) -> None:
-        program, trajectory = self.program, self.trajectory
-        self.kept = kept = buffers.take(program.slot_count, x_0)
-        targets: list[Any] = [None] * program.registers
+    def _begin(self, number: int, state: Tensor) -> None:
+        """Makes a chunk ready to run from a state."""
+        segment, self.first_step, _ = self.program.chunks[number]
+        self.segment = segment
+        self.times, self.coefficients = self.numbers.chunk(number)
+        self.registers = [None] * segment.registers
+        self.registers[0] = state
+        if self.buffers is not None:
+            self._place(segment, self.buffers, state)
+
+    def _place(self, segment: Segment, buffers: list[Tensor], state: Tensor) -> None:
+        if segment.again:  # the state's own buffer is the one that is free again after its last use
+            for at, buffer in enumerate(buffers):
+                if buffer is state:
+                    buffers[0], buffers[at] = buffer, buffers[0]
+        targets: list[Any] = [None] * segment.registers
         self.targets = targets
-        for register, slot in program.slots.items():
-            targets[register] = kept[slot]
-        library = _dispatch.plain_library("auto") if x_0.device.type == "cpu" and _is_plain(x_0) else None
-        if library is not None:
-            starts = [tensor.data_ptr() for tensor in kept]
-            self.addresses = addresses = [0] * program.registers
-            for register, slot in program.slots.items():
+        for register, slot in segment.slots.items():
+            targets[register] = buffers[slot]
+        if self.write is not None:
+            starts = [buffer.data_ptr() for buffer in buffers]
+            self.addresses = addresses = [0] * segment.registers
+            for register, slot in segment.slots.items():
                 addresses[register] = starts[slot]
-            self.copies = copies = [0] * program.registers
-            self.write = library.combine_into_buffer
-            self.kind = (_native.DTYPE_CODE[x_0.dtype], tuple(x_0.shape))
-        if trajectory is None:
+            addresses[0] = 0  # an external state is checked as any operand
+            if self.holders:
+                starts = [holder.data_ptr() for holder in self.holders]
+                for register, slot in segment.held_slots.items():
+                    targets[register], addresses[register] = self.holders[slot], starts[slot]
+            self.copies = copies = [0] * segment.registers
+        if self.trajectory is None:
             return
-        size = x_0.numel() * x_0.element_size()
-        if self.addresses is not None and size <= COPIED_BYTES:
+        first = self.first_step + 1
+        if not self.rows:
             # a copy of a few lines costs less than a tensor for each row
-            first = trajectory.data_ptr() + size
-            for register, number in program.state_rows:
-                copies[register] = first + number * size
+            begin = self.trajectory.data_ptr() + first * self.row_bytes
+            for register, number in segment.state_rows:
+                copies[register] = begin + number * self.row_bytes
             return
-        self.rows = rows = trajectory.unbind(0)
-        for register, number in program.state_rows:
-            targets[register] = rows[number + 1]
+        for register, number in segment.state_rows:
+            targets[register] = row = self.rows[first + number]
             if self.addresses is not None:
-                self.addresses[register] = rows[number + 1].data_ptr()
+                self.addresses[register] = row.data_ptr()
 
     def all(self) -> None:
         """Runs the whole program."""
         unwatched = self.on_step is None and (self.trajectory is None or self.targets is not None)
-        self.execute(self.program.unwatched if unwatched else self.program.prepared)
+        try:
+            for number in range(len(self.program.chunks)):
+                if number:
+                    self._begin(number, self.registers[self.segment.result])
+                self.execute(self.segment.unwatched if unwatched else self.segment.prepared)
+        finally:
+            self.lease.release()
 
     def execute(self, prepared: Sequence[Prepared]) -> None:
-        """Runs instructions in the form of :attr:`Program.prepared`."""
+        """Runs instructions in the form of :attr:`Segment.prepared`."""
         registers, calls, times, coefficients = self.registers, self.calls, self.times, self.coefficients
         targets, addresses = self.targets, self.addresses
-        watched = self.trajectory is not None or self.on_step is not None
+        watched, look = self.trajectory is not None or self.on_step is not None, self.look
         if addresses is not None:
-            write, copies, (dtype, shape) = self.write, self.copies, self.kind
+            write: Any = self.write
+            copies, (dtype, shape) = self.copies, self.kind
         for at, kind, instruction, released in prepared:
             if kind == "Update":
                 result, sources, _ = instruction
@@ -160,92 +244,147 @@ class Run:
                         self._copy(result)
             elif kind == "Evaluate":
                 branch, source, time, results = instruction
+                output = calls[branch](registers[source], times[time])
+                if addresses is not None and type(output) is Tensor and len(results) == 1:
+                    registers[results[0]] = output  # checked where it is read
+                else:
+                    self._take(output, results, registers[source])
+            elif kind == "Held":
+                branch, source, time, results = instruction
+                output = calls[branch](registers[source], times[time])
+                result = results[0]
+                if (
+                    addresses is not None
+                    and len(results) == 1
+                    and addresses[result]
+                    and write(addresses[result], dtype, shape, [output], _ONE, 0)
+                ):
+                    registers[result] = targets[result]  # type: ignore[index]
+                else:
+                    references = references_of(output) if look else 0
+                    self._take(output, results, registers[source], references)
+            elif kind == "Beside":
+                branch, source, time, results = instruction
                 x = registers[source]
                 output = calls[branch](x, times[time])
-                if len(results) == 1:
-                    if addresses is not None and type(output) is Tensor:  # checked where it is read
-                        registers[results[0]] = output.clone() if _is_alias_of(output, x) else output
-                    else:
-                        registers[results[0]] = self._checked(output, x)
+                if addresses is not None and type(output) is Tensor and len(results) == 1:
+                    registers[results[0]] = output.clone() if _is_alias_of(output, x) else output
                 else:
-                    if not isinstance(output, (tuple, list)) or len(output) != len(results):
-                        raise type_error("model", f"{len(results)} outputs", output)
-                    for result, v in zip(results, output, strict=True):
-                        registers[result] = self._checked(v, x)
+                    self._take(output, results, x)
+                    if targets is not None:
+                        for result in results:
+                            if _is_alias_of(registers[result], x):
+                                registers[result] = registers[result].clone()
             elif kind == "Compute":
                 function, sources, results = instruction
                 if addresses is not None:
-                    used = [s for s in sources if s in self.program.outputs]
+                    used = [s for s in sources if s in self.segment.outputs]
                     for s, value in zip(used, self._taken([registers[s] for s in used]), strict=True):
                         registers[s] = value
                 values = perform(function, [registers[s] for s in sources])
                 for result, value in zip(results, values, strict=True):
                     registers[result] = value
+            elif kind == "First":
+                self._call_first(*instruction)
             elif watched:
                 self._end_step(*instruction)
             for register in released:
                 registers[register] = None
 
+    def _call_first(self, branch: str, source: int, time: int, results: tuple[int, ...]) -> None:
+        """A branch's first call, which shows whether the network writes to its input."""
+        x = self.registers[source]
+        version = x._version if self.look and not x.is_inference() else None
+        output = self.calls[branch](x, self.times[time])
+        references = references_of(output) if self.look else 0
+        if version is not None and x._version != version:
+            raise ValueError(
+                f"{self.function_name}: expected a function that leaves its input as it is, but it wrote to it (an "
+                "in-place operation); clone the input first"
+            )
+        self._take(output, results, x, references)
+
+    def _take(self, output: Any, results: tuple[int, ...], x: Tensor, references: int | None = None) -> None:
+        """Puts an output in its registers; with ``references``, of the caller's variable, so that it may stay there."""
+        if self.holders:
+            for result in results:
+                self.addresses[result] = 0  # type: ignore[index]  # not copied
+        name = self.function_name
+        if len(results) == 1:
+            state = as_state(name, output, x)
+            if references is not None and state is output:
+                state = owned(output, references, 1, self.look)
+            self.registers[results[0]] = state
+            return
+        if not isinstance(output, (tuple, list)) or len(output) != len(results):
+            raise type_error("model", f"{len(results)} outputs", output)
+        check_each(output, x, name)
+        kept = output if references is None else owned_each(output, self.look)
+        for result, v in zip(results, kept, strict=True):
+            self.registers[result] = as_state(name, v, x)
+
     def _taken(self, operands: Sequence[Any]) -> list[Any]:
         """States are what they should be; network outputs are told from them by nothing but that."""
-        assert self.targets is not None
-        like = next(target for target in self.targets if target is not None)
-        name = self.function_name
+        assert self.buffers is not None
+        like, name = self.buffers[0], self.function_name
         return [operand if isinstance(operand, Noise) else as_state(name, operand, like) for operand in operands]
-
-    def _checked(self, v: Any, x: Tensor) -> Tensor:
-        v = as_state(self.function_name, v, x)
-        # what the network returns must not change when the state's buffer is written again
-        return v.clone() if self.targets is not None and _is_alias_of(v, x) else v
 
     def _copy(self, state: int) -> None:
         """Writes a state to its place in the trajectory."""
         assert self.trajectory is not None
-        self.trajectory[dict(self.program.state_rows)[state] + 1].copy_(self.registers[state])
+        number = self.first_step + dict(self.segment.state_rows)[state]
+        self.trajectory[number + 1].copy_(self.registers[state])
 
     def _end_step(self, number: int, state: int) -> None:
         value = self.registers[state]
-        if self.trajectory is not None and (self.targets is None or (number, state) not in self.program.written):
-            self.trajectory[number + 1].copy_(value)
+        if self.trajectory is not None and (self.targets is None or (number, state) not in self.segment.written):
+            self.trajectory[self.first_step + number + 1].copy_(value)
         if self.on_step is not None:
-            self.on_step(number, value)
+            self.on_step(self.first_step + number, value)
 
     def checkpointed(self, segments: int) -> None:
         """Runs in segments that keep only the states between them and are computed again for the gradient."""
-        ends = [at + 1 for at, i in enumerate(self.program.instructions) if isinstance(i, EndStep)]
-        if not ends:
-            self.all()
-            return
-        ends[-1] = len(self.program.instructions)  # what is put out after the last step belongs to it
-        per_segment = -(-len(ends) // max(1, min(segments, len(ends))))
-        start = 0
-        for stop in [*ends[per_segment - 1 : -1 : per_segment], ends[-1]]:
-            self._segment(start, stop)
-            start = stop
+        per_segment = -(-self.program.steps // max(1, min(segments, self.program.steps)))
+        for number in range(len(self.program.chunks)):
+            if number:
+                self._begin(number, self.registers[self.segment.result])
+            # what is put out after the last step belongs to it
+            ends = [*self.segment.step_ends[:-1], len(self.segment.instructions)]
+            start = 0
+            for stop in [*ends[per_segment - 1 : -1 : max(per_segment, 1)], ends[-1]]:
+                self._segment(number, start, stop)
+                start = stop
 
-    def _segment(self, start: int, stop: int) -> None:
+    def _segment(self, number: int, start: int, stop: int) -> None:
         def live(at: int) -> list[int]:
-            return [r for r, last in enumerate(self.program.last_use) if last >= at and self.registers[r] is not None]
+            return [r for r, last in enumerate(self.segment.last_use) if last >= at and self.registers[r] is not None]
 
         before = live(start)
         after: list[int] = []
+        on_step = self.on_step
 
         def segment(*tensors: Tensor) -> tuple[Tensor, ...]:
-            self.registers = [None] * self.program.registers
+            nonlocal on_step
+            self._begin(number, tensors[0])
+            self.registers[0] = None
             for register, tensor in zip(before, tensors, strict=True):
                 self.registers[register] = tensor
-            self.execute(self.program.prepared[start:stop])
+            self.on_step, on_step = on_step, None  # the steps are told of once
+            self.execute(self.segment.prepared[start:stop])
             after[:] = live(stop)
             return tuple(self.registers[r] for r in after)
 
+        watcher = self.on_step
         results = checkpoint(segment, *(self.registers[r] for r in before), use_reentrant=False)
-        self.registers = [None] * self.program.registers
+        self.on_step = watcher
+        self.registers = [None] * self.segment.registers
         for register, tensor in zip(after, results, strict=True):
             self.registers[register] = tensor
 
     @property
     def result(self) -> Tensor:
-        return self.registers[self.program.result]
+        """The last state: in the run's own memory, a row of its trajectory, or x_0 itself."""
+        return self.registers[self.segment.result]
 
     def extras(self) -> dict[str, list[Tensor]]:
         return {name: [self.registers[r] for r in registers] for name, registers in self.program.extras}

@@ -8,23 +8,30 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ..._cache import Cache
 from ...random import draw_seed
 from .captures import Captures, StaticArguments, capture, held, signature
 from .program import Program, Update
-from .run import Buffers, Call, Run
-from .tables import table_of, time_table
+from .run import Call, Run
+from .tables import GivenNumbers, table_of, time_table
+
+_STRUCTURES: Cache[tuple[Any, ...]] = Cache("structure")
 
 
-def structure(program: Program) -> tuple:
+def structure(program: Program) -> tuple[Any, ...]:
     """What a captured graph has fixed: everything of a program but its numbers."""
-    if "structure" not in program.cache:
-        program.cache["structure"] = tuple(
+
+    def make() -> tuple[Any, ...]:
+        loop = program.loop
+        instructions = program.instructions if loop is None else loop.instructions
+        return program.steps if loop is None else ("loop", program.steps), tuple(
             (i.result, i.sources, tuple(getattr(c, "shape", ()) for c in i.coefficients))
             if isinstance(i, Update)
             else i
-            for i in program.instructions
+            for i in instructions
         )
-    return program.cache["structure"]
+
+    return _STRUCTURES.get(id(program), make, [program])
 
 
 class Wanted(NamedTuple):
@@ -56,12 +63,12 @@ class CapturedSolve:
         self.times = time_table(program, x, wanted.time_dtype, wanted.time_shape).clone()
         views, times = views_of(self.coefficients), self.times.unbind(0)
         self.guidance, self.generator = wanted.guidance, generator  # what the graph points to must stay
-        buffers = Buffers()
 
         def body() -> Tensor:
             seed = draw_seed(x.device, generator) if program.streams else None
             calls = wanted.calls(self.kwargs.values)
-            run = Run(program, calls, self.x, times, views, seed=seed, row_offset=row_offset, buffers=buffers)
+            numbers = GivenNumbers(program, times, views)
+            run = Run(program, calls, self.x, numbers, seed, row_offset=row_offset, reuse=True)
             run.all()
             return run.result
 

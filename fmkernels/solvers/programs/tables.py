@@ -1,59 +1,70 @@
-"""The numbers of a program as tensors and kernel arguments: times and coefficients."""
+"""The numbers of a program as tensors and kernel arguments: times and coefficients.
+
+Tables are kept as long as their program. Those of times are handed to the network, which may write to them: one run
+alone has such a table, and one that was written to is made again.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..._cache import Cache, bytes_of, is_plain_context, ordinary_tensors
 from .expressions import Number
 from .program import Program, Update
 
+V = TypeVar("V")
 
-def cached(program: Program, key: Any, make: Callable[[], Any]) -> Any:
-    """What a program keeps, made at its first use; under torch.compile nothing is kept."""
-    if torch.compiler.is_compiling():
+# Up to so many elements a table of times is laid out in full, as a network may want to view its rows.
+DENSE_TIMES = 1 << 20
+
+
+def place(x: Tensor) -> Any:
+    """Where a table for a state lies, and on a GPU in which stream it was written."""
+    return (x.device, torch.cuda.current_stream(x.device).cuda_stream) if x.is_cuda else x.device
+
+
+def for_program(cache: Cache[V], program: Program, key: tuple[Any, ...], make: Callable[[], V]) -> V:
+    """A table of a program, kept as long as it; nobody writes to it."""
+    if not is_plain_context():
         return make()
-    if key not in program.cache:
-        program.cache[key] = make()
-    return program.cache[key]
+    return cache.get((id(program), *key), lambda: _made(make), [program])
+
+
+def _made(make: Callable[[], V]) -> V:
+    with ordinary_tensors():
+        return make()
 
 
 def table_of_numbers(numbers: Sequence[Number]) -> Tensor:
-    """Numbers as a float64 tensor, along its first dimension."""
+    """Numbers as a float64 tensor of the host, along its first dimension."""
     if all(isinstance(t, float) for t in numbers):
-        return torch.tensor(numbers, dtype=torch.float64)
+        return torch.tensor(numbers, dtype=torch.float64, device="cpu")
     if any(isinstance(t, Tensor) for t in numbers):
-        return torch.stack([torch.as_tensor(t, dtype=torch.float64) for t in numbers])
+        return torch.stack([torch.as_tensor(t, dtype=torch.float64, device="cpu") for t in numbers])
     return torch.from_numpy(np.stack(np.broadcast_arrays(*numbers)))
 
 
 def time_table(program: Program, x: Tensor, dtype: torch.dtype, shape: str) -> Tensor:
     """The program's evaluation times for the network, one a row: () or (B,), or of the grid's leading shape."""
-    batch = x.shape[0] if shape == "batch" else None
-
-    def make() -> Tensor:
-        table = table_of_numbers(program.times).to(dtype)
-        if table.dim() == 1 and batch is not None:
-            table = table[:, None].expand(-1, batch)
-            # laid out in full where that is cheap, as a network may want to view them
-            table = table.contiguous() if table.numel() <= 1 << 20 else table
-        return table.to(x.device, non_blocking=True)
-
-    return cached(program, ("times", x.device, dtype, batch), make)
+    table = table_of_numbers(program.times).to(dtype)
+    if table.dim() == 1 and shape == "batch":
+        table = table[:, None].expand(-1, x.shape[0])
+        table = table.contiguous() if table.numel() <= DENSE_TIMES else table
+    return table.to(x.device, non_blocking=True)
 
 
 def time_rows(program: Program, x: Tensor, dtype: torch.dtype, shape: str) -> Sequence[Tensor]:
-    """The rows of the time table: one tensor for each evaluation."""
-    key = ("rows", x.device, dtype, x.shape[0] if shape == "batch" else None)
-    return cached(program, key, lambda: time_table(program, x, dtype, shape).unbind(0))
+    """The rows of :func:`time_table`, for the caller alone."""
+    return time_table(program, x, dtype, shape).unbind(0) if program.calls else ()
 
 
-def _placed(values: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    return values.to(device, dtype, non_blocking=True)
+def _placed(values: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.as_tensor(values).to(device, dtype, non_blocking=True)
 
 
 def accumulator(x: Tensor) -> torch.dtype:
@@ -63,19 +74,112 @@ def accumulator(x: Tensor) -> torch.dtype:
 def coefficients_of(program: Program, x: Tensor) -> list[list[Any]]:
     """The coefficients of each update as numbers, or as tensors where they have a leading shape."""
     dtype = accumulator(x)
+    return [
+        [c if isinstance(c, float) else _placed(c, x.device, dtype) for c in i.coefficients]
+        if isinstance(i, Update)
+        else []
+        for i in program.instructions
+    ]
 
-    def make() -> list[list[Any]]:
-        return [
-            [
-                c if isinstance(c, float) else torch.as_tensor(c).to(x.device, dtype, non_blocking=True)
-                for c in i.coefficients
-            ]
-            if isinstance(i, Update)
-            else []
-            for i in program.instructions
-        ]
 
-    return cached(program, ("coefficients", x.device, dtype), make)
+class Numbers(Protocol):
+    """What a run reads beside states: for each chunk of a program its times and coefficients.
+
+    Attributes:
+        plain: it is known that nobody traces, intercepts or transforms operations.
+    """
+
+    plain: bool
+
+    def chunk(self, number: int) -> tuple[Sequence[Tensor], Sequence[Any]]:
+        """A tensor for each evaluation, and for each instruction the coefficients: a list, or one table."""
+
+
+class Lease(Protocol):
+    """Numbers that one run has until it ends."""
+
+    @property
+    def value(self) -> Numbers: ...
+
+    def release(self) -> None: ...
+
+
+class GivenNumbers:
+    """Times and coefficients as sequences over a whole program, of one run alone."""
+
+    plain = False
+
+    def __init__(self, program: Program, times: Sequence[Tensor], coefficients: Sequence[Any]) -> None:
+        self.program, self.times, self.coefficients = program, times, coefficients
+
+    def chunk(self, number: int) -> tuple[Sequence[Tensor], Sequence[Any]]:
+        chunks = self.program.chunks
+        if len(chunks) == 1:
+            return self.times, self.coefficients
+        calls = sum(chunk.segment.calls for chunk in chunks[:number])
+        size, first = (sum(len(c.segment.instructions) for c in chunks[:n]) for n in (number + 1, number))
+        times = self.times[calls : calls + chunks[number].segment.calls]
+        return times, self.coefficients[first:size]
+
+    @property
+    def value(self) -> Numbers:
+        return self
+
+    def release(self) -> None:
+        """Nothing is kept."""
+
+
+class KeptNumbers:
+    """The numbers of a program for states of one kind, kept for its next run."""
+
+    plain = True
+    MOST_ROWS = 4096  # that are kept as tensors, each of which takes more memory than its number
+
+    def __init__(self, program: Program, x: Tensor, dtype: torch.dtype, shape: str) -> None:
+        self._table = time_table(program, x, dtype, shape)
+        self._version = self._table._version
+        self._rows = self._table.unbind(0) if self._table.shape[0] <= self.MOST_ROWS else None
+        self._coefficients = coefficients_of(program, x) if len(program.chunks) == 1 else None
+        # not the program, with which these numbers die
+        self._loop, self._chunks = program.loop, [(c.first_step, c.steps, c.segment.calls) for c in program.chunks]
+        rows = 600 * (1 + len(self._rows or ()))
+        self.kept_bytes = self._table.untyped_storage().nbytes() + rows + bytes_of(self._coefficients)
+
+    @property
+    def as_made(self) -> bool:
+        """Whether nobody has written to the times."""
+        return self._table._version == self._version
+
+    def chunk(self, number: int) -> tuple[Sequence[Tensor], Sequence[Any]]:
+        if self._coefficients is not None:
+            return self._table.unbind(0) if self._rows is None else self._rows, self._coefficients
+        assert self._loop is not None
+        first, steps, calls = self._chunks[number]
+        start = number * self._chunks[0][2]
+        rows = self._table[start : start + calls].unbind(0) if self._rows is None else self._rows[start : start + calls]
+        return rows, self._loop.coefficients(first, steps)
+
+
+_NUMBERS: Cache[KeptNumbers] = Cache("numbers")
+
+
+def numbers_for(program: Program, x: Tensor, dtype: torch.dtype, shape: str, *, keep: bool = True) -> Lease:
+    """Times for the network of a dtype and shape, "batch" or "scalar", and coefficients for a state like x.
+
+    Args:
+        keep: for the next run; not where what is recorded for a gradient outlives the run.
+    """
+    if not keep or not program.calls or not is_plain_context():
+        return GivenNumbers(program, time_rows(program, x, dtype, shape), coefficients_of(program, x))
+    key = (id(program), place(x), x.dtype, dtype, x.shape[0] if shape == "batch" else None)
+    while True:
+        entry = _NUMBERS.take(key, lambda: _made(lambda: KeptNumbers(program, x, dtype, shape)), [program])
+        if entry.value.as_made:
+            return entry
+        entry.discard()
+
+
+_TABLES: Cache[Tensor] = Cache("table")
 
 
 def table_of(program: Program, x: Tensor) -> tuple[Tensor, Callable[[Tensor], list[Any]]]:
@@ -84,8 +188,10 @@ def table_of(program: Program, x: Tensor) -> tuple[Tensor, Callable[[Tensor], li
     A captured graph reads them from there: other numbers need no new capture.
     """
     dtype = accumulator(x)
-    updates = [i if isinstance(i, Update) else None for i in program.instructions]
-    rows = [None if i is None else np.stack(np.broadcast_arrays(*i.coefficients), -1) for i in updates]
+    rows = [
+        np.stack(np.broadcast_arrays(*i.coefficients), -1) if isinstance(i, Update) else None
+        for i in program.instructions
+    ]
 
     def make() -> Tensor:
         flat = [row.ravel() for row in rows if row is not None]
@@ -95,4 +201,4 @@ def table_of(program: Program, x: Tensor) -> tuple[Tensor, Callable[[Tensor], li
         parts = iter(table.split([row.size for row in rows if row is not None]))
         return [[] if row is None else next(parts).view(row.shape) for row in rows]
 
-    return cached(program, ("table", x.device, dtype), make), views
+    return for_program(_TABLES, program, (place(x), dtype), make), views

@@ -56,7 +56,9 @@ def sample(
     the device.
 
     Args:
-        model: any callable model(x, t, **model_kwargs) that returns a tensor of x's shape and dtype.
+        model: any callable model(x, t, **model_kwargs) that returns a tensor of x's shape and dtype: a new one, its own
+            static buffer, x, a parameter. x is a buffer that later steps write to, unless gradients are recorded: a
+            model that keeps it must clone it. It must not write to x (an error); t is its own.
         x_0: initial states (B, ...), or a shape, for which standard normal noise is drawn.
         steps: steps of a fixed grid; 50 if None. An adaptive method takes adaptive steps where None.
         method: a name or a method object. Fixed grid: "euler", "midpoint", "heun2", "ralston", "heun3", "rk4",
@@ -78,7 +80,7 @@ def sample(
         generator: torch.Generator of what is drawn.
         row_offset: the first sample's index in a larger batch, so that shards draw what the whole would.
         return_trajectory: also return the states at all times.
-        callback: called as callback(step, t, x) after each step of a fixed grid; x is written again later.
+        callback: called as callback(step, t, x) after each step of a fixed grid; x is the callback's own copy.
         progress: show a bar (needs tqdm).
         cuda_graph: True captures the whole solve of a fixed grid, or the step of an adaptive method, the network
             included, and replays it at the next calls; "auto" does so from the second call with the same model and

@@ -22,14 +22,14 @@ from ..adaptive.step_graph import StepGraph
 from ..methods import registry as methods
 from ..methods.reversible import Scheme, solve_reversible, tableau_of
 from ..methods.tableaus import Tableau
-from ..programs.builder import Builder, Guidance, Method
+from ..programs.builder import Method
 from ..programs.expressions import Number
-from ..programs.plans import planned, settings_key
 from ..programs.program import Program
-from ..programs.run import Buffers, Call, Run
+from ..programs.run import Call, Run
 from ..programs.solve_graph import Wanted, replayed
-from ..programs.tables import coefficients_of, table_of_numbers, time_rows
+from ..programs.tables import numbers_for, table_of_numbers
 from . import grids
+from .plan import plan, plan_while_compiling
 from .result import SampleResult
 from .velocity import Model, Velocity
 
@@ -41,9 +41,10 @@ _COND_OT, _I_CONTROLLER = CondOT(), IController()
 
 @dataclass
 class Solver:
-    """A model with a method, kept for repeated use: the plan, the buffers and the captured graph stay between calls.
+    """A model with a method, kept for repeated use: the plan, its tables and the captured graph stay between calls.
 
-    All arguments are those of :func:`fmkernels.sample`.
+    All arguments are those of :func:`fmkernels.sample`. One solver may be used by several threads at once, and by its
+    own model or callback.
 
     Example:
         >>> solver = fm.Solver(model, method="heun2", steps=20)
@@ -95,7 +96,6 @@ class Solver:
             )
         if self._adaptive is None and self.sde is None and not torch.compiler.is_compiling():
             methods.resolve(self.method)  # a wrong name is told here
-        self._buffers = Buffers()
 
     def _adaptive_tableau(self) -> Tableau | None:
         if self.sde is not None or self.steps is not None:
@@ -156,7 +156,8 @@ class Solver:
         """The program of the fixed-grid method; the same object for the same settings."""
         method = self.method if self.sde is None else self.sde
         steps = DEFAULT_STEPS if self.steps is None else self.steps
-        return _plan(method, steps, self.schedule, self.time_grid, self.path, self.prediction, self.guidance)
+        make = plan_while_compiling if torch.compiler.is_compiling() else plan
+        return make(method, steps, self.schedule, self.time_grid, self.path, self.prediction, self.guidance)
 
     def calls(self, model_kwargs: dict[str, Any]) -> dict[str, Call]:
         """The network calls of each branch."""
@@ -167,9 +168,6 @@ class Solver:
 
     def _wanted(self, x: Tensor) -> Wanted:
         return Wanted(self.model, self.calls, self.guidance, self.time_dtype_of(x), self.time_shape, self.cuda_graph)
-
-    def new_run(self, program: Program, x: Tensor, coefficients: Any, times: Any, kwargs: dict, **options: Any) -> Run:
-        return Run(program, self.calls(kwargs), x, times, coefficients, **options)
 
     def time_dtype_of(self, x: Tensor) -> torch.dtype:
         return self.time_dtype or (torch.float64 if x.dtype == torch.float64 else torch.float32)
@@ -212,20 +210,19 @@ class Solver:
             if watcher is not None:
                 watcher(number, state)
 
-        kept = None if with_gradient or torch.compiler.is_compiling() else self._buffers
+        reuse = not with_gradient and not torch.compiler.is_compiling()
         trajectory = None
         if return_trajectory and not with_gradient:
             trajectory = x.new_empty((program.steps + 1, *x.shape))
             trajectory[0].copy_(x)
-        run = self.new_run(
+        run = Run(
             program,
+            self.calls(model_kwargs),
             x,
-            coefficients_of(program, x),
-            time_rows(program, x, self.time_dtype_of(x), self.time_shape),
-            model_kwargs,
-            seed=draw_seed(x.device, generator) if program.streams else None,
+            numbers_for(program, x, self.time_dtype_of(x), self.time_shape, keep=not with_gradient),
+            draw_seed(x.device, generator) if program.streams else None,
             row_offset=row_offset,
-            buffers=kept,
+            reuse=reuse,
             trajectory=trajectory,
             on_step=on_step if watcher is not None or (return_trajectory and with_gradient) else None,
         )
@@ -234,10 +231,8 @@ class Solver:
         else:
             run.all()
         samples = run.result
-        if samples is x:
-            samples = x.clone()
-        if kept is not None:
-            kept.give_back(run.kept, but=samples)
+        if samples is x or trajectory is not None:  # the caller's, or a row of what is returned beside it
+            samples = samples.clone()
         if return_trajectory and with_gradient:
             trajectory = torch.stack(states)
         extras = run.extras()
@@ -301,29 +296,6 @@ class Solver:
         return states[-1], SampleResult(round(field.evaluations), steps, None, where, trajectory)
 
 
-def _plan(
-    method: str | Method,
-    steps: int,
-    schedule: Any,
-    time_grid: Any,
-    path: Path,
-    prediction: str,
-    guidance: Guidance | None,
-) -> Program:
-    def make() -> Program:
-        grid = grids.make_grid(steps, schedule, time_grid)
-        return Builder(grid, path, prediction, guidance).plan(methods.resolve(method))
-
-    # names are enough of a key, and quicker to look up than the grid and the method that they stand for
-    named = isinstance(method, str) and isinstance(schedule, str) and time_grid is None
-    return planned((method, steps, schedule, *settings_key(path, prediction, guidance)), make) if named else make()
-
-
-# What torch.compiler.assume_constant_result does, which would import the compiler: a traced solve takes the program as
-# it is and unrolls it.
-_plan._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 def _watcher(program: Program, callback: Callback | None, progress: bool) -> Callable[[int, Tensor], None] | None:
     """What is told of each step."""
     if callback is None and not progress:
@@ -336,7 +308,7 @@ def _watcher(program: Program, callback: Callback | None, progress: bool) -> Cal
 
     def watch(number: int, state: Tensor) -> None:
         if callback is not None:
-            callback(number, grid[number + 1], state)
+            callback(number, grid[number + 1], state.clone())  # the caller's own: the state's memory is written again
         if bar is not None:
             bar.update()
             if number + 1 == program.steps:

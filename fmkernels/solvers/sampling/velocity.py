@@ -47,7 +47,7 @@ class Velocity:
     @property
     def key(self) -> Any:
         """What sets it apart from others of the same model."""
-        return held(self.guidance), *settings_key(self.path, self.prediction, self.guidance)
+        return held(self.guidance), settings_key(self.path, self.prediction, self.guidance)
 
     @property
     def branches(self) -> float:
