@@ -9,6 +9,7 @@ import math
 from collections.abc import Collection, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +20,8 @@ def describe(value: Any) -> str:
     """A short description of a value for an error message."""
     if isinstance(value, Tensor):
         return f"a {value.dtype} tensor of shape {tuple(value.shape)} on {value.device}"
+    if isinstance(value, np.ndarray):
+        return f"a {value.dtype} array of shape {value.shape}"
     return f"{value!r} of type {type(value).__name__}"
 
 
@@ -124,6 +127,12 @@ def check_number(
         bounds = [f">= {low}" if low > -math.inf else "", f"<= {high}" if high < math.inf else ""]
         bounds.append(f"> {above}" if above > -math.inf else "")
         raise value_error(name, f"a finite number {' and '.join(filter(None, bounds))}".rstrip(), value)
+
+
+def check_float_dtype(name: str, value: Any) -> None:
+    """A floating dtype."""
+    if value not in FLOATING:
+        raise type_error(name, "a floating dtype: torch.float32, bfloat16, float16 or float64", value)
 
 
 def check_int(name: str, value: Any, *, low: int | None = None, high: int | None = None) -> None:

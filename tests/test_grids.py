@@ -72,3 +72,44 @@ def test_shifts(shift: float) -> None:
     times = grids.times_of(fm.times.Shift(shift), 8)
     level = 1.0 - SHARE
     np.testing.assert_allclose(1.0 - times, shift * level / (1.0 + (shift - 1.0) * level), rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("terminal", [0.02, 0.1])
+def test_stretched_shifts_end_at_their_terminal_level(terminal: float) -> None:
+    """diffusers' shift_terminal: of the levels before the appended 0, 1 - (1 - s) (1 - T) / (1 - s_last)."""
+    for schedule in (fm.times.Shift(3.0), "uniform", "cosine", grids.Karras()):
+        levels = 1.0 - grids.times_of(schedule, 8)
+        wanted = 1.0 - (1.0 - levels[:-1]) * (1.0 - terminal) / (1.0 - levels[-2])
+        times = grids.times_of(grids.Stretched(schedule, terminal), 8)
+        np.testing.assert_allclose(1.0 - times, np.append(wanted, 0.0), rtol=1e-12, atol=1e-15)
+        assert 1.0 - times[-2] == pytest.approx(terminal)
+        assert grids.times_of(grids.Stretched(schedule, terminal), 1).tolist() == [0.0, 1.0]
+    for bad in (0.0, 1.0, -0.1):
+        with pytest.raises(ValueError, match="terminal: expected"):
+            grids.Stretched("uniform", bad)
+    with pytest.raises(TypeError, match="schedule: expected"):
+        grids.Stretched(3.0, 0.1)
+
+
+def test_a_schedule_gives_a_time_more_than_steps() -> None:
+    """n times for n steps were taken as n - 1 steps."""
+    x = torch.zeros(2, 2)
+    for schedule in (lambda n: torch.linspace(0.0, 1.0, n), lambda n: np.linspace(0.0, 1.0, n + 2), lambda n: 0.5):
+        with pytest.raises(ValueError, match="schedule: expected a function from a number of steps, here 4, to one"):
+            fm.sample(field, x, steps=4, schedule=schedule)
+    per_sample = lambda n: torch.linspace(0.0, 1.0, n + 1)[:, None].repeat(1, 2)  # noqa: E731
+    assert fm.sample(field, x, steps=4, schedule=per_sample)[1].steps == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, "float32"])
+def test_times_are_floating(dtype) -> None:
+    """Integer times were 0 at every step but the last."""
+    x = torch.zeros(2, 2)
+    for call in (
+        lambda: fm.sample(field, x, time_dtype=dtype),
+        lambda: fm.Solver(field, time_dtype=dtype),
+        lambda: fm.log_prob(field, x, time_dtype=dtype),
+        lambda: list(fm.sample_stream(field, list(x), capacity=2, time_dtype=dtype)),
+    ):
+        with pytest.raises(TypeError, match="time_dtype: expected a floating dtype"):
+            call()

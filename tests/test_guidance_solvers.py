@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -20,7 +21,7 @@ from fmkernels.guidance import (
 )
 from fmkernels.solvers.adaptive.options import AdaptiveOptions
 from fmkernels.solvers.adaptive.solve import solve_adaptive
-from fmkernels.solvers.methods.registry import resolve
+from fmkernels.solvers.methods.registry import METHODS, resolve
 from fmkernels.solvers.methods.tableaus import TABLEAUS
 
 
@@ -172,3 +173,35 @@ def test_nfe_counts_every_branch() -> None:
     ):
         _, result = fm.sample(Model(), x, steps=10, guidance=guidance, y=y)
         assert result.nfe == nfe
+
+
+CHOSEN = CFGPlusPlus(0.6, negative={"y": 0.0}, batched=False)
+
+
+@pytest.mark.parametrize("entry", [e for e in METHODS.values() if e.make], ids=lambda entry: entry.name)
+@pytest.mark.parametrize("path", [fm.paths.CondOT(), fm.paths.VP()], ids=["CondOT", "VP"])
+def test_cfg_plus_plus_ends_its_steps_where_it_says_or_is_refused(entry, path) -> None:
+    """Multistep and stochastic methods took its velocity for one, and ended elsewhere."""
+    euler = ["euler"]
+    if isinstance(path, fm.paths.CondOT):
+        euler += ["ddim", "dpmpp_1s", "edm_euler"]
+    ddim = ["ddim", "dpmpp_1s", "edm_euler"]
+    if isinstance(path, fm.paths.CondOT):
+        ddim.append("euler")
+    x, y = torch.randn(3, 2, dtype=torch.float64), torch.tensor(0.7, dtype=torch.float64)
+    model = lambda x, t, y: torch.tanh(x) * y + t[:, None] * (1.0 - y)  # noqa: E731
+    for step, names in (("euler", euler), ("ddim", ddim)):
+        guidance = dataclasses.replace(CHOSEN, step=step)
+        if entry.name not in names:
+            with pytest.raises(ValueError, match="method: expected one"):
+                fm.sample(model, x, method=entry.make(), steps=4, path=path, guidance=guidance, y=y)
+            continue
+        got, _ = fm.sample(model, x, method=entry.make(), time_grid=[0.2, 0.5, 0.7], path=path, guidance=guidance, y=y)
+        state = x
+        for t, u in ((0.2, 0.5), (0.5, 0.7)):
+            times, ends = torch.full((3,), t, dtype=torch.float64), torch.tensor(u, dtype=torch.float64)
+            c, free = model(state, times, y), model(state, times, torch.zeros(()))
+            data = path.convert(0.6 * c + 0.4 * free, state, times, "velocity", "x_1")
+            alpha, sigma = path.coefficients(ends)[:2]
+            state = alpha * data + sigma * path.convert(free, state, times, "velocity", "x_0")
+        torch.testing.assert_close(got, state, rtol=1e-10, atol=1e-10)

@@ -44,7 +44,7 @@ def plain_log_prob(sde: SDE, path: Path, network, x, x_next, t: float, u: float)
 @each_path
 @each_method
 def test_log_prob_is_that_of_the_recorded_steps(method: str, path: Path) -> None:
-    network, grid = Network(), uniform(12, 0.2, 0.8)
+    network, grid = Network(), uniform(12, 0.2, 1.0)
     x = torch.randn(4, 3, 6, dtype=torch.float64)
     states = torch.empty(13, *x.shape, dtype=torch.float64)
     states[0] = x
@@ -65,8 +65,30 @@ def test_log_prob_is_that_of_the_recorded_steps(method: str, path: Path) -> None
         (wanted,) = torch.autograd.grad((plain * torch.arange(4)).sum(), network.weight)
         (got,) = torch.autograd.grad((again * torch.arange(4)).sum(), network.weight)
         torch.testing.assert_close(got, wanted, rtol=1e-7, atol=1e-7)
-    last = sde_step_log_prob(network, states[11], states[12], grid[11], grid[12], sde=sde, path=path, last=True)
+    last = sde_step_log_prob(network, states[11], states[12], grid[11], grid[12], sde=sde, path=path)
     assert torch.equal(last, reported[-1])
+
+
+def test_the_last_step_is_known_by_its_time() -> None:
+    """Sampling reports 0 for it; without being told so the density was 432."""
+    network, path, grid = Network(), CondOT(), uniform(5)
+    x = torch.randn(4, 6, dtype=torch.float64)
+    states = torch.empty(6, *x.shape, dtype=torch.float64)
+    states[0] = x
+    with torch.no_grad():
+        for last_step in ("mean", "tweedie", "euler", "none"):
+            sde = SDE(last_step=last_step, log_prob=True)
+            reported = run(sde, grid, path, network, x, trajectory=states).extras()["log_prob"]
+            for t, u in ((0.8, 1.0), (torch.full((4,), 0.8), torch.ones(4))):
+                again = sde_step_log_prob(network, states[4], states[5], t, u, sde=sde, path=path)
+                torch.testing.assert_close(again, reported[4], rtol=1e-5, atol=1e-5)
+                assert (again == 0.0).all() == (last_step != "none")
+        t, u = torch.tensor([0.6, 0.8, 0.8, 0.8]), torch.tensor([0.8, 1.0, 1.0, 1.0])
+        sde = SDE()
+        mixed = sde_step_log_prob(network, states[4], states[5], t, u, sde=sde, path=path)
+        assert (mixed == 0.0).tolist() == [False, True, True, True]
+        inside = sde_step_log_prob(network, states[4], states[5], 0.8, 1.0, sde=sde, path=path, last=False)
+        assert (inside != 0.0).all()
 
 
 def test_log_prob_of_a_batch_of_mixed_steps() -> None:

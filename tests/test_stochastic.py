@@ -71,6 +71,30 @@ def test_weak_order(diffusion: str, method: str) -> None:
     assert sde.order - 0.2 < order, order
 
 
+@pytest.mark.parametrize("diffusion", ["flow_grpo", FlowGRPO(0.3), "sbdm", "constant"], ids=str)
+@each_path
+def test_heun_has_weak_order_2_from_pure_noise(diffusion, path: Path) -> None:
+    """Also where w is infinite at t = 0: with noise of the mean variance the first step's error decayed like n^-a^2,
+    0.5 for flow_grpo."""
+    sde = SDE(diffusion, last_step="none", method="heun")
+    coarse, fine = (bias(sde, path, steps, 0.0, 0.4) for steps in (40, 80))
+    assert math.log2(coarse / fine) > 1.8
+    assert fine < 1e-4
+
+
+def test_a_last_step_is_one_that_ends_the_path() -> None:
+    """A window of a solve that ends before loses no noise; at the end the last step has none."""
+    for method in METHODS:
+        sde = SDE(method=method)
+        assert program_of(sde, uniform(7, 0.2, 0.8), CondOT()).streams == 7
+        assert program_of(sde, uniform(7, 0.2, 1.0), CondOT()).streams == 6
+        coarse, fine = (bias(sde, CondOT(), steps, 0.2, 0.8) for steps in (40, 80))
+        assert math.log2(coarse / fine) > sde.order - 0.2
+    t, u = torch.tensor([0.8, 0.8]), torch.tensor([0.9, 1.0])
+    assert (SDE().transition(CondOT(), t, u).std > 0).tolist() == [True, False]
+    assert (SDE(last_step="none").transition(CondOT(), t, u).std > 0).tolist() == [True, True]
+
+
 @each_method
 def test_scale_changes_the_noise_and_not_the_marginals(method: str) -> None:
     biases = [bias(SDE("sigma", scale=scale, method=method), CondOT(), 256) for scale in (0.0, 0.3, 1.0, 3.0)]

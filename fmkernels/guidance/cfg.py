@@ -314,8 +314,8 @@ class CFGPlusPlus(ClassifierFree):
     :math:`x' = \alpha' D_g + \sigma' E_u` with the data prediction of :math:`v_g = u + \lambda (c - u)` and the noise
     prediction of u; on the optimal-transport path :math:`x' = t' (x + (1 - t) v_g) + (1 - t') (x - t u)`. The rule
     moves a state by a distance that does not vanish with the step, so that it is no velocity field. It is the velocity
-    with which one step of the named method ends at x', for methods of one evaluation a step and no past; multi-stage
-    and adaptive ones raise. (A multistep method, which reuses past velocities, cannot be told from here.)
+    with which one step of the named method ends at x', for methods of one evaluation a step, no past and no noise; all
+    others raise (multi-stage, multistep, stochastic and adaptive ones, and those whose step is not the named one).
 
     Args:
         scale: lambda, in [0, 1] in the paper: 0 is unconditional, and small values do. A number, or as in :class:`CFG`.
@@ -346,8 +346,10 @@ class CFGPlusPlus(ClassifierFree):
         guided = c * w + u * (1.0 - w)
         noise = c * beyond + u * (1.0 - beyond)
         goal = builder.convert(x, guided, t, "x_1") * alpha + builder.convert(x, noise, t, "x_0") * sigma
+        builder.expect(goal)
         kept, gain = self._step(builder, t, end, alpha, sigma)
-        return (goal - x * kept) / gain
+        still = np.equal(gain, 0.0)  # what waits has no step, and no velocity
+        return (goal - x * kept) * (np.where(still, 0.0, 1.0) / np.where(still, 1.0, gain))[()]
 
     def _step(self, builder: Builder, t: Number, end: Number, alpha: Number, sigma: Number) -> tuple[Number, Number]:
         """(a, b) of the method's step x' = a x + b v."""

@@ -18,7 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import check_choice, check_float_tensor, check_int, check_number, type_error, value_error
+from .._checks import (
+    check_choice,
+    check_float_dtype,
+    check_float_tensor,
+    check_int,
+    check_number,
+    type_error,
+    value_error,
+)
 from ..ops._operands import compute_dtype
 from ..ops.row_dots.op import row_dots
 from ..ops.step_control.op import Status
@@ -134,6 +142,8 @@ class _Problem:
         if self.t_0 >= self.t_1:
             raise value_error("t_1", "a time after t_0", self.t_1)
         check_int("max_steps", self.max_steps, low=1)
+        if self.time_dtype is not None:
+            check_float_dtype("time_dtype", self.time_dtype)
         check_int("row_offset", self.row_offset, low=0)
         if self.steps is not None and self.time_grid is not None:
             raise ValueError("steps, time_grid: expected at most one of them, got both")

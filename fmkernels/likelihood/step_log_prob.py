@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def sde_step_log_prob(
     path: Path,
     prediction: str = "velocity",
     reduction: str = "sum",
-    last: bool = False,
+    last: bool | None = None,
     **model_kwargs: Any,
 ) -> Tensor:
     r"""The log-density log N(x_next; mean(x, t), std^2) of a sampling step, differentiable in the model and in x.
@@ -56,7 +57,7 @@ def sde_step_log_prob(
         path: the probability path.
         prediction: what the model returns, a target of :mod:`fmkernels.paths.targets`.
         reduction: "sum" over a sample's elements, or "mean".
-        last: whether it is the last step of the solve, to which ``sde.last_step`` applies.
+        last: whether it is the last step, to which ``sde.last_step`` applies; None: where t_next is the path's end, 1.
         model_kwargs: for the model.
 
     Returns:
@@ -78,6 +79,8 @@ def sde_step_log_prob(
         raise value_error("x", "at least one dimension, of samples", x)
     if last and sde.last_step != "none":
         return _no_noise(x)[0]
+    if last is False:
+        sde = replace(sde, last_step="none")
     dtype = compute_dtype(x)
     start, end = (_times(name, value, x) for name, value in (("t", t), ("t_next", t_next)))
     times = start if isinstance(t, Tensor) else start.to(dtype)

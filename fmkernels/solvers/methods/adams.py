@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import final
+
+import numpy as np
 
 from ..._checks import check_int
 from ..programs.builder import Builder
@@ -15,24 +18,43 @@ from .tableaus import TABLEAUS
 def lagrange_integrals(nodes: list[Number], t: Number, u: Number) -> list[Number]:
     """The integrals over [t, u] of the Lagrange polynomials of the nodes: weights of a multistep method.
 
-    In the variable s = (time - t) / (u - t), so that they are well scaled on any grid.
+    In the variable s = (time - t) / (u - t), so that they are well scaled on any grid. Samples and tokens with times of
+    their own use the nodes before the first one that is where a later one is: they waited there.
     """
     h = u - t
-    s = [(node - t) / h for node in nodes]
+    waits = isinstance(h, np.ndarray) and bool((h == 0.0).any() or _coincide(nodes).any())
+    size = np.where(h == 0.0, 1.0, h) if waits else h
+    s = [(node - t) / size for node in nodes]
+    usable = _usable(s) if waits else [True] * len(s)
     weights = []
     for i, own in enumerate(s):
         # coefficients of the polynomial, from the constant on
         polynomial: list[Number] = [1.0]
         for j, other in enumerate(s):
             if j != i:
-                scale = 1.0 / (own - other)
-                polynomial = [
+                scale = 1.0 / (np.where(usable[i] & usable[j], own - other, 1.0) if waits else own - other)
+                longer = [
                     ((polynomial[n - 1] if n else 0.0) - (other * polynomial[n] if n < len(polynomial) else 0.0))
                     * scale
                     for n in range(len(polynomial) + 1)
                 ]
-        weights.append(h * sum(p / (n + 1) for n, p in enumerate(polynomial)))
+                if waits:
+                    pairs = zip(longer, [*polynomial, 0.0], strict=True)
+                    longer = [np.where(usable[j], new, old) for new, old in pairs]
+                polynomial = longer
+        weight = h * sum(p / (n + 1) for n, p in enumerate(polynomial))
+        weights.append(np.where(usable[i], weight, 0.0) if waits else weight)
     return weights
+
+
+def _coincide(nodes: list[Number]) -> np.ndarray:
+    return np.any([a == b for a, b in itertools.pairwise(nodes)], axis=0) if len(nodes) > 1 else np.zeros(())
+
+
+def _usable(s: list[Number]) -> list[np.ndarray]:
+    """Which nodes come before the first that is where the one before it is."""
+    apart = [np.ones_like(s[0], dtype=bool), *(a != b for a, b in itertools.pairwise(s))]
+    return list(np.logical_and.accumulate(apart))
 
 
 def _integral(history: list[tuple[Number, Expr]], t: Number, u: Number) -> Expr:

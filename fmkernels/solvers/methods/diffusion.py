@@ -12,7 +12,7 @@ from typing import final
 
 import numpy as np
 
-from ..._checks import check_choice, check_int, check_number
+from ..._checks import check_choice, check_int, check_number, value_error
 from ..programs.builder import Builder
 from ..programs.expressions import ZERO, Expr, Number
 from . import noise_levels as ei
@@ -71,8 +71,8 @@ class Ancestral:
             p = ei.predict(builder, builder.x, t)
             flow_t, flow_u = t.sigma / (t.alpha + t.sigma), u.sigma / (u.alpha + u.sigma)
             # down' / (1 - down) over sigma' / alpha': the share of the noise that stays
-            factor = 1.0 + (flow_u / flow_t - 1.0) * self.eta if self.eta > 0.0 else 1.0
-            kept = factor * (1.0 - flow_u) / (1.0 - flow_u * factor)
+            factor = 1.0 + (flow_u * ei.inverse(flow_t) - 1.0) * self.eta if self.eta > 0.0 else 1.0
+            kept = factor * (1.0 - flow_u) * ei.inverse(1.0 - flow_u * factor)
             builder.advance(ei.noisy(builder, ei.moved(p, u, kept), u.sigma * ei.fresh(kept)))
 
 
@@ -91,9 +91,9 @@ class LCM:
             builder.advance(ei.noisy(builder, u.alpha * p.x_1, u.sigma))
 
 
-def _order(wanted: int, builder: Builder, lower_order_final: bool) -> int:
-    """The order that a step may have: at most the number of steps left if the final steps are to be of lower order."""
-    return min(wanted, len(builder.grid) - 1 - builder.step.number) if lower_order_final else wanted
+def _check_final(value: bool | str) -> None:
+    if not any(value is choice for choice in (True, False)) and value != "auto":
+        raise value_error("lower_order_final", "True, False or 'auto'", value)
 
 
 SOLVER_TYPES = ("midpoint", "heun", "exact")
@@ -106,27 +106,31 @@ class DPMSolverPP:
 
     :math:`x' = \frac{\sigma'}{\sigma} e^{-\eta h} x + \alpha' (m_0 D + \sum_k w_k D^{(k)}) + \sigma' \sqrt{1 - e^{-2
     \eta h}} z`, :math:`m_0 = 1 - e^{-(1 + \eta) h}`, with divided differences :math:`D^{(k)}` of the last predictions
-    in :math:`\lambda`. The first steps have a lower order. eta = 1 is k-diffusion's ``dpmpp_2m_sde`` and
-    ``dpmpp_3m_sde``; order 1 with eta = 0 is DDIM.
+    in :math:`\lambda`. The first steps have a lower order, the first one order 1, which leaves order 2 to
+    the whole. eta = 1 is k-diffusion's ``dpmpp_2m_sde`` and (solver type "heun") ``dpmpp_3m_sde``; order 1 with eta = 0
+    is DDIM.
 
     Args:
-        order: 1, 2 or 3.
+        order: 1, 2 or 3, of the polynomial plus 1.
         eta: noise, >= 0; 0 solves the ODE, 1 the SDE of the reversed diffusion.
         solver_type: weight of the first difference at order 2: "midpoint", m_0 / 2 (as published), or "heun", the
-            integral. Order 3 as published gives the second difference half of its integral, and so converges with
-            order 2; "exact" integrates every polynomial, and reaches order 3.
-        lower_order_final: the order is at most the number of steps left (diffusers' default for few steps).
+            integral. At order 3 as published the second difference gets half of its integral; "exact" integrates every
+            polynomial.
+        lower_order_final: "auto": the last step is of first order where it is more than twice as wide in lambda as the
+            one before, as to data or to a small sigma; True: the order is at most the number of steps left
+            (diffusers' default); False: none is lowered.
     """
 
     order: int = 2
     eta: float = 0.0
     solver_type: str = "midpoint"
-    lower_order_final: bool = False
+    lower_order_final: bool | str = "auto"
 
     def __post_init__(self) -> None:
         check_int("order", self.order, low=1, high=3)
         check_number("eta", self.eta, low=0.0)
         check_choice("solver_type", self.solver_type, SOLVER_TYPES)
+        _check_final(self.lower_order_final)
 
     def __call__(self, builder: Builder) -> None:
         history: list[Node] = []
@@ -134,7 +138,7 @@ class DPMSolverPP:
             p, h = ei.predict(builder, builder.x, t), ei.width(t, u)
             history = [Node(t.log_ratio, p.x_1), *history[: self.order - 1]]
             kept = ei.decay(self.eta, h)
-            nodes = ei.places(history, t.log_ratio, u.log_ratio)[: _order(self.order, builder, self.lower_order_final)]
+            nodes = ei.extrapolated(ei.places(history, t.log_ratio, u.log_ratio), builder, self.lower_order_final)
             x = ei.moved(p, u, kept) + u.alpha * self._change(nodes, (1.0 + self.eta) * h)
             builder.advance(ei.noisy(builder, x, u.sigma * ei.fresh(kept)))
 
@@ -208,17 +212,20 @@ class UniPC:
         order: 1, 2 or 3, of the predictor; the corrector's is one more.
         variant: "bh1" or "bh2".
         corrector: use UniC.
-        lower_order_final: the order is at most the number of steps left (diffusers' default).
+        lower_order_final: "auto": the last step is of first order where it is more than twice as wide in lambda as the
+            one before, as to data or to a small sigma; True: the order is at most the number of steps left
+            (diffusers' default); False: none is lowered.
     """
 
     order: int = 2
     variant: str = "bh2"
     corrector: bool = True
-    lower_order_final: bool = False
+    lower_order_final: bool | str = "auto"
 
     def __post_init__(self) -> None:
         check_int("order", self.order, low=1, high=3)
         check_choice("variant", self.variant, VARIANTS)
+        _check_final(self.lower_order_final)
 
     def __call__(self, builder: Builder) -> None:
         history: list[Node] = []
@@ -229,9 +236,9 @@ class UniPC:
             if self.corrector and taken is not None:
                 change = self._correction(*taken, p)
                 # the noise in the corrected state, for the same data prediction
-                x = x + (u.sigma * ei.or_zero(np.divide(1.0, t.sigma))) * change
+                x = x + (u.sigma * ei.inverse(t.sigma)) * change
             history = [Node(t.log_ratio, p.x_1), *history[: self.order - 1]]
-            nodes = ei.places(history, t.log_ratio, u.log_ratio)[: _order(self.order, builder, self.lower_order_final)]
+            nodes = ei.extrapolated(ei.places(history, t.log_ratio, u.log_ratio), builder, self.lower_order_final)
             added = u.alpha * self._change(nodes, ei.width(t, u), simple=2)
             taken = t, u, nodes, added
             builder.advance(x + added)
@@ -262,16 +269,19 @@ class DEIS:
     Args:
         order: 1, 2 or 3: one more than the polynomial's degree, r in the paper.
         variable: of the polynomial: "log_rho" (diffusers' "logrho") or "t", time (tAB-DEIS). In rho it is :class:`LMS`.
-        lower_order_final: the order is at most the number of steps left (diffusers' default for few steps).
+        lower_order_final: "auto": the last step is of first order where it is more than twice as wide as the one before
+            in its variable, as to data or to a small sigma; True: the order is at most the number of steps left
+            (diffusers' default); False: none is lowered.
     """
 
     order: int = 3
     variable: str = "log_rho"
-    lower_order_final: bool = False
+    lower_order_final: bool | str = "auto"
 
     def __post_init__(self) -> None:
         check_int("order", self.order, low=1, high=3)
         check_choice("variable", self.variable, VARIABLES)
+        _check_final(self.lower_order_final)
 
     def __call__(self, builder: Builder) -> None:
         history: list[Node] = []
@@ -280,7 +290,7 @@ class DEIS:
             in_time = self.variable == "t"
             start, end = (t.t, u.t) if in_time else (t.log_ratio, u.log_ratio)
             history = [Node(start, p.x_0), *history[: self.order - 1]]
-            nodes = ei.places(history, start, end)[: _order(self.order, builder, self.lower_order_final)]
+            nodes = ei.extrapolated(ei.places(history, start, end), builder, self.lower_order_final)
             change = ZERO
             if len(nodes) > 1 and in_time:
                 change = ei.interpolated(nodes, ei.time_moments(builder.path, t, u, len(nodes)))
@@ -313,5 +323,5 @@ class LMS:
             p, start, end = ei.predict(builder, builder.x, t), t.ratio, u.ratio
             history = [Node(start, p.x_0), *history[: self.order - 1]]
             nodes = ei.places(history, start, end)
-            size = u.alpha * ei.or_zero(end - start)
+            size = u.alpha * ei.difference(end, start)
             builder.advance(ei.moved(p, u) + ei.interpolated(nodes, ei.uniform_moments(size, len(nodes))))

@@ -24,8 +24,7 @@ def _step(builder: Builder, x: Expr, t: Level, u: Level, heun: bool) -> Expr:
     """Euler's or Heun's step of d(x / alpha) = E d rho; Euler's from pure noise and to pure data."""
     p = ei.predict(builder, x, t)
     x = ei.moved(p, u)
-    with np.errstate(invalid="ignore"):
-        weight = np.where(u.sigma == 0.0, 0.0, 0.5 * u.alpha * ei.or_zero(u.ratio - t.ratio))[()]
+    weight = np.where(u.sigma == 0.0, 0.0, 0.5 * u.alpha * ei.difference(u.ratio, t.ratio))[()]
     if not heun or not np.any(weight):
         return x
     return x + weight * (ei.predict(builder, x, u).x_0 - p.x_0)
@@ -95,19 +94,21 @@ class RestartInterval:
 
     Args:
         sigma_min, sigma_max: 0 < sigma_min < sigma_max.
-        steps: steps of each way down, >= 1.
+        steps: steps of each way down, >= 1; None takes as many as the grid has there, so that a finer grid also makes
+            the restarts better. With a number their error stays.
         repeats: how often, >= 0.
     """
 
     sigma_min: float
     sigma_max: float
-    steps: int = 3
+    steps: int | None = None
     repeats: int = 1
 
     def __post_init__(self) -> None:
         check_number("sigma_min", self.sigma_min, above=0.0)
         check_number("sigma_max", self.sigma_max, above=self.sigma_min)
-        check_int("steps", self.steps, low=1)
+        if self.steps is not None:
+            check_int("steps", self.steps, low=1)
         check_int("repeats", self.repeats, low=0)
 
 
@@ -128,7 +129,7 @@ class Restart:
         rho: exponent of the steps' levels.
     """
 
-    intervals: tuple[RestartInterval, ...] = (RestartInterval(0.06, 0.3, 3, 2),)
+    intervals: tuple[RestartInterval, ...] = (RestartInterval(0.06, 0.3, repeats=2),)
     heun: bool = True
     s_noise: float = 1.0
     rho: float = 7.0
@@ -152,6 +153,13 @@ class Restart:
                 x = _step(builder, x, here, u, self.heun)
             builder.advance(x)
 
+    @staticmethod
+    def _steps_between(builder: Builder, interval: RestartInterval) -> int:
+        """How many steps the grid takes from the interval's upper level to its lower one, those cut by them too."""
+        ratios = ei.level(builder.path, np.asarray(builder.grid, dtype=np.float64)).ratio
+        inside = (ratios > interval.sigma_min) & (ratios < interval.sigma_max)
+        return 1 + int(np.max(np.sum(inside, axis=0)))
+
     def _restarts(
         self, builder: Builder, x: Expr, here: Level, interval: RestartInterval, reached: Number
     ) -> tuple[Expr, Level]:
@@ -161,7 +169,8 @@ class Restart:
             stepped = _step(builder, x, start, end, self.heun)
             return stepped if np.all(reached) else x + np.where(reached, 1.0, 0.0) * (stepped - x)
 
-        ratios = ei.power_grid(interval.sigma_max, interval.sigma_min, interval.steps, self.rho)
+        steps = interval.steps or self._steps_between(builder, interval)
+        ratios = ei.power_grid(interval.sigma_max, interval.sigma_min, steps, self.rho)
         down = [_level_where(builder, reached, -math.log(ratio), here) for ratio in ratios]
         if np.any(down[-1].t != here.t):
             x = builder.keep(way(x, here, down[-1]))

@@ -6,8 +6,8 @@ finite at both ends of every path. That is the first-order step of all these sol
 DEIS-0; on the optimal-transport path Euler). Higher orders add the change of the prediction over the step, a
 polynomial through earlier ones in some variable s, integrated against the solver's weight: with Newton's divided
 differences f the step gains :math:`\sum_{k \ge 1} f[s_0, .., s_k] \int w(s) \prod_{j<k} (s - s_j) ds`. A node at
-infinity (pure noise, where :math:`\lambda = \log(\alpha / \sigma)` is) has zero differences, so that the order falls
-by itself, for each sample of a grid of its own.
+infinity (pure noise, where :math:`\lambda = \log(\alpha / \sigma)` is), or at the place of a later one (a token that
+waited), has zero differences, so that the order falls by itself, for each sample of a grid of its own.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def levels(builder: Builder, *, to_data: bool = False) -> Iterator[tuple[Level, 
     if len(builder.grid) < 2:
         return
     times = np.asarray(builder.grid, dtype=np.float64)
-    if to_data and not (np.diff(times, axis=0) > 0.0).all():
+    if to_data and not (np.diff(times, axis=0) >= 0.0).all():
         raise value_error("time_grid", "increasing times, from noise to data, for a method that adds noise", times)
     _, alpha, sigma, log_ratio = level(builder.path, times)
     for step in builder.steps():
@@ -106,9 +106,9 @@ def noisy(builder: Builder, x: Expr, deviation: Number) -> Expr:
 
 
 def width(t: Level, u: Level) -> Number:
-    """The step in lambda; infinite from pure noise and to pure data, NaN from either to itself."""
+    """The step in lambda; infinite from pure noise and to pure data, 0 from either to itself."""
     with np.errstate(invalid="ignore"):
-        return u.log_ratio - t.log_ratio
+        return np.where(np.equal(u.log_ratio, t.log_ratio), 0.0, u.log_ratio - t.log_ratio)[()]
 
 
 def decay(rate: float, h: Number) -> Number:
@@ -119,6 +119,18 @@ def decay(rate: float, h: Number) -> Number:
 def or_zero(value: Number) -> Number:
     """The value where it is finite."""
     return np.where(np.isfinite(value), value, 0.0)[()]
+
+
+def inverse(value: Number) -> Number:
+    """1 / value where that is finite, elsewhere 0."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return or_zero(np.divide(1.0, value))
+
+
+def difference(end: Number, start: Number) -> Number:
+    """end - start where that is finite, elsewhere 0."""
+    with np.errstate(invalid="ignore"):
+        return or_zero(end - start)
 
 
 _SERIES_TERMS = 18
@@ -153,19 +165,45 @@ class Node(NamedTuple):
 
 def places(history: Sequence[Node], start: Number, end: Number) -> list[Node]:
     """The nodes in the variable that runs from 0, where the first of them is, to 1 over the step."""
-    with np.errstate(invalid="ignore"):
-        return [Node((n.place - start) / (end - start) if i else 0.0, n.value) for i, n in enumerate(history)]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return [Node(np.divide(n.place - start, end - start) if i else 0.0, n.value) for i, n in enumerate(history)]
 
 
 def differences(nodes: Sequence[Node]) -> list[Expr]:
     """Newton's f[s_0, s_1], f[s_0, s_1, s_2], ...; 0 from the first node on that is infinite or not apart."""
     column, found = [node.value for node in nodes], []
+    usable: Number = True
     for k in range(1, len(nodes)):
-        with np.errstate(invalid="ignore", divide="ignore"):
-            inverses = [or_zero(np.divide(1.0, nodes[i].place - nodes[i + k].place)) for i in range(len(nodes) - k)]
-        column = [(column[i] - column[i + 1]) * inverse for i, inverse in enumerate(inverses)]
-        found.append(column[0])
+        with np.errstate(invalid="ignore"):
+            inverses = [inverse(nodes[i].place - nodes[i + k].place) for i in range(len(nodes) - k)]
+        usable = usable & np.isfinite(nodes[k].place) & np.not_equal(nodes[k].place, nodes[k - 1].place)
+        column = [(column[i] - column[i + 1]) * factor for i, factor in enumerate(inverses)]
+        found.append(column[0] if np.all(usable) else column[0] * np.where(usable, 1.0, 0.0)[()])
     return found
+
+
+# A step this much wider than the last one is not extrapolated over: the polynomial overshoots by more than the whole
+# change, as in the last step to a small sigma (where the widths are infinite, the weights vanish by themselves).
+WIDEST = 2.0
+
+
+def extrapolated(nodes: list[Node], builder: Builder, final: bool | str) -> list[Node]:
+    """The nodes, from 0 (the step's beginning) on, whose polynomial a step to 1 may follow.
+
+    Args:
+        final: True: as many as there are steps left; False: all; "auto": all, but in the grid's last step the first
+            alone where it is wider than WIDEST times the step before it.
+    """
+    if final is True:
+        return nodes[: len(builder.grid) - 1 - builder.step.number]
+    if final is False or len(nodes) == 1 or not builder.is_last:
+        return nodes
+    wide = np.less(np.abs(nodes[1].place), 1.0 / WIDEST)
+    if np.all(wide):
+        return nodes[:1]
+    if not np.any(wide):
+        return nodes
+    return [nodes[0], *(Node(np.where(wide, np.inf, node.place), node.value) for node in nodes[1:])]
 
 
 def newton_weights(nodes: Sequence[Node], moments: Sequence[Number]) -> list[Number]:
@@ -207,8 +245,9 @@ def time_moments(path: Path, t: Level, u: Level, count: int) -> list[Number]:
     ratio = level(path, t.t + s * (u.t - t.t)).ratio
     with np.errstate(invalid="ignore"):
         first = u.sigma - u.alpha * t.ratio
-    integrals = [n * np.sum(weights * s ** (n - 1) * ratio, axis=0) for n in range(1, count)]
-    return [first, *(u.sigma - u.alpha * integral for integral in integrals)]
+        integrals = [n * np.sum(weights * s ** (n - 1) * ratio, axis=0) for n in range(1, count)]
+        moments = [first, *(u.sigma - u.alpha * integral for integral in integrals)]
+    return [or_zero(moment) for moment in moments]  # not finite from pure noise, whence a step is of first order
 
 
 def uniform_moments(size: Number, count: int) -> list[Number]:

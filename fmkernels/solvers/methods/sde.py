@@ -40,11 +40,15 @@ class Transition(NamedTuple):
 
 
 class _Increment(NamedTuple):
-    """The drift times the step, p x + q v, and the variance of its noise: w at one time, over one step."""
+    """The drift times the step, p x + q v, and the variance of its noise: w at one time, over one step.
+
+    ``strength`` is what the drift takes from the noise in the state beside the flow, in the same step.
+    """
 
     p: Tensor
     q: Tensor
     variance: Tensor
+    strength: Tensor
 
 
 @final
@@ -57,16 +61,20 @@ class SDE:
     ============= ===== ========================================================================== ==============
     euler         1     Euler-Maruyama: x + h (v + w s) + sqrt(2 w h) z                              weak 1, strong 1
     heun          2     the drift's trapezoidal rule, with the Euler step as its predictor and one   weak 2, strong 1
-                        noise for both, of the mean variance (w + w') h
+                        noise for both: of the mean variance (w + w') h where data outweighs noise,
+                        before that of the variance that keeps the state's for a fixed data
+                        prediction, so that w may begin at infinity
     exponential   1     alpha' x_1 + sigma' (e^-L x_0 + sqrt(1 - e^-2L) z), L the integral of        weak 1, strong 1
                         w / sigma^2: exact for a fixed data prediction, stable at any step;
                         stochastic DDIM (Song et al. 2021), DDPM for "sbdm", DDIM for scale 0
     ============= ===== ========================================================================== ==============
 
-    (Strong order 1 as the noise is additive.) Per step w is limited to sigma^2 / h in the explicit methods, where a
-    step renews all noise: more is unstable, and any w has the right marginals. So each choice is finite from t = 0 to
-    t = 1, also those whose w (SBDM) or w / sigma^2 (constant) is not. "exponential" needs no limit, but at small steps
-    its error is the largest of the three: too little variance, at first order.
+    (Strong order 1 as the noise is additive. "euler" begins with a lower one where w is infinite at t = 0, as for
+    "flow_grpo", and "exponential" ends with one where w is not 0 at t = 1, as for "constant".) Per step w is limited to
+    sigma^2 / h in the explicit methods, where a step renews all noise: more is unstable, and any w has the right
+    marginals. So each choice is finite from t = 0 to t = 1, also those whose w (SBDM) or w / sigma^2 (constant) is not.
+    "exponential" needs no limit, but at small steps its error is the largest of the three: too little variance, at
+    first order.
 
     The source must be Gaussian and the path without a gamma term, unless scale is 0.
 
@@ -75,8 +83,9 @@ class SDE:
             instance of :mod:`fmkernels.solvers.methods.sde_coefficients`, or a callable of the time, a float64 tensor.
         scale: a factor of w, >= 0. With 0 "euler" and "heun" are the ODE methods of these names, and no noise is drawn
             (the last step being "none" or "mean").
-        last_step: "mean": without its noise; "none": like the others; "tweedie": to the data prediction; "euler": an
-            Euler step of the ODE (SiT, appendix).
+        last_step: of a step that ends at the path's end, t = 1: "mean": without its noise; "none": like the others;
+            "tweedie": to the data prediction; "euler": an Euler step of the ODE (SiT, appendix). A grid that ends
+            before has none.
         last_step_size: length of the last step: the times before it are stretched or shrunk to make place; None leaves
             the grid as it is.
         method: see above.
@@ -115,14 +124,38 @@ class SDE:
     def transition(self, path: Path, t: Tensor, t_next: Tensor) -> Transition:
         """The Gaussian step of "euler" or "exponential" from times t to times t_next, in the velocity.
 
+        A step to t_next = 1 is the ``last_step``; one without time leaves the state.
+
         Args:
             t, t_next: tensors of one shape.
         """
         t, t_next = t.double(), t_next.double()
         if self.method == "exponential":
-            return self._exponential(path, t, t_next)
-        p, q, variance = self._increment(path, t, t_next, t)
-        return Transition(1.0 + p, q, variance.sqrt())
+            step = self._exponential(path, t, t_next)
+        else:
+            p, q, variance, _ = self._increment(path, t, t_next, t)
+            step = Transition(1.0 + p, q, variance.sqrt())
+        a, b = self._ends(path, t, t_next, step.x_coefficient, step.v_coefficient)
+        still, noiseless = t == t_next, self.is_last(t, t_next)
+        return Transition(
+            torch.where(still, 1.0, a),
+            torch.where(still, 0.0, b),
+            torch.where(still | noiseless, 0.0, step.std),
+        )
+
+    def is_last(self, t: Tensor, t_next: Tensor) -> Tensor:
+        """Whether steps end the path in a way of their own, which has no noise."""
+        return (t_next == 1.0) & (t != t_next) & (self.last_step != "none")
+
+    def _ends(self, path: Path, t: Tensor, u: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """The coefficients of x and v with those of the last steps in their places."""
+        last = self.is_last(t, u)
+        if self.last_step == "tweedie":
+            data = conversion_coefficients(path, t, "velocity", "x_1")
+            return torch.where(last, data[0], a), torch.where(last, data[1], b)
+        if self.last_step == "euler":
+            return torch.where(last, 1.0, a), torch.where(last, u - t, b)
+        return a, b
 
     def _increment(self, path: Path, t: Tensor, u: Tensor, at: Tensor) -> _Increment:
         """h (v + w s) of the step from t to u with w and the conversion at one of its ends."""
@@ -134,7 +167,7 @@ class SDE:
             free = h.abs() * self.scale * over_sigma(resolve(self.diffusion), path, at, t + u - at)
             strength = torch.where(h == 0.0, 0.0, torch.minimum(free, torch.maximum(sigma_t, sigma_u)))
         a, b = conversion_coefficients(path, at, "velocity", "x_0")
-        return _Increment(-strength * a, h - strength * b, 2.0 * strength * path.coefficients(at).sigma_t)
+        return _Increment(-strength * a, h - strength * b, 2.0 * strength * path.coefficients(at).sigma_t, strength)
 
     def _exponential(self, path: Path, t: Tensor, u: Tensor) -> Transition:
         lost = torch.zeros_like(t)
@@ -167,30 +200,20 @@ class SDE:
             raise value_error("path", "a path without a gamma term: its velocity does not give the score", builder.path)
         builder.grid = self.times(builder.grid)
         times = torch.from_numpy(np.asarray(builder.grid, dtype=np.float64))
-        take = _heun(self, builder, times) if self.method == "heun" else _gaussian(self, builder, times)
+        take = (_heun if self.method == "heun" else _gaussian)(self, builder, times[:-1], times[1:])
         for step in builder.steps():
-            kind = self.last_step if builder.is_last else "none"
-            if kind in ("none", "mean"):
-                take(step.number, kind == "none")
-                continue
-            x, v = builder.x, builder.model(builder.x, step.t)
-            builder.advance(
-                builder.convert(x, v, step.t, "x_1") if kind == "tweedie" else x + (step.u - step.t) * v,
-            )
-            if self.log_prob:
-                _report(builder, x, ZERO, 0.0)
+            take(step.number)
 
 
-# Takes step i, with noise or with none.
-_Take = Callable[[int, bool], None]
+# Takes step i.
+_Take = Callable[[int], None]
 
 
-def _gaussian(sde: SDE, builder: Builder, times: Tensor) -> _Take:
-    table = _numbers(*sde.transition(builder.path, times[:-1], times[1:]))
+def _gaussian(sde: SDE, builder: Builder, t: Tensor, u: Tensor) -> _Take:
+    table = _numbers(*sde.transition(builder.path, t, u))
 
-    def take(i: int, noisy: bool) -> None:
+    def take(i: int) -> None:
         a, b, std = table[i]
-        std = std if noisy else 0.0
         x = builder.x
         mean = a * x + b * builder.model(x, builder.step.t)
         builder.advance(mean + _noise(builder, std))
@@ -200,15 +223,21 @@ def _gaussian(sde: SDE, builder: Builder, times: Tensor) -> _Take:
     return take
 
 
-def _heun(sde: SDE, builder: Builder, times: Tensor) -> _Take:
-    t, u = times[:-1], times[1:]
-    first, second = (sde._increment(builder.path, t, u, at) for at in (t, u))
-    stds = first.variance.sqrt(), (0.5 * (first.variance + second.variance)).sqrt()
-    table = _numbers(first.p, first.q, second.p, second.q, *stds)
+def _heun(sde: SDE, builder: Builder, t: Tensor, u: Tensor) -> _Take:
+    path = builder.path
+    first, second = (sde._increment(path, t, u, at) for at in (t, u))
+    last = sde.is_last(t, u)
+    # tweedie and euler take the predictor as it is
+    alone = last & (sde.last_step in ("tweedie", "euler"))
+    a, b = sde._ends(path, t, u, 1.0 + first.p, first.q)
+    std = torch.where(last, 0.0, _heun_deviation(path, t, u, first, second))
+    std_t = torch.where(last, 0.0, first.variance.sqrt())
+    weight = torch.where(alone, 0.0, 0.5)
+    table = _numbers(a - 1.0, b, second.p, second.q, std_t, std, weight)
 
-    def take(i: int, noisy: bool) -> None:
-        p, q, p_u, q_u, std_t, std = table[i]
-        x, z = builder.x, builder.noise() if noisy and (np.any(std_t) or np.any(std)) else ZERO
+    def take(i: int) -> None:
+        p, q, p_u, q_u, std_t, std, weight = table[i]
+        x, z = builder.x, builder.noise() if np.any(std_t) or np.any(std) else ZERO
         builder.advance(
             heun_step(
                 builder,
@@ -217,10 +246,29 @@ def _heun(sde: SDE, builder: Builder, times: Tensor) -> _Take:
                 x,
                 std_t * z,
                 std * z,
+                weight,
             )
         )
 
     return take
+
+
+def _heun_deviation(path: Path, t: Tensor, u: Tensor, first: _Increment, second: _Increment) -> Tensor:
+    """The standard deviation of a Heun step's noise."""
+    (_, sigma_t, _, d_sigma_t), (alpha_u, sigma_u, _, d_sigma_u) = (path.coefficients(s)[:4] for s in (t, u))
+
+    def kept(first_strength: Tensor, second_strength: Tensor) -> Tensor:
+        """The noise that the rule keeps for a fixed data prediction, of which the state's is sigma_t."""
+        increment = (u - t) * d_sigma_t - first_strength
+        rate = ((u - t) * d_sigma_u - second_strength) / sigma_u
+        return sigma_t + 0.5 * increment + 0.5 * rate * (sigma_t + increment)
+
+    none = torch.zeros_like(t)
+    missing = kept(none, none).square() - kept(first.strength, second.strength).square()
+    # the noise of the predictor comes back through the second evaluation
+    returned = 0.5 * ((u - t) * d_sigma_u - second.strength) / sigma_u * first.variance.sqrt()
+    mean = (0.5 * (first.variance + second.variance)).sqrt()
+    return torch.where(sigma_u >= alpha_u, missing.clamp(min=0.0).sqrt() - returned, mean)
 
 
 def heun_step(
@@ -230,11 +278,18 @@ def heun_step(
     x: Expr,
     predictor_noise: Expr,
     noise: Expr,
+    weight: Number = 0.5,
 ) -> Expr:
-    """x + (d + d') / 2 + noise, d the increment at x and d' that at the predictor x + d + predictor_noise."""
+    """x + (d + d') / 2 + noise, d the increment at x and d' that at the predictor x + d + predictor_noise.
+
+    Args:
+        weight: of d'; 0 takes no second evaluation.
+    """
     increment = first(x)
+    if not np.any(weight):
+        return x + increment + noise
     predictor = builder.keep(x + increment + predictor_noise)
-    return x + 0.5 * increment + 0.5 * second(predictor) + noise
+    return x + (1.0 - weight) * increment + weight * second(predictor) + noise
 
 
 def _numbers(*columns: Tensor) -> list[tuple[Number, ...]]:

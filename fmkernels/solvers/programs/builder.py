@@ -78,6 +78,8 @@ class Builder:
         self._state = 0
         self._steps = 0
         self._extras: dict[str, list[int]] = {}
+        self._still: np.ndarray | None = None  # what has no time to pass in the step
+        self._goal: Expr | None = None
         self._known: dict[Any, int] = {}
         self._conversions: dict[Any, tuple[Number, Number]] = {}
         self._converted: set[tuple[str, str]] = set()
@@ -93,6 +95,8 @@ class Builder:
         """The intervals of the grid in order; each must end in :meth:`advance`."""
         for i, (t, u) in enumerate(zip(self.grid[:-1], self.grid[1:], strict=True)):
             self.step = Step(i, t, u)
+            still = t == u if isinstance(t, np.ndarray) else None
+            self._still = still if still is not None and still.any() else None
             yield self.step
 
     @property
@@ -100,8 +104,10 @@ class Builder:
         return self.step.number == len(self.grid) - 2
 
     def advance(self, x: Expr) -> Expr:
-        """Ends the step with the state x."""
-        self._state = self.register(x)
+        """Ends the step with the state x; what has no time to pass in it stays as it is, bit for bit."""
+        if self._goal is not None:
+            self._check_goal(x)
+        self._state = self.register(self._held(x))
         self._instructions.append(EndStep(self.step.number, self._state))
         self._steps += 1
         return self.x
@@ -140,7 +146,7 @@ class Builder:
         Args:
             prediction: what they are, if not what the network returns; "velocity" leaves them as they are.
         """
-        state = self.keep(x)
+        state = self.keep(self._held(x))
         results = tuple(range(self._registers, self._registers + count))
         self._registers += count
         self._times.append(t)
@@ -156,6 +162,34 @@ class Builder:
         self._registers += count
         self._instructions.append(Compute(function, registers, results))
         return [Expr({r: 1.0}) for r in results]
+
+    def expect(self, goal: Expr) -> None:
+        """Says where the method must end the step: for a rule that decides it, through the velocity that it gives."""
+        self._goal = goal
+
+    def _check_goal(self, x: Expr) -> None:
+        goal, self._goal = self._goal, None
+        assert goal is not None
+        goal = self._held(goal)
+        ends = self._held(x)
+        largest = max((np.max(np.abs(c)) for c in goal.terms.values()), default=0.0)
+        for base in {*goal.terms, *ends.terms}:
+            wanted, got = (terms.get(base, 0.0) for terms in (goal.terms, ends.terms))
+            if not np.allclose(wanted, got, rtol=1e-9, atol=1e-9 * largest):
+                raise ValueError(
+                    "method: expected one whose steps the guidance decides (one call, no past, no noise: 'euler', or "
+                    f"'ddim' for step='ddim'); step {self.step.number} ends elsewhere"
+                )
+
+    def _held(self, x: Expr) -> Expr:
+        """x, and the state itself where no time passes in the step: a token of a grid of its own may wait."""
+        still = self._still
+        own = x.terms.get(self._state)
+        if still is None or (len(x.terms) == 1 and isinstance(own, float) and own == 1.0):
+            return x
+        terms = {base: np.where(still, 0.0, c) for base, c in x.terms.items()}
+        terms[self._state] = np.where(still, 1.0, 0.0 if own is None else own)
+        return Expr(terms)
 
     def output(self, name: str, x: Expr) -> None:
         """Keeps a register for the caller, as one more entry of result.extras[name]."""

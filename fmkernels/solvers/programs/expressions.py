@@ -60,8 +60,11 @@ def as_number(value: Tensor) -> Number:
     return float(value) if value.dim() == 0 else value.double().cpu().numpy()
 
 
-def as_grid(grid: Tensor | np.ndarray | Sequence[float]) -> list[Number]:
+def as_grid(grid: Tensor | np.ndarray | Sequence[float], *, waiting: bool = False) -> list[Number]:
     """Times as numbers: finite, strictly monotone along dimension 0.
+
+    Args:
+        waiting: whether the times of a sample or token may stay the same for a step, or for all: it then waits.
 
     Raises:
         ValueError: the times are not that.
@@ -74,6 +77,9 @@ def as_grid(grid: Tensor | np.ndarray | Sequence[float]) -> list[Number]:
     if not np.isfinite(times).all():
         raise value_error("time_grid", "finite times", grid)
     steps = np.diff(times, axis=0)
-    if not ((steps > 0).all() or (steps < 0).all()):
+    if waiting and times.ndim > 1:
+        if not ((steps >= 0).all() or (steps <= 0).all()):
+            raise value_error("time_grid", "times of each sample or token that all go one way, or stay", grid)
+    elif not ((steps > 0).all() or (steps < 0).all()):
         raise value_error("time_grid", "strictly monotone times", grid)
     return [float(t) for t in times] if times.ndim == 1 else list(times)

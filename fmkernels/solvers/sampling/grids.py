@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..._checks import check_int, check_number, type_error
+from ..._checks import check_int, check_number, type_error, value_error
 from ..._names import Names
 from ...times import Shift
 from ..programs.expressions import Number, as_grid
@@ -114,6 +114,35 @@ class Karras:
         return times
 
 
+@final
+@dataclass(frozen=True)
+class Stretched:
+    r"""Another schedule, stretched so that the last noise level before 0 is ``terminal`` (diffusers' "shift_terminal").
+
+    :math:`\sigma' = 1 - (1 - \sigma) \frac{1 - T}{1 - \sigma_{last}}` for the noise levels sigma = 1 - t but the last,
+    which stays 0; e.g. ``Stretched(fm.times.Shift(3.0), 0.1)``.
+
+    Args:
+        schedule: a name, an :class:`fmkernels.times.Shift`, or a function of the number of steps.
+        terminal: T in (0, 1). A grid of one step has no level between.
+    """
+
+    schedule: str | Shift | Schedule
+    terminal: float
+
+    def __post_init__(self) -> None:
+        times_of(self.schedule, 1)  # whatever is no schedule is told here
+        check_number("terminal", self.terminal, above=0.0)
+        if self.terminal >= 1.0:
+            raise value_error("terminal", "a number < 1", self.terminal)
+
+    def __call__(self, steps: int) -> np.ndarray:
+        times = times_of(self.schedule, steps)
+        if steps < 2:
+            return times
+        return np.append(times[:-1] * ((1.0 - self.terminal) / times[-2]), times[-1:], axis=0)
+
+
 SCHEDULES: Names[Schedule] = Names(
     "schedule",
     {"uniform": Uniform(), "power": Power(), "cosine": Cosine(), "log": Log(), "karras": Karras()},
@@ -130,11 +159,18 @@ def times_of(schedule: str | Shift | Schedule, steps: int) -> np.ndarray:
     if not callable(schedule):
         raise type_error("schedule", "a name, an fm.times.Shift or a function of the number of steps", schedule)
     times = schedule(steps)
-    return times if isinstance(times, np.ndarray) else np.asarray(torch.as_tensor(times).double())
+    times = times if isinstance(times, np.ndarray) else np.asarray(torch.as_tensor(times).detach().double().cpu())
+    if times.ndim == 0 or times.shape[0] != steps + 1:
+        raise value_error("schedule", f"a function from a number of steps, here {steps}, to one time more", times)
+    return times
 
 
 def make_grid(
-    steps: int, schedule: str | Shift | Schedule, time_grid: Tensor | np.ndarray | Sequence[float] | None
+    steps: int,
+    schedule: str | Shift | Schedule,
+    time_grid: Tensor | np.ndarray | Sequence[float] | None,
+    *,
+    waiting: bool = False,
 ) -> list[Number]:
-    """The times of a solve: given, or of a schedule."""
-    return as_grid(times_of(schedule, steps) if time_grid is None else time_grid)
+    """The times of a solve: given, or of a schedule. With ``waiting`` a sample's or token's own may stay the same."""
+    return as_grid(times_of(schedule, steps) if time_grid is None else time_grid, waiting=waiting)

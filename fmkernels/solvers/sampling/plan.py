@@ -33,7 +33,7 @@ def plan(
     """The program of a fixed-grid method: the same object for equal settings."""
 
     def builder() -> Builder:
-        return Builder(grids.make_grid(steps, schedule, time_grid), path, prediction, guidance)
+        return Builder(grids.make_grid(steps, schedule, time_grid, waiting=True), path, prediction, guidance)
 
     if not (isinstance(method, str) and isinstance(schedule, str) and time_grid is None):
         return builder().plan(methods.resolve(method))  # kept under its times

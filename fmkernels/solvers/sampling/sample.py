@@ -73,7 +73,8 @@ def sample(
         schedule: "uniform", "power", "cosine", "log", "karras", an :class:`fmkernels.times.Shift`, or any function of
             the number of steps to its times.
         time_grid: times instead: (S + 1,) strictly monotone, from the start to the end; or (S + 1, B) or
-            (S + 1, B, T) for times of each sample or token. With an adaptive method its ends are the interval, and
+            (S + 1, B, T) for times of each sample or token, of which some may wait: what has no time to pass in a step,
+            or in all, stays as it is, bit for bit. With an adaptive method its ends are the interval, and
             its times those of ``trajectory``.
         rtol, atol, controller, max_steps: of an adaptive method; each sample's error norm is kept at 1, see
             :func:`fmkernels.combine`. A sample that reaches ``max_steps`` is returned as it is, with its status.

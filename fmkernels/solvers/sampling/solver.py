@@ -10,7 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..._checks import check_choice, check_float_tensor, check_int, check_number, type_error, value_error
+from ..._checks import (
+    check_choice,
+    check_float_dtype,
+    check_float_tensor,
+    check_int,
+    check_number,
+    type_error,
+    value_error,
+)
 from ...ops.random.op import randn
 from ...paths import CondOT, Path
 from ...random import draw_seed
@@ -81,6 +89,9 @@ class Solver:
         if self.cuda_graph not in (True, False, "auto"):
             raise value_error("cuda_graph", "True, False or 'auto'", self.cuda_graph)
         check_int("max_steps", self.max_steps, low=1)
+        for name in ("dtype", "time_dtype"):
+            if getattr(self, name) is not None:
+                check_float_dtype(name, getattr(self, name))
         for name in ("rtol", "atol"):
             check_number(name, getattr(self, name), low=0.0)
         if self.steps is not None:
@@ -150,7 +161,7 @@ class Solver:
 
     def grid(self) -> list[Number]:
         steps = DEFAULT_STEPS if self.steps is None else self.steps
-        return grids.make_grid(steps, self.schedule, self.time_grid)
+        return grids.make_grid(steps, self.schedule, self.time_grid, waiting=True)
 
     def plan(self) -> Program:
         """The program of the fixed-grid method; the same object for the same settings."""
