@@ -179,3 +179,24 @@ def test_cfg_plus_plus_interval() -> None:
     got = solve(CFGPlusPlus(0.5, negative={"y": NULL}, interval=(2.0, 3.0)), model, x, y=y)
     close(got, euler(lambda x, t, i: pair(y)(x, t)[0], x))
     assert model.rows == [B] * 4
+
+
+@pytest.mark.parametrize("kind", [CFGPlusPlus, RectifiedCFGPlusPlus])
+def test_intervals_of_a_steps_guidance_are_of_each_sample(kind) -> None:
+    """Beside samples that are within, one beyond takes the conditional step; each is what it would be alone."""
+    x, y = data()
+    grid = np.linspace(0.0, [1.0, 0.8, 0.4], 5)
+    guidance = kind(0.7, negative={"y": NULL}, interval=(0.3, 0.6))
+    together = solve(guidance, Model(), x, grid=grid, y=y)
+    for i in range(B):
+        own = slice(i, i + 1)
+        times = grid[:, i]
+        close(solve(guidance, Model(), x[own], grid=times, y=y[own]), together[own])
+        wanted = x[own]
+        for t, u in itertools.pairwise(times.tolist()):
+            if 0.3 <= t <= 0.6:
+                step = kind(0.7, negative={"y": NULL})
+                wanted = solve(step, Model(), wanted, grid=[t, u], y=y[own])
+            else:
+                wanted = euler(lambda x, t, _, own=own: pair(y[own])(x, t)[0], wanted, [t, u])
+        close(together[own], wanted)
