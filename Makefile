@@ -36,7 +36,7 @@ test: setup
 	$(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)
 	PATH="$(abspath $(BIN)):$$PATH" sh tools/ctest.sh
 
-# Plants the bugs of tools/mutant_list.py one at a time and tells which no test sees; not a part of CI.
+# Plants the bugs of tools/mutants_*.py one at a time and tells which no test sees; not a part of CI.
 mutants: setup
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tools/mutants.py $(ARGS)
 

@@ -50,6 +50,20 @@ def test_compaction_saves_evaluations(impl: str) -> None:
     assert counts[True] < 1.5 * useful
 
 
+def test_compaction_keeps_each_samples_own_output_times(impl: str) -> None:
+    """Samples that stay when others leave keep their times, their outputs' places and their counts."""
+    problem = Prothero([1.0, 300.0, 0.5, 200.0, 2.0, 250.0])
+    own = torch.linspace(0.1, 1.0, 6, dtype=torch.float64)[:, None] * torch.tensor([0.3, 1.0, 2.0], dtype=torch.float64)
+    want = torch.stack([torch.stack([problem.exact(float(t))[i] for t in row]) for i, row in enumerate(own)], 1)
+    for compact in (True, False):
+        result = problem.solve(tol=1e-7, compact=compact, t_eval=own, impl=impl)
+        torch.testing.assert_close(result.ys, want, rtol=0.0, atol=1e-5)
+        if compact:
+            counts = result.n_steps, result.n_accepted
+    assert torch.equal(counts[0], result.n_steps)
+    assert torch.equal(counts[1], result.n_accepted)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shared", [False, True])
 def test_state_dtypes(dtype: torch.dtype, shared: bool, impl: str) -> None:

@@ -134,6 +134,37 @@ def test_large_outputs_are_pooled_and_streamed_and_right(dtype: torch.dtype) -> 
 
 
 @pytest.mark.cuda
+def test_large_outputs_keep_their_memory_format() -> None:
+    import fmkernels as fm
+
+    x = torch.randn(3, 20, 300, 256).contiguous(memory_format=torch.channels_last)
+    assert x.numel() * 4 > 16 << 20
+    t = torch.rand(3)
+    y = fm.combine([x, x], [t, 2.0], impl="native")
+    assert y.stride() == x.stride()
+    torch.testing.assert_close(y, x * (t + 2.0).reshape(3, 1, 1, 1), rtol=1e-6, atol=1e-6)
+
+
+def test_a_block_of_the_pool_wastes_little() -> None:
+    """A freed block much larger than an output stays for a larger one."""
+    import fmkernels as fm
+    from fmkernels import _native
+
+    pool, mib = _native.library().pool_cached_bytes, 1 << 18  # elements of float32
+    fm.set_cpu_pool_limit(0)
+    fm.set_cpu_pool_limit(1024)
+    large = fm.combine([torch.zeros(64 * mib)], [1.0], impl="native")
+    del large
+    assert pool() == 64 << 20
+    small = fm.combine([torch.zeros(18 * mib)], [1.0], impl="native")
+    assert pool() == 64 << 20
+    near = fm.combine([torch.zeros(60 * mib)], [1.0], impl="native")
+    assert pool() == 0
+    del small, near
+    fm.set_cpu_pool_limit(0)
+    fm.set_cpu_pool_limit(1024)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: 2^31 elements need one's memory")
 @pytest.mark.parametrize("impl", ["native", "triton"])
 def test_more_than_2_to_31_elements(impl: str) -> None:

@@ -167,6 +167,21 @@ def test_guidance_with_times_of_each_sample(x_0: Tensor, y: Tensor) -> None:
         assert (together[b] - alone[0]).abs().max() < 1e-12
 
 
+def test_checkpoints_keep_what_is_put_out_after_the_last_step(x_0: Tensor) -> None:
+    sde = fm.SDE(diffusion="sigma", log_prob=True, last_step="none")
+    results = []
+    for gradient in ("none", "direct", "checkpoint"):
+        generator = torch.Generator().manual_seed(3)
+        x_1, result = fm.sample(
+            lambda x, t: -x, x_0, steps=7, sde=sde, gradient=gradient, generator=generator, return_trajectory=True
+        )
+        assert result.log_prob.shape == (7, *x_0.shape[:1])
+        results.append((x_1, result.log_prob, result.trajectory))
+    for other in results[1:]:
+        for got, wanted in zip(other, results[0], strict=True):
+            torch.testing.assert_close(got.detach(), wanted)
+
+
 def test_sde_log_probabilities_and_times(x_0: Tensor, y: Tensor) -> None:
     sde = fm.SDE(diffusion="sigma", log_prob=True, last_step="mean")
     generator = torch.Generator().manual_seed(7)

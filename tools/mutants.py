@@ -1,8 +1,8 @@
 """Plants small bugs, one at a time, and tells which of them no test sees: `make mutants`.
 
-tools/mutant_list.py holds the bugs as text: a file, what stands in it, what is put there, and the tests that must fail.
-Each runs in a copy of the working tree; those of C++ files are built there first. The exit status is 1 where a bug
-survives, 2 where the list is out of date or the tests fail without any.
+mutants_of_solvers.py and mutants_elsewhere.py hold the bugs as text: a file, what stands in it, what is put there, and
+the tests that must fail. Each runs in a copy of the working tree; those of C++ files are built there first. The exit
+status is 1 where a bug survives, 2 where the list is out of date or the tests fail without any.
 
     python tools/mutants.py [--check] [--only WORDS] [--trust] [--jobs N]
 """
@@ -50,9 +50,11 @@ class Mutant(NamedTuple):
 
 def mutants() -> list[Mutant]:
     """The list, whose entries may name one test or several."""
-    from mutant_list import MUTANTS  # beside this file
+    import mutants_elsewhere  # beside this file
+    import mutants_of_solvers
 
-    return [Mutant(file, old, new, (tests,) if isinstance(tests, str) else tests) for file, old, new, tests in MUTANTS]
+    listed = [*mutants_of_solvers.MUTANTS, *mutants_elsewhere.MUTANTS]
+    return [Mutant(file, old, new, (tests,) if isinstance(tests, str) else tests) for file, old, new, tests in listed]
 
 
 def stale(mutant: Mutant) -> str | None:

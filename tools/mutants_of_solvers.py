@@ -1,7 +1,8 @@
-"""The bugs of tools/mutants.py: (file, old text, new text, the test or tests that see it).
+"""Bugs of the solvers for tools/mutants.py: (file, old text, new text, the test or tests that see it).
 
 What they are like: an option that is ignored, a field left out of a key, a sign in a rare branch, a tolerance in the
-place of another, a wrong rule at an end. A bug that a reader or a user finds, and no test found, gets a line here.
+place of another, a wrong rule at an end. A bug that a reader or a user finds, and no test found, gets a line here or in
+mutants_elsewhere.py.
 """
 
 from __future__ import annotations
@@ -20,14 +21,6 @@ OPTIONS = "tests/test_odeint_options.py"
 IMPLICIT = "tests/test_implicit.py"
 DIFFUSION = "tests/test_diffusion_solvers.py"
 STOCHASTIC = "tests/test_stochastic.py"
-LINEAR = "tests/test_guidance_linear.py"
-NONLINEAR = "tests/test_guidance_nonlinear.py"
-PATHS_TESTS = "tests/test_paths.py"
-TARGETS = "tests/test_targets.py"
-WEIGHTS = "tests/test_weightings_times.py"
-OPS_CASES = "tests/test_ops.py::test_case"
-NOISE = "tests/test_noise.py"
-
 SOLVERS = "fmkernels/solvers"
 KEEPER = f"{SOLVERS}/adaptive/kept_steppers.py"
 CONTROL_BODY = "csrc/step_control/step_control_body.h"
@@ -273,176 +266,90 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
         "tests/test_streaming.py",
     ),
     (f"{SOLVERS}/sampling/streaming.py", "self.watch.forget()  # what", "pass  # what", "tests/test_streaming.py"),
-    # ------------------------------------------------------------------ guidance
-    ("fmkernels/guidance/base.py", "low <= float(t) <= high", "low <= float(t) < high", LINEAR),
-    ("fmkernels/guidance/base.py", "(t >= low) & (t <= high)", "(t > low) & (t <= high)", LINEAR),
+    # ------------------------------------------------------------------ what runs a step or a program
     (
-        "fmkernels/guidance/base.py",
-        "(x.shape, x.tobytes())",
-        "x.shape",
-        "tests/test_guidance_solvers.py::test_plan_keys",
+        "csrc/step_plan/step_plan.cpp",
+        "outputs_.front(), k}, {0.0, -1.0, 1.0}",
+        "outputs_.front(), k}, {0.0, 0.0, 1.0}",
+        BATCHES,
     ),
-    ("fmkernels/guidance/calls.py", "and not shared\n", "\n", "tests/test_guidance_arguments.py"),
-    ("fmkernels/guidance/cfg.py", "(square + 1e-8)", "(square + 1e-2)", LINEAR),
-    ("fmkernels/guidance/cfg.py", "v_variance = (v_square - v_sum.square() / size)", "v_variance = v_square", LINEAR),
-    ("fmkernels/guidance/cfg.py", "builder.step.number < self.zero_steps", "builder.step.number < 1", LINEAR),
-    ("fmkernels/guidance/cfg.py", "along = (1.0 - eta) * product", "along = product", NONLINEAR),
-    ("fmkernels/guidance/cfg.py", "d_square.clamp(min=threshold**2)", "d_square.clamp(min=threshold)", NONLINEAR),
-    ("fmkernels/guidance/cfg.py", "before if number == builder.step.number else current", "current", NONLINEAR),
-    ("fmkernels/guidance/cfg.py", "noise = c * beyond + u * (1.0 - beyond)", "noise = u", NONLINEAR),
-    ("fmkernels/guidance/cfg.py", "self.interval, outside=0.0)", "self.interval)", NONLINEAR),
-    ("fmkernels/guidance/cfg.py", "self.fraction * (builder.step.u - t)", "(builder.step.u - t)", NONLINEAR),
-    ("fmkernels/guidance/linear.py", "overridden(model_kwargs, self.weak_kwargs)", "model_kwargs", LINEAR),
-    ("fmkernels/guidance/linear.py", "self.interval, outside=0.0)", "self.interval)", LINEAR),
-    ("fmkernels/guidance/linear.py", "torch.where(alpha == 0.0, torch.zeros_like(slope), slope)", "slope", LINEAR),
-    # ------------------------------------------------------------------ likelihood
+    ("csrc/step_plan/step_plan.cpp", "a.k0_from = outputs_.front();", "a.k0_from = settings_.k0;", BATCHES),
     (
-        "fmkernels/likelihood/density.py",
-        "else -solution.integral",
-        "else solution.integral",
-        "tests/test_likelihood.py",
+        "csrc/step_plan/step_plan.cpp",
+        "return overlap(k, settings_.y) || overlap(k, settings_.y1) || overlap(k, settings_.k0);",
+        "return overlap(k, settings_.y) || overlap(k, settings_.y1);",
+        f"{BATCHES}::test_outputs_that_share_memory",
     ),
     (
-        "fmkernels/likelihood/density.py",
-        "row_offset=self.row_offset",
-        "row_offset=0",
-        "tests/test_likelihood_adaptive.py",
+        "csrc/step_plan/step_plan.cpp",
+        "  judged_ = false;\n  return combine",
+        "  return combine",
+        "tests/test_step_plan.py",
     ),
-    ("fmkernels/likelihood/density.py", "+ math.log2(scale)", "- math.log2(scale)", "tests/test_likelihood.py"),
     (
-        "fmkernels/likelihood/density.py",
-        "                max_steps=self.max_steps,\n",
+        "csrc/step_control/step_rows_body.cuh",
+        "return time(j) == a.clock[at_t * a.rows + row];",
+        "return false;",
+        f"{ADAPTIVE_TESTS}::test_requested_times",
+    ),
+    (
+        f"{SOLVERS}/adaptive/compaction.py",
+        "batch.count.index_select(1, keep),",
+        "batch.count[:, : keep.shape[0]].clone(),",
+        BATCHES,
+    ),
+    (
+        f"{SOLVERS}/adaptive/compaction.py",
+        "wanted.index_select(0, keep)",
+        "wanted[: keep.shape[0]]",
+        f"{BATCHES}::test_compaction_keeps_each_samples_own_output_times",
+    ),
+    (
+        f"{SOLVERS}/programs/captures.py",
+        "(v.shape, v.dtype, v.device, v.stride())",
+        "(v.shape, v.dtype, v.device)",
+        "tests/test_sampling.py",
+    ),
+    (
+        f"{SOLVERS}/programs/run.py",
+        "self._tensors = [tensor for tensor in tensors if tensor is not but]",
+        "self._tensors = list(tensors)",
+        "tests/test_sampling.py::test_a_solver_reuses_its_buffers_but_gives_its_results_away",
+    ),
+    (
+        f"{SOLVERS}/programs/run.py",
+        "ends[-1] = len(self.program.instructions)",
+        "pass",
+        "tests/test_sampling_joined.py::test_checkpoints_keep_what_is_put_out_after_the_last_step",
+    ),
+    (
+        f"{SOLVERS}/programs/builder.py",
+        "return self.step.number == len(self.grid) - 2",
+        "return self.step.number == len(self.grid) - 1",
+        STOCHASTIC,
+    ),
+    (
+        f"{SOLVERS}/programs/builder.py",
+        "            bases.insert(0, self._state)\n            terms[self._state] = 0.0\n",
         "",
-        "tests/test_likelihood_adaptive.py",
+        f"{DIFFUSION}::test_a_sum_of_many_terms_is_split",
     ),
     (
-        "fmkernels/likelihood/log_det.py",
-        "torch.maximum(ratio[:, :-1].square().mean(1).sqrt(), ratio[:, -1].abs())",
-        "ratio.square().mean(1).sqrt()",
-        "tests/test_likelihood_adaptive.py",
+        f"{SOLVERS}/programs/plans.py",
+        "type(path), parameters, prediction, getattr",
+        "type(path), prediction, getattr",
+        "tests/test_sampling.py::test_plans_are_kept_and_slots_are_few",
     ),
     (
-        "fmkernels/likelihood/log_det.py",
-        "a * math.prod(x.shape[1:]) + b * div",
-        "a + b * div",
-        "tests/test_likelihood.py",
-    ),
-    ("fmkernels/likelihood/divergence.py", "return total / count", "return total", "tests/test_divergence.py"),
-    ("fmkernels/likelihood/divergence.py", "(p % _BITS)", "0", "tests/test_divergence.py"),
-    (
-        "fmkernels/likelihood/divergence.py",
-        "noise.stream + evaluation * streams_of(self.probes, self.distribution)",
-        "noise.stream + evaluation",
-        "tests/test_divergence.py::test_evaluations_with_fresh_probes_share_none",
+        f"{SOLVERS}/programs/plans.py",
+        "type(path), parameters, prediction, getattr",
+        "type(path), parameters, getattr",
+        "tests/test_sampling.py::test_plans_are_kept_and_slots_are_few",
     ),
     (
-        "fmkernels/likelihood/step_log_prob.py",
-        "a, b = a + b * a_v, b * b_v",
-        "a, b = a + a_v, b * b_v",
-        "tests/test_step_log_prob.py",
+        f"{SOLVERS}/sampling/velocity.py",
+        "rows.shape[0] / x.shape[0]",
+        "1.0",
+        "tests/test_sampling_joined.py::test_adaptive_guidance_counts_its_branches_and_follows_its_samples",
     ),
-    # ------------------------------------------------------------------ paths, targets, losses, times
-    ("fmkernels/paths/affine.py", "(1.0 - t) + self.sigma_min * t", "(1.0 - t) + self.sigma_min", PATHS_TESTS),
-    ("fmkernels/paths/affine.py", "return self.sigma_min - 1.0", "return -1.0", PATHS_TESTS),
-    ("fmkernels/paths/affine.py", "/ (1.0 + ratio - self.sigma_min)", "/ (1.0 + ratio)", PATHS_TESTS),
-    ("fmkernels/paths/bridges.py", "(1.0 - 2.0 * t) / root", "(1.0 - t) / root", PATHS_TESTS),
-    ("fmkernels/paths/targets.py", "d_1 * alpha + d_0 * sigma", "d_1 * alpha - d_0 * sigma", (PATHS_TESTS, TARGETS)),
-    ("fmkernels/paths/targets.py", "result = result.clamp(-limit, limit)", "pass", (PATHS_TESTS, TARGETS)),
-    (
-        "fmkernels/paths/targets.py",
-        "torch.promote_types(torch.float32 if half else prediction.dtype, x_t.dtype)",
-        "prediction.dtype",
-        (PATHS_TESTS, TARGETS),
-    ),
-    ("fmkernels/paths/batch.py", "((t >= 0) & (t <= 1)).all()", "(t <= 1).all()", (PATHS_TESTS, TARGETS)),
-    ("fmkernels/weightings.py", "1.0 - 2.0 * sigma + 2.0", "1.0 - 2.0 * sigma + 1.0", WEIGHTS),
-    ("fmkernels/weightings.py", "(1.0 - t).clamp(min=SMALL)", "(1.0 - t).clamp(min=1e-8)", WEIGHTS),
-    (
-        "fmkernels/weightings.py",
-        'tensor_at(path, "sigma", t).clamp(min=SMALL)',
-        'tensor_at(path, "sigma", t).clamp(min=1e-8)',
-        WEIGHTS,
-    ),
-    ("fmkernels/weightings.py", "math.exp(self.bias)", "math.exp(-self.bias)", WEIGHTS),
-    (
-        "fmkernels/losses.py",
-        "noise_dtype=x_1.dtype",
-        "noise_dtype=pred.dtype",
-        (PATHS_TESTS, "tests/test_plain_calls.py"),
-    ),
-    (
-        "fmkernels/times.py",
-        "(self.low + (self.high - self.low) * u).clamp(*self._ends)",
-        "self.low + (self.high - self.low) * u",
-        WEIGHTS,
-    ),
-    ("fmkernels/times.py", "        return t.clamp(*self._ends)", "        return t", WEIGHTS),
-    ("fmkernels/times.py", "TIME_STREAM + 1, 0, torch.int64", "TIME_STREAM, 0, torch.int64", WEIGHTS),
-    ("fmkernels/times.py", "base_shift + slope * (seq_len - base_seq_len)", "base_shift + slope * seq_len", WEIGHTS),
-    ("fmkernels/times.py", "return self.shift * t / (1.0 - t + self.shift * t)", "return self.shift * t", WEIGHTS),
-    ("fmkernels/random.py", "seed - 2**64 if seed >= 2**63 else seed", "seed - 2**64 if seed > 2**63 else seed", NOISE),
-    ("fmkernels/random.py", "torch.float16: 11, torch.bfloat16: 8", "torch.float16: 12, torch.bfloat16: 8", NOISE),
-    ("fmkernels/random.py", "self.row_offset * math.prod(data.shape[1:])", "self.row_offset * data.numel()", NOISE),
-    # ------------------------------------------------------------------ operations
-    (
-        "fmkernels/ops/combine/reference.py",
-        "torch.maximum(first.abs(), y.abs())",
-        "first.abs()",
-        (OPS_CASES, "tests/test_ops_random.py::test_combine"),
-    ),
-    (
-        "fmkernels/ops/regression_loss/reference.py",
-        "torch.where(kept, w, 0.0)",
-        "w",
-        "tests/test_ops_random.py::test_regression_loss",
-    ),
-    (
-        "fmkernels/ops/regression_loss/op.py",
-        "(entries * per_entry).clamp(min=1)",
-        "entries * per_entry",
-        (OPS_CASES, PATHS_TESTS),
-    ),
-    (
-        "fmkernels/ops/row_dots/op.py",
-        "shift = factors.pop(ONES, None)",
-        "factors.pop(ONES, None); shift = None",
-        "tests/test_row_dots.py",
-    ),
-    (
-        "csrc/combine/error_ratio.h",
-        "k > magnitude || k != k ? k",
-        "k > magnitude ? k",
-        "tests/test_ops_random.py::test_combine",
-    ),
-    (
-        "csrc/regression_loss/penalty.h",
-        "d < T(0) ? -delta : (d > T(0) ? delta : d)",
-        "d < T(0) ? -delta : delta",
-        ("tests/test_penalties.py", "tests/test_ops_random.py::test_regression_loss"),
-    ),
-    (
-        "csrc/regression_loss/regression_loss_cpu.cpp",
-        "for (int64_t k = j; k < j + m; ++k) keep[k] = kept;",
-        "for (int64_t k = j; k < j + (m > 40 ? m - 1 : m); ++k) keep[k] = kept;",
-        ("tests/test_ops_random.py::test_regression_loss", OPS_CASES),
-    ),
-    (
-        "csrc/regression_loss/regression_loss_cpu.cpp",
-        "a.mask[row / (a.mask_elements / a.inner)]",
-        "a.mask[row]",
-        ("tests/test_ops_random.py::test_regression_loss", OPS_CASES),
-    ),
-    (
-        "csrc/row_dots/row_dots_cpu.cpp",
-        "for (int64_t l = 0; j < inner; ++l, ++j)",
-        "for (int64_t l = 0; j + 1 < inner; ++l, ++j)",
-        "tests/test_row_dots.py::test_values",
-    ),
-    (
-        "csrc/random/random_cpu.cpp",
-        "a.dtype == Dtype::f16 ? 11 : 8",
-        "a.dtype == Dtype::f16 ? 12 : 8",
-        f"{NOISE}::test_uniforms",
-    ),
-    ("csrc/common/philox.h", "stream >> 32", "stream >> 31", f"{NOISE}::test_known_answers"),
 ]
