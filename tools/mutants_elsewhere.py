@@ -10,16 +10,12 @@ WEIGHTS = "tests/test_weightings_times.py"
 OPS_CASES = "tests/test_ops.py::test_case"
 NOISE = "tests/test_noise.py"
 
+CACHES = "tests/test_caches.py"
+
 MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
     # ------------------------------------------------------------------ guidance
     ("fmkernels/guidance/base.py", "low <= float(t) <= high", "low <= float(t) < high", LINEAR),
     ("fmkernels/guidance/base.py", "(t >= low) & (t <= high)", "(t > low) & (t <= high)", LINEAR),
-    (
-        "fmkernels/guidance/base.py",
-        "(x.shape, x.tobytes())",
-        "x.shape",
-        "tests/test_guidance_solvers.py::test_plan_keys",
-    ),
     ("fmkernels/guidance/calls.py", "and not shared\n", "\n", "tests/test_guidance_arguments.py"),
     ("fmkernels/guidance/cfg.py", "(square + 1e-8)", "(square + 1e-2)", LINEAR),
     ("fmkernels/guidance/cfg.py", "v_variance = (v_square - v_sum.square() / size)", "v_variance = v_square", LINEAR),
@@ -219,5 +215,25 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
         "p.cached -= block.bytes;",
         "",
         "tests/test_ops.py::test_large_outputs_are_pooled_and_streamed_and_right",
+    ),
+    # ------------------------------------------------------------------ the cache and its keys
+    ("fmkernels/_keys.py", "else (float, str(value))", "else (float, value)", CACHES),
+    ("fmkernels/_keys.py", "bool: lambda value: (bool, value)", "bool: lambda value: (int, value)", CACHES),
+    ("fmkernels/_keys.py", "value.dtype.str, value.shape, value.tobytes()", "value.dtype.str, value.tobytes()", CACHES),
+    ("fmkernels/_keys.py", "tuple(value.shape), flat.tobytes()", "flat.tobytes()", CACHES),
+    ("fmkernels/_keys.py", "if value.__closure__ or value.__defaults__ or", "if value.__defaults__ or", CACHES),
+    ("fmkernels/_keys.py", "value.__defaults__ or value.__kwdefaults__", "value.__kwdefaults__", CACHES),
+    ("fmkernels/_keys.py", "if not is_ours(cls) or isinstance(value, type)", "if isinstance(value, type)", CACHES),
+    ("fmkernels/_cache.py", "if owner() is None:", "if False:", CACHES),
+    ("fmkernels/_cache.py", "        entry.used = _tick()\n        return entry", "        return entry", CACHES),
+    ("fmkernels/_cache.py", "        if total > self.budget.limit:\n            return entry\n", "", CACHES),
+    ("fmkernels/_cache.py", "after_in_child=_renew", "after_in_child=lambda: _LOCK.release()", CACHES),
+    ("fmkernels/_cache.py", "with torch.inference_mode(False), torch.no_grad(),", "with torch.no_grad(),", CACHES),
+    ("fmkernels/_cache.py", 'torch.no_grad(), torch.device("cpu"):', "torch.no_grad():", CACHES),
+    (
+        "fmkernels/_cache.py",
+        "if entry is not None and entry.busy.acquire(blocking=False):",
+        "if entry is not None:",
+        CACHES,
     ),
 ]

@@ -21,6 +21,8 @@ OPTIONS = "tests/test_odeint_options.py"
 IMPLICIT = "tests/test_implicit.py"
 DIFFUSION = "tests/test_diffusion_solvers.py"
 STOCHASTIC = "tests/test_stochastic.py"
+CACHES = "tests/test_caches.py"
+
 SOLVERS = "fmkernels/solvers"
 KEEPER = f"{SOLVERS}/adaptive/kept_steppers.py"
 CONTROL_BODY = "csrc/step_control/step_control_body.h"
@@ -33,8 +35,6 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
     (KEEPER, "(problem.rules, problem.atol", "(problem.atol", KEPT),
     (KEEPER, "y0.shape, y0.dtype, rows)", "y0.shape, rows)", KEPT),
     (KEEPER, "if before != interval:", "if False:", KEPT),
-    (f"{SOLVERS}/programs/tables.py", '("times", x.device, dtype, batch)', '("times", x.device, batch)', KEPT),
-    (f"{SOLVERS}/programs/tables.py", '("coefficients", x.device, dtype)', '("coefficients", x.device)', KEPT),
     # ------------------------------------------------------------------ options of step control
     (
         f"{SOLVERS}/adaptive/options.py",
@@ -249,12 +249,6 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
     (f"{SOLVERS}/sampling/solver.py", "            controller=self.controller,\n", "", KEPT),
     (
         f"{SOLVERS}/sampling/solver.py",
-        "            row_offset=row_offset,\n            buffers=kept,",
-        "            buffers=kept,",
-        "tests/test_sampling_joined.py::test_shards_of_a_batch_draw_what_the_whole_would",
-    ),
-    (
-        f"{SOLVERS}/sampling/solver.py",
         'if t.dim() == 0 and self.time_shape == "batch" else t',
         "if t.dim() == 0 else t",
         "tests/test_reversible.py",
@@ -311,18 +305,6 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
         "tests/test_sampling.py",
     ),
     (
-        f"{SOLVERS}/programs/run.py",
-        "self._tensors = [tensor for tensor in tensors if tensor is not but]",
-        "self._tensors = list(tensors)",
-        "tests/test_sampling.py::test_a_solver_reuses_its_buffers_but_gives_its_results_away",
-    ),
-    (
-        f"{SOLVERS}/programs/run.py",
-        "ends[-1] = len(self.program.instructions)",
-        "pass",
-        "tests/test_sampling_joined.py::test_checkpoints_keep_what_is_put_out_after_the_last_step",
-    ),
-    (
         f"{SOLVERS}/programs/builder.py",
         "return self.step.number == len(self.grid) - 2",
         "return self.step.number == len(self.grid) - 1",
@@ -335,21 +317,60 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
         f"{DIFFUSION}::test_a_sum_of_many_terms_is_split",
     ),
     (
-        f"{SOLVERS}/programs/plans.py",
-        "type(path), parameters, prediction, getattr",
-        "type(path), prediction, getattr",
-        "tests/test_sampling.py::test_plans_are_kept_and_slots_are_few",
-    ),
-    (
-        f"{SOLVERS}/programs/plans.py",
-        "type(path), parameters, prediction, getattr",
-        "type(path), parameters, getattr",
-        "tests/test_sampling.py::test_plans_are_kept_and_slots_are_few",
-    ),
-    (
         f"{SOLVERS}/sampling/velocity.py",
         "rows.shape[0] / x.shape[0]",
         "1.0",
         "tests/test_sampling_joined.py::test_adaptive_guidance_counts_its_branches_and_follows_its_samples",
+    ),
+    (
+        f"{SOLVERS}/programs/run.py",
+        "ends = [*self.segment.step_ends[:-1], len(self.segment.instructions)]",
+        "ends = list(self.segment.step_ends)",
+        "tests/test_sampling_joined.py::test_checkpoints_keep_what_is_put_out_after_the_last_step",
+    ),
+    (
+        f"{SOLVERS}/sampling/solver.py",
+        "            row_offset=row_offset,\n            reuse=reuse,",
+        "            reuse=reuse,",
+        "tests/test_sampling_joined.py::test_shards_of_a_batch_draw_what_the_whole_would",
+    ),
+    (
+        f"{SOLVERS}/programs/plans.py",
+        "return key_of(path), prediction, guidance_key(guidance)",
+        "return key_of(path), guidance_key(guidance)",
+        CACHES,
+    ),
+    (
+        f"{SOLVERS}/programs/plans.py",
+        "return key_of(path), prediction, guidance_key(guidance)",
+        "return type(path), prediction, guidance_key(guidance)",
+        CACHES,
+    ),
+    (f"{SOLVERS}/programs/plans.py", "return type(guidance), key", "return key", CACHES),
+    (
+        f"{SOLVERS}/programs/plans.py",
+        "method if isinstance(method, str) else key_of(method)",
+        "method if isinstance(method, str) else type(method)",
+        CACHES,
+    ),
+    (
+        f"{SOLVERS}/programs/tables.py",
+        "key = (id(program), place(x), x.dtype, dtype, x.shape[0] if shape",
+        "key = (id(program), place(x), dtype, x.shape[0] if shape",
+        (CACHES, KEPT),
+    ),
+    (
+        f"{SOLVERS}/programs/tables.py",
+        "key = (id(program), place(x), x.dtype, dtype, x.shape[0] if shape",
+        "key = (id(program), place(x), x.dtype, x.shape[0] if shape",
+        (CACHES, "tests/test_sampling.py::test_times_that_the_model_sees"),
+    ),
+    (f"{SOLVERS}/sampling/plan.py", "key = (method, steps, schedule,", "key = (method, schedule,", CACHES),
+    (f"{SOLVERS}/sampling/plan.py", "key = (method, steps, schedule,", "key = (method, steps,", CACHES),
+    (
+        f"{SOLVERS}/programs/builder.py",
+        "(type(self), method_key(method), self._settings(), grid)",
+        "(method_key(method), self._settings(), grid)",
+        CACHES,
     ),
 ]
