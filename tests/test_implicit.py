@@ -113,6 +113,13 @@ def test_error_follows_the_tolerance_and_outputs_do_not_cut_the_steps(method: st
     assert many.calls < 1.5 * one.calls + 100
 
 
+def test_outputs_are_at_their_times_to_the_last_bit() -> None:
+    """y' = 1 is solved exactly: what is off is the time."""
+    t = torch.linspace(0.0, 1.0, 8, dtype=torch.float64) ** 2 / 3.0
+    ys = solve_implicit(lambda t, y: torch.ones_like(y), times(0.0), t, "kvaerno3", rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(ys[:, 0], t, rtol=1e-14, atol=1e-15)
+
+
 @every_tableau
 def test_each_time_ends_a_step(tableau: ImplicitTableau) -> None:
     """Reading the solution in between changes nothing where the steps end there anyway."""
