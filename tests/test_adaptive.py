@@ -51,7 +51,7 @@ def test_backward_time(shared: bool, impl: str) -> None:
     problem = Prothero([0.5, 1.0])
     end = problem.solve(tol=1e-10, impl=impl, shared=shared)
     back = solve(problem, end.y, 2.0, 0.0, tol=1e-10, impl=impl, shared=shared, model_kwargs={"rate": problem.rate})
-    torch.testing.assert_close(back.y, problem.y0, rtol=0, atol=1e-7)
+    torch.testing.assert_close(back.y, problem.y0, rtol=0.0, atol=1e-8)
     assert (back.t == 0.0).all()
 
 
@@ -61,7 +61,7 @@ def test_opposite_directions_and_intervals_in_one_batch(impl: str) -> None:
     t1 = torch.tensor([1.0, -2.0, 0.0, 0.5], dtype=torch.float64)
     result = solve(lambda t, y: y * torch.cos(columns(t, y)), y0, t0, t1, tol=1e-9, impl=impl)
     want = y0 * torch.exp(torch.sin(t1) - torch.sin(t0))[:, None]
-    torch.testing.assert_close(result.y, want, rtol=1e-7, atol=0)
+    torch.testing.assert_close(result.y, want, rtol=1e-8, atol=0.0)
     assert torch.equal(result.t, t1)
     assert result.n_steps[3] == 0
     assert torch.equal(result.y[3], y0[3])
@@ -139,7 +139,7 @@ def test_max_steps_returns_the_state_and_warns_once(impl: str) -> None:
     assert result.n_steps[1] == 30
     assert 0 < result.t[1] < 2
     want = (problem.y0[1] - 1) * torch.exp(-500 * result.t[1]) + torch.cos(result.t[1])
-    torch.testing.assert_close(result.y[1], want, rtol=0, atol=1e-4)
+    torch.testing.assert_close(result.y[1], want, rtol=0.0, atol=2e-5)
 
 
 def test_min_and_max_step(impl: str) -> None:
@@ -201,7 +201,7 @@ def test_requested_times(shared: bool, backward: bool, impl: str) -> None:
     times = torch.tensor([0.0, 1e-9, 0.1, 0.1, 0.5, 1.99, 2.0], dtype=torch.float64)
     result = problem.solve(tol=1e-8, t_eval=times, shared=shared, impl=impl)
     want = torch.stack([problem.exact(float(t)) for t in times])
-    torch.testing.assert_close(result.ys, want, rtol=0, atol=1e-6)
+    torch.testing.assert_close(result.ys, want, rtol=0.0, atol=2e-7)
     assert torch.equal(result.ys[0], problem.y0)
     assert torch.equal(result.ys[-1], result.y)
     if shared:
@@ -280,7 +280,7 @@ def test_shared_steps_are_those_of_torchdiffeq(method: str, tol: float, impl: st
     assert len(ours) <= len(theirs)
     last = next(i for i, (t, h) in enumerate(ours) if t + h > 2.0 - 1e-12)
     a, b = (torch.tensor(steps[:last], dtype=torch.float64) for steps in (ours, theirs))
-    torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=0.0)
     assert last >= 1
 
 

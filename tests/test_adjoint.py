@@ -218,7 +218,7 @@ def test_adjoint_parameters_and_errors() -> None:
     assert_all_close(given, whole[:2], 1e-5)
     y = fm.odeint_adjoint(func, y0, t, adjoint_params=())
     (grad,) = torch.autograd.grad(y.sum(), y0, retain_graph=True)
-    torch.testing.assert_close(grad, whole[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad, whole[0], rtol=1e-6, atol=1e-6)
     (grad,) = torch.autograd.grad((y**2).sum(), y0, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()

@@ -179,7 +179,7 @@ def test_dpmpp_is_the_published_one(path, grid, order, solver_type, eta):
         method = DPMSolverPP(order, eta, solver_type, lower_order_final=lower)
         got = solve(method, grid, path, data_network, states(), "x_1")
         expected = oracle_dpmpp(order, solver_type, eta, path, grid, states(), lower)
-        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.parametrize("variant", ["bh1", "bh2"])
@@ -190,7 +190,7 @@ def test_unipc_is_the_published_one(path, grid, order, variant):
     for lower in (True, False):
         got = solve(UniPC(order, variant, lower_order_final=lower), grid, path, data_network, states(), "x_1")
         expected = oracle_unipc(order, variant, path, grid, states(), lower)
-        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_deis_and_lms_integrate_their_polynomials(path, grid, method, variable):
     got = solve(method, grid, path, data_network, states(), "x_1")
     lower = getattr(method, "lower_order_final", False)
     expected = oracle_polynomial(method.order, variable, path, grid, states(), lower)
-    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("start", [0.0, 0.2])
@@ -256,7 +256,7 @@ def test_flow_closed_forms(start):
     methods = {"euler": DPMSolverPP(1), "2m": DPMSolverPP(2), "sde": DPMSolverPP(2, 1.0), "ancestral": Ancestral()}
     methods |= {"lcm": LCM(), "ddim": DDIM(1.0)}
     for name, method in methods.items():
-        torch.testing.assert_close(solve(method, grid, CondOT(), network, x_0), x[name], rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(solve(method, grid, CondOT(), network, x_0), x[name], rtol=1e-13, atol=1e-13)
 
 
 def ve_heun(x, s, n, denoise, heun):
@@ -294,7 +294,7 @@ def test_edm_is_the_published_one(path, heun):
         x = ve_heun(x, s, n, denoise, heun)
     assert 0 < stream < steps
     torch.testing.assert_close(
-        solve(method, grid, path, data_network, x_0, "x_1"), x * alphas[-1], rtol=1e-9, atol=1e-9
+        solve(method, grid, path, data_network, x_0, "x_1"), x * alphas[-1], rtol=1e-13, atol=1e-13
     )
 
 
@@ -317,7 +317,7 @@ def test_restart_is_the_published_one(path, heun):
                     x = ve_heun(x, float(high), float(low), denoise, heun)
     got = solve(Restart(intervals, heun), grid, path, data_network, x_0, "x_1")
     assert stream == 3
-    torch.testing.assert_close(got, x * alphas[-1], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(got, x * alphas[-1], rtol=1e-13, atol=1e-13)
 
 
 def test_dpmpp_2s_is_the_published_one():
@@ -332,7 +332,7 @@ def test_dpmpp_2s_is_the_published_one():
         d_m = at(data_network, s_m / s_s * x - a_m * math.expm1(-r * h) * d, middle)
         x = s_t / s_s * x - a_t * math.expm1(-h) * ((1 - 0.5 / r) * d + 0.5 / r * d_m)
     torch.testing.assert_close(
-        solve(DPMSolverPP2S(r=r), grid, path, data_network, states(), "x_1"), x, rtol=1e-10, atol=1e-10
+        solve(DPMSolverPP2S(r=r), grid, path, data_network, states(), "x_1"), x, rtol=1e-13, atol=1e-13
     )
 
 
@@ -420,7 +420,7 @@ def test_grids_of_each_sample(name, path):
     together = solve(method, list(np.asarray(grids).T.copy()), path, network, x_0)
     for row, grid in enumerate(grids):
         alone = solve(method, grid, path, network, x_0[row : row + 1], row_offset=row)
-        torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-13, atol=1e-13)
 
 
 def test_calls():
@@ -466,7 +466,7 @@ def test_a_sum_of_many_terms_is_split():
     program = builder.program()
     x_0 = states()
     expected = x_0 + 0.5 * sum(noise(x_0, i) for i in range(40))
-    torch.testing.assert_close(execute(program, network, x_0), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(execute(program, network, x_0), expected, rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.parametrize(
