@@ -142,3 +142,29 @@ def check_int(name: str, value: Any, *, low: int | None = None, high: int | None
         raise value_error(name, f"an int <= {high}", value)
     if low is not None and value < low:
         raise value_error(name, f"an int >= {low}", value)
+
+
+def check_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise type_error(name, "a bool", value)
+
+
+def check_device(name: str, value: Any) -> torch.device:
+    """A device, from a torch.device, its name or its index."""
+    if isinstance(value, torch.device):
+        return value
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise type_error(name, "a torch.device, its name or its index", value)
+    try:
+        return torch.device(value)
+    except (RuntimeError, ValueError, OverflowError) as error:
+        raise value_error(name, "the name or index of a device", value) from error
+
+
+def check_generator(name: str, value: Any, device: torch.device | str | None) -> None:
+    """A generator that draws on a device (torch's default one if None)."""
+    if not isinstance(value, torch.Generator):
+        raise type_error(name, "a torch.Generator", value)
+    place = torch.get_default_device() if device is None else torch.device(device)
+    if value.device.type != place.type:
+        raise ValueError(f"{name}: expected a torch.Generator on {place}, got one on {value.device}")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import weightings
-from ._checks import check_float_tensor, check_int, check_like, type_error, value_error
+from ._checks import check_bool, check_device, check_float_tensor, check_int, check_like, type_error, value_error
 from .ops._operands import Operand
 from .ops.regression_loss.op import regression_loss
 from .paths.batch import Batch, as_times, check_times, target_terms
@@ -71,6 +71,8 @@ def cfm_loss(
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device, missing, or given twice.
     """
+    if type(checks) is not bool:
+        check_bool("checks", checks)
     if batch is not None:
         if not isinstance(batch, Batch):
             raise type_error("batch", "what path.sample returned", batch)
@@ -85,7 +87,8 @@ def cfm_loss(
             raise type_error("path", "a path of fm.paths, or a batch", path)
         if x_1 is None:
             raise type_error("x_1", "a tensor, or a batch", x_1)
-        check_like("x_1", x_1, "pred", pred, dtype=False)
+        check_float_tensor("x_1", x_1)
+        check_like("pred", pred, "x_1", x_1, dtype=False)
         if t is None:
             raise type_error("t", "a tensor or a number, or a batch", t)
         times = as_times(t, "x_1", x_1, checks)
@@ -93,19 +96,23 @@ def cfm_loss(
             raise value_error("z", f"None, as {path!r} has no gamma term", z)
     parameters = {} if sigma_data is None else {"sigma_data": sigma_data}
     names, operands, coefficients = target_terms(path, times, target, x_1, x_0, z, **parameters)
-    return regression_loss(
-        pred,
-        operands,
-        coefficients,
-        weight=None if weight is None else weightings.resolve(weight, path, times),
-        mask=mask,
-        reduction=reduction,
-        kind=kind,
-        delta=delta,
-        noise_dtype=x_1.dtype,
-        impl=impl,
-        _names=names,
-    )
+    try:
+        return regression_loss(
+            pred,
+            operands,
+            coefficients,
+            weight=None if weight is None else weightings.resolve(weight, path, times),
+            mask=mask,
+            reduction=reduction,
+            kind=kind,
+            delta=delta,
+            noise_dtype=x_1.dtype,
+            impl=impl,
+            _names=names,
+        )
+    except (TypeError, ValueError):
+        check_like("pred", pred, "x_1", x_1, dtype=False)  # the data is what pred must be like
+        raise
 
 
 @final
@@ -121,16 +128,16 @@ class LossBins:
     time that is NaN counts nowhere.
 
     Args:
-        bins: int >= 1.
+        bins: int from 1 to 2^20.
         device: where the sums live; that of the first update if None.
     """
 
     def __init__(self, bins: int = 10, *, device: torch.device | str | None = None) -> None:
-        check_int("bins", bins, low=1)
+        check_int("bins", bins, low=1, high=2**20)
         self.bins = bins
         self._sums: Tensor | None = None  # (2, bins): weights times losses, weights
         if device is not None:
-            self._sums = self._zeros(device)
+            self._sums = self._zeros(check_device("device", device))
 
     def _zeros(self, device: torch.device | str | None = None) -> Tensor:
         with torch.inference_mode(False):  # tensors made in it cannot be written outside
@@ -201,6 +208,8 @@ class LossBins:
         Args:
             group: a process group of torch.distributed; the default one if None.
         """
+        if group is not None and not isinstance(group, torch.distributed.ProcessGroup):
+            raise type_error("group", "a process group of torch.distributed, or None", group)
         result = LossBins(self.bins)
         result._sums = self._held().clone()
         torch.distributed.all_reduce(result._sums, group=group)

@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from ._checks import check_int, check_same_device, check_tensor, type_error, value_error
+from ._checks import check_generator, check_int, check_same_device, check_tensor, type_error, value_error
 
 MASK = 0xFFFFFFFF
 
@@ -28,6 +28,8 @@ def draw_seed(device: torch.device | str | None = None, generator: torch.Generat
     """
     if generator is not None and torch.compiler.is_compiling():  # a graph holds no generator
         return torch.ops.fmkernels.draw_seed(_handle(generator), generator.device if device is None else device)
+    if generator is not None:
+        check_generator("generator", generator, device)
     return torch.randint(-(2**63), 2**63 - 1, (), generator=generator, device=device)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._checks import check_float_tensor, check_int, check_number, type_error, value_error
+from ._checks import check_bool, check_device, check_float_tensor, check_int, check_number, type_error, value_error
 from .ops.random import kinds
 from .ops.random.op import draw
 from .random import as_seed
@@ -39,8 +39,16 @@ def _shape(shape: Shape) -> tuple[int, ...]:
         raise type_error("shape", "an int or a sequence of ints", shape)
     if not torch.compiler.is_compiling():  # there a size may be symbolic
         for size in shape:
-            check_int("shape", size, low=0)
+            check_int("shape", size, low=0, high=2**48)
     return tuple(shape)
+
+
+def check_row_offset(row_offset: int, shape: Sequence[int]) -> None:
+    """A row from which all of a shape's elements have a number that fits into 63 bits."""
+    if torch.compiler.is_compiling():  # there a size may be symbolic
+        check_int("row_offset", row_offset)
+    else:
+        check_int("row_offset", row_offset, low=0, high=2**62 // max(math.prod(shape[1:]), 1) - sum(shape[:1]))
 
 
 def _uniform(shape: tuple[int, ...], seed: Tensor, row_offset: int, stream: int = TIME_STREAM) -> Tensor:
@@ -81,8 +89,9 @@ class Sampler:
             Float32 times in [0, 1].
         """
         sizes = _shape(shape)
-        check_int("row_offset", row_offset, low=0)
-        return self.draw(sizes, as_seed(seed, None if device is None else torch.device(device), generator), row_offset)
+        check_row_offset(row_offset, sizes)
+        place = None if device is None else check_device("device", device)
+        return self.draw(sizes, as_seed(seed, place, generator), row_offset)
 
 
 def draw_times(
@@ -97,7 +106,7 @@ def draw_times(
     """Times of a sampler or of a function, checked; ``name`` is the caller's for it."""
     if isinstance(sampler, Sampler):
         times = sampler(shape, device, generator, seed=seed, row_offset=row_offset)
-    elif not callable(sampler):
+    elif not callable(sampler) or isinstance(sampler, type):
         raise type_error(name, "one of fm.times, or a function of (shape, device=, generator=)", sampler)
     elif seed is None and row_offset == 0:
         times = sampler(shape, device=device, generator=generator)
@@ -175,7 +184,9 @@ class Shift:
             ("base_seq_len", base_seq_len),
             ("max_seq_len", max_seq_len),
         ):
-            check_int(name, value, low=1)
+            check_int(name, value, low=1, high=2**53)
+        for name, shift in (("base_shift", base_shift), ("max_shift", max_shift)):
+            check_number(name, shift, low=-80.0, high=80.0)
         if max_seq_len == base_seq_len:
             raise value_error("max_seq_len", f"another length than base_seq_len, {base_seq_len}", max_seq_len)
         slope = (max_shift - base_shift) / (max_seq_len - base_seq_len)
@@ -196,7 +207,7 @@ class Shifted(Sampler):
     shift: Shift
 
     def __post_init__(self) -> None:
-        if not callable(self.sampler):
+        if not callable(self.sampler) or isinstance(self.sampler, type):
             raise type_error("sampler", "a time sampler", self.sampler)
         if not isinstance(self.shift, Shift):
             raise type_error("shift", "a Shift", self.shift)
@@ -212,8 +223,8 @@ class Shifted(Sampler):
     ) -> Tensor:
         if isinstance(self.sampler, Sampler):
             return self.shift(self.sampler(shape, device, generator, seed=seed, row_offset=row_offset))
-        check_int("row_offset", row_offset, low=0)
-        place = torch.empty((), device=device).device
+        check_row_offset(row_offset, _shape(shape))
+        place = torch.empty((), device=None if device is None else check_device("device", device)).device
         return self.shift(draw_times("sampler", self.sampler, _shape(shape), place, generator, seed, row_offset))
 
 
@@ -236,10 +247,9 @@ class Uniform(Sampler):
     size: int | None = None
 
     def __post_init__(self) -> None:
-        check_number("low", self.low, low=0.0)
+        check_number("low", self.low, low=0.0, high=1.0)
         check_number("high", self.high, above=self.low, high=1.0)
-        if not isinstance(self.stratified, bool):
-            raise type_error("stratified", "a bool", self.stratified)
+        check_bool("stratified", self.stratified)
         if self.size is not None:
             check_int("size", self.size, low=1)
             if not self.stratified:

@@ -12,11 +12,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, final, runtime_checkable
+from typing import Any, Protocol, final, runtime_checkable
 
 from torch import Tensor
 
-from ._checks import check_choice, check_number, type_error
+from ._checks import check_choice, check_float_tensor, check_number, type_error
 from .paths.derivatives import SMALL, filled
 from .paths.schedule import Schedule, tensor_at
 
@@ -32,6 +32,24 @@ class Weighting(Protocol):
 Weight = None | str | Tensor | Weighting | Callable[[Tensor], Tensor]
 
 
+class _Formula:
+    """A weighting by a formula of the schedule."""
+
+    def weight(self, path: Schedule, t: Tensor) -> Tensor:
+        """Weights of t's shape at times t, float32 or float64."""
+        _check(path, t)
+        return self._weight(path, t)
+
+    def _weight(self, path: Schedule, t: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+def _check(path: Any, t: Any) -> None:
+    if not isinstance(path, Schedule):
+        raise type_error("path", "a path of fm.paths", path)
+    check_float_tensor("t", t)
+
+
 def _sigma(path: Schedule, t: Tensor) -> Tensor:
     return tensor_at(path, "sigma", t).clamp(min=SMALL)
 
@@ -42,25 +60,25 @@ def _snr(path: Schedule, t: Tensor) -> Tensor:
 
 @final
 @dataclass(frozen=True)
-class SNR:
+class SNR(_Formula):
     """alpha^2 / sigma^2. On target "x_1" this is the loss of noise prediction (Ho et al. 2020; Kingma et al. 2021)."""
 
-    def weight(self, path: Schedule, t: Tensor) -> Tensor:
+    def _weight(self, path: Schedule, t: Tensor) -> Tensor:
         return _snr(path, t)
 
 
 @final
 @dataclass(frozen=True)
-class TruncatedSNR:
+class TruncatedSNR(_Formula):
     """max(SNR, 1), for target "x_1" (Salimans & Ho 2022, section 4)."""
 
-    def weight(self, path: Schedule, t: Tensor) -> Tensor:
+    def _weight(self, path: Schedule, t: Tensor) -> Tensor:
         return _snr(path, t).clamp(min=1.0)
 
 
 @final
 @dataclass(frozen=True)
-class MinSNR:
+class MinSNR(_Formula):
     """min(SNR, gamma), for target "x_1" (Hang et al. 2023, section 3.4; gamma = 5). For target "x_0" divide by SNR, for
     "v" by SNR + 1: pass a callable."""
 
@@ -69,32 +87,32 @@ class MinSNR:
     def __post_init__(self) -> None:
         check_number("gamma", self.gamma, above=0.0)
 
-    def weight(self, path: Schedule, t: Tensor) -> Tensor:
+    def _weight(self, path: Schedule, t: Tensor) -> Tensor:
         return _snr(path, t).clamp(max=self.gamma)
 
 
 @final
 @dataclass(frozen=True)
-class SigmaSqrt:
+class SigmaSqrt(_Formula):
     """sigma^-2, for target "velocity" (Esser et al. 2024, Stable Diffusion 3; diffusers' ``sigma_sqrt``)."""
 
-    def weight(self, path: Schedule, t: Tensor) -> Tensor:
+    def _weight(self, path: Schedule, t: Tensor) -> Tensor:
         return _sigma(path, t).square().reciprocal()
 
 
 @final
 @dataclass(frozen=True)
-class CosMap:
+class CosMap(_Formula):
     """2 / (pi (1 - 2 sigma + 2 sigma^2)), for target "velocity" (Esser et al. 2024, section 3.1)."""
 
-    def weight(self, path: Schedule, t: Tensor) -> Tensor:
+    def _weight(self, path: Schedule, t: Tensor) -> Tensor:
         sigma = tensor_at(path, "sigma", t)
         return (2.0 / math.pi) / (1.0 - 2.0 * sigma + 2.0 * sigma.square())
 
 
 @final
 @dataclass(frozen=True)
-class Sigmoid:
+class Sigmoid(_Formula):
     """sigmoid(bias - log SNR), for target "x_0" (Kingma & Gao 2023; Hoogeboom et al. 2024, eq. 6)."""
 
     bias: float = 0.0
@@ -102,7 +120,7 @@ class Sigmoid:
     def __post_init__(self) -> None:
         check_number("bias", self.bias, low=-40.0, high=40.0)
 
-    def weight(self, path: Schedule, t: Tensor) -> Tensor:
+    def _weight(self, path: Schedule, t: Tensor) -> Tensor:
         # sigmoid(b - log(alpha^2/sigma^2)) = e^b sigma^2 / (e^b sigma^2 + alpha^2), finite where either vanishes
         alpha, sigma = (
             tensor_at(path, "alpha", t).square(),
@@ -113,7 +131,7 @@ class Sigmoid:
 
 @final
 @dataclass(frozen=True)
-class Likelihood:
+class Likelihood(_Formula):
     r"""2 / g^2, for target "velocity", with g^2 = 2 sigma (sigma d alpha / alpha - d sigma). On CondOT: t / (1 - t).
 
     g belongs to the diffusion whose marginals the path has, so that the loss is
@@ -121,7 +139,7 @@ class Likelihood:
     likelihood training of score-based diffusion models", theorem 1).
     """
 
-    def weight(self, path: Schedule, t: Tensor) -> Tensor:
+    def _weight(self, path: Schedule, t: Tensor) -> Tensor:
         alpha, sigma = tensor_at(path, "alpha", t), _sigma(path, t)
         d_alpha, d_sigma = tensor_at(path, "d_alpha", t), tensor_at(path, "d_sigma", t)
         return alpha / (sigma * (sigma * d_alpha - alpha * d_sigma)).clamp(min=SMALL * SMALL)
@@ -129,10 +147,10 @@ class Likelihood:
 
 @final
 @dataclass(frozen=True)
-class Data:
+class Data(_Formula):
     """1 / (1 - t)^2, for target "x_1": on CondOT the loss of the velocity."""
 
-    def weight(self, path: Schedule, t: Tensor) -> Tensor:
+    def _weight(self, path: Schedule, t: Tensor) -> Tensor:
         return (1.0 - t).clamp(min=SMALL).square().reciprocal()
 
 
@@ -161,6 +179,7 @@ def resolve(weight: Weight, path: Schedule, t: Tensor) -> Tensor | None:
     Raises:
         TypeError, ValueError: an unknown name, or neither of these.
     """
+    _check(path, t)
     if isinstance(weight, str):
         check_choice("weight", weight, WEIGHTINGS)
         weight = WEIGHTINGS[weight]
@@ -168,7 +187,7 @@ def resolve(weight: Weight, path: Schedule, t: Tensor) -> Tensor | None:
         return weight
     if isinstance(weight, Weighting) and callable(weight.weight):  # a module may hold a parameter of that name
         return weight.weight(path, t)
-    if not callable(weight):
+    if not callable(weight) or isinstance(weight, type):
         raise type_error("weight", "None, a name, a weighting, a tensor or a callable of t", weight)
     value = weight(t)
     if isinstance(value, (int, float)) and not isinstance(value, bool):

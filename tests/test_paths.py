@@ -425,7 +425,7 @@ X = torch.randn(4, 3)
             ValueError,
             "delta: expected a finite number > 0.0",
         ),
-        (lambda: fm.cfm_loss(X[:2], CondOT().sample(X)), ValueError, "x_1: expected the shape of pred"),
+        (lambda: fm.cfm_loss(X[:2], CondOT().sample(X)), ValueError, "pred: expected the shape of x_1"),
         (lambda: fm.cfm_loss(X.int(), CondOT().sample(X)), TypeError, "pred: expected a float32"),
         (lambda: fm.cfm_loss(X, "batch"), TypeError, "batch: expected what path.sample returned"),
         (lambda: fm.cfm_loss(X, CondOT().sample(X), t=0.5), TypeError, "t: expected None beside a batch"),

@@ -119,6 +119,30 @@ def test_half_conversions_are_as_accurate_as_half() -> None:
     torch.testing.assert_close(got.double(), want, rtol=2.0**-10, atol=1e-6)
 
 
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64])
+@pytest.mark.parametrize("source", ["velocity", "score"])
+def test_conversions_of_mixed_dtypes_are_computed_in_the_wider_one(narrow, wide, source) -> None:
+    """x_t is not rounded to a narrow prediction's dtype: only the result is, once."""
+    torch.manual_seed(0)
+    t = 0.1 + 0.8 * torch.rand(64, dtype=torch.float64)
+    for a, b in ((narrow, wide), (wide, narrow)):
+        prediction, x_t = torch.randn(64, 5).to(a), torch.randn(64, 5).to(b)
+        times = t.to(torch.float64 if wide == torch.float64 else torch.float32)
+        got = Cosine().convert(prediction, x_t, times, source, "x_1")
+        want = Cosine().convert(prediction.double(), x_t.double(), times.double(), source, "x_1")
+        assert got.dtype == a
+        unit = torch.finfo(a).eps / 2 if a != wide else torch.finfo(wide).eps * 8
+        error = (got.double() - want).abs() / want.abs().clamp(min=want.abs().max() * 2.0**-6)
+        assert error.max() <= 1.01 * unit + 1e-6 * (wide == torch.float32), (a, b)
+
+
+def test_float64_conversions_at_float32_times_are_of_float64() -> None:
+    x_t, v, t = torch.randn(6, 3).double(), torch.randn(6, 3).double(), torch.rand(6)
+    got = CondOT().convert(v, x_t, t, "velocity", "x_1")
+    torch.testing.assert_close(got, x_t + (1 - t.double())[:, None] * v, rtol=1e-14, atol=1e-14)
+
+
 @paths
 def test_coefficients_in_float32_are_accurate_to_rounding(path: Path) -> None:
     """Relative to float64 at the same times, at the ends too: four units of rounding, and for e^-x x times as many,

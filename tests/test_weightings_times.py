@@ -11,7 +11,7 @@ from scipy import stats
 
 import fmkernels as fm
 from fmkernels import times, weightings
-from fmkernels.paths import VP, CondOT, Cosine
+from fmkernels.paths import VE, VP, CondOT, Cosine
 
 T = torch.tensor([0.0, 0.2, 0.5, 0.9, 1.0], dtype=torch.float64)
 PATHS = [CondOT(), Cosine(), VP()]
@@ -46,6 +46,24 @@ def test_known_values(name, formula) -> None:
     t = torch.tensor([0.1, 0.25, 0.6, 0.8], dtype=torch.float64)
     want = torch.tensor([formula(x) for x in t.tolist()], dtype=torch.float64)
     torch.testing.assert_close(weightings.resolve(name, CondOT(), t), want)
+
+
+def test_weights_are_exact_up_to_where_they_are_held() -> None:
+    """Standard deviations, and distances from the end, count as at least 1e-4: their squares as at least 1e-8."""
+    t = torch.tensor([0.0, 1e-9, 1 - 2e-4, 1 - 1e-4, 1 - 1e-6, 1.0], dtype=torch.float64)
+    sigma = (1 - t).clamp(min=1e-4)
+    for name, want in {
+        "snr": (t / sigma).square(),
+        "truncated_snr": (t / sigma).square().clamp(min=1),
+        "sigma_sqrt": sigma**-2,
+        "x_1": sigma**-2,
+        "likelihood": t / (sigma * (sigma + t)),
+    }.items():
+        torch.testing.assert_close(weightings.resolve(name, CondOT(), t), want, rtol=1e-12, atol=0)
+    path = VE(1e-3, 1.0)  # half g^2 = sigma^2 log(sigma_max / sigma_min): 6.9e-6 at the end
+    t = torch.tensor([0.9, 1.0], dtype=torch.float64)
+    want = 1 / (path.sigma(t).square() * math.log(1e3))
+    torch.testing.assert_close(weightings.resolve("likelihood", path, t), want, rtol=1e-12, atol=0)
 
 
 def test_likelihood_is_the_score_bound() -> None:

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor
 
-from .._checks import check_float_tensor, check_int, check_number, leading_shape, type_error, value_error
+from .._checks import (
+    check_bool,
+    check_device,
+    check_float_tensor,
+    check_int,
+    check_like,
+    check_number,
+    leading_shape,
+    type_error,
+    value_error,
+)
 from ..ops._operands import Coefficient, Operand
 from ..ops.combine.op import combine
 from ..ops.interpolate.op import X_0_STREAM, Z_STREAM, interpolate
 from ..ops.random import kinds
 from ..ops.random.op import draw
-from ..random import Noise, as_seed, draw_seed
-from ..times import TIME_STREAM, Sampler, draw_times
+from ..random import Noise, as_seed, check_noise, draw_seed
+from ..times import TIME_STREAM, Sampler, check_row_offset, draw_times
 from . import targets
 from .derivatives import filled
 from .schedule import Schedule
@@ -44,15 +54,29 @@ class Batch:
     __slots__ = ("bridge", "path", "source", "t", "x_1", "x_t")
 
     def __init__(
-        self, x_t: Tensor, t: Tensor, x_1: Tensor, path: Schedule, source: Operand, bridge: Operand | None
+        self, x_t: Tensor, t: Tensor, x_1: Tensor, path: Schedule, source: Operand, bridge: Operand | None = None
     ) -> None:
-        if not (isinstance(x_t, Tensor) and isinstance(t, Tensor) and isinstance(x_1, Tensor)):
-            _refuse(type_error, "a tensor", x_t=x_t, t=t, x_1=x_1)
-        if t.dtype is not torch.float32 and t.dtype is not torch.float64:
-            raise type_error("t", "float32 or float64 times", t)
+        check_float_tensor("x_1", x_1)
+        if x_1.dim() == 0:
+            raise value_error("x_1", "at least one dimension, of samples", x_1)
+        check_like("x_t", x_t, "x_1", x_1)
+        check_float_tensor("t", t)
         if not isinstance(path, Schedule):
             raise type_error("path", "a path of fm.paths", path)
-        self.x_t, self.t, self.x_1, self.path, self.source, self.bridge = x_t, t, x_1, path, source, bridge
+        for name, operand in (("source", source), ("bridge", bridge)):
+            if isinstance(operand, Tensor):
+                check_like(name, operand, "x_1", x_1)
+            elif operand is not None or name == "source":
+                check_noise(name, operand, "x_1", x_1)
+        self.x_t, self.t, self.x_1, self.path = x_t, as_times(t, "x_1", x_1, False), x_1, path
+        self.source, self.bridge = source, bridge
+
+    @classmethod
+    def _of(cls, x_t: Tensor, t: Tensor, x_1: Tensor, path: Schedule, source: Operand, bridge: Operand | None) -> Batch:
+        """A batch of what is known to fit."""
+        batch = cls.__new__(cls)
+        batch.x_t, batch.t, batch.x_1, batch.path, batch.source, batch.bridge = x_t, t, x_1, path, source, bridge
+        return batch
 
     @property
     def x_0(self) -> Tensor:
@@ -103,7 +127,7 @@ class Batch:
 
         source, bridge = cut(self.source), None if self.bridge is None else cut(self.bridge)
         t = self.t if self.t.dim() == 0 else self.t[index]
-        return Batch(self.x_t[index], t, self.x_1[index], self.path, source, bridge)
+        return Batch._of(self.x_t[index], t, self.x_1[index], self.path, source, bridge)
 
     __iter__ = None  # a batch has no sample by number
 
@@ -119,11 +143,9 @@ class Batch:
             device: where to.
             non_blocking: copy asynchronously from pinned memory.
         """
-        if not isinstance(device, (torch.device, str, int)) or isinstance(device, bool):
-            raise type_error("device", "a torch.device, its name or its index", device)
-        if not isinstance(non_blocking, bool):
-            raise type_error("non_blocking", "a bool", non_blocking)
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        place = check_device("device", device)
+        check_bool("non_blocking", non_blocking)
+        return self._map(lambda tensor: tensor.to(place, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory; torch.utils.data.DataLoader(pin_memory=True) calls it."""
@@ -136,7 +158,8 @@ class Batch:
             return Noise(function(operand.seed), operand.stream, operand.row_offset)
 
         bridge = None if self.bridge is None else moved(self.bridge)
-        return Batch(function(self.x_t), function(self.t), function(self.x_1), self.path, moved(self.source), bridge)
+        tensors = function(self.x_t), function(self.t), function(self.x_1)
+        return Batch._of(*tensors, self.path, moved(self.source), bridge)
 
     def _tensor(self, operand: Operand) -> Tensor:
         if isinstance(operand, Tensor):
@@ -153,13 +176,6 @@ def _short(value: Operand | None) -> str:
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
     return "None" if value is None else f"Noise(stream={value.stream}, row_offset={value.row_offset})"
-
-
-def _refuse(error: Callable[[str, str, Any], Exception], expected: str, **values: Any) -> None:
-    """Raises for the first of some arguments that is no tensor."""
-    for name, value in values.items():
-        if not isinstance(value, Tensor):
-            raise error(name, expected, value)
 
 
 def target_terms(
@@ -261,20 +277,26 @@ def sample(
     check_float_tensor("x_1", x_1)
     if x_1.dim() == 0:
         raise value_error("x_1", "at least one dimension, of samples", x_1)
-    if type(row_offset) is not int or row_offset < 0:
-        check_int("row_offset", row_offset, low=0)
-    source = None if seed is None else as_seed(seed, x_1.device, generator)
+    if type(row_offset) is not int or row_offset != 0:
+        check_row_offset(row_offset, x_1.shape)
+    if type(checks) is not bool:
+        check_bool("checks", checks)
+    device = x_1.device
+    if store_noise is None:
+        store_noise = STORE_NOISE.get(device.type, False)
+    elif type(store_noise) is not bool:
+        check_bool("store_noise", store_noise)
+    source = None if seed is None else as_seed(seed, device, generator)
     drawn = t is None
     if t is not None:
         if time_sampler is not None:
             raise ValueError("t, time_sampler: expected at most one of them, got both")
         t = as_times(t, "x_1", x_1, checks)
     elif time_sampler is not None:
-        t = draw_times("time_sampler", time_sampler, x_1.shape[:1], x_1.device, generator, source, row_offset)
+        t = draw_times("time_sampler", time_sampler, x_1.shape[:1], device, generator, source, row_offset)
         t = as_times(t, "x_1", x_1, checks, "time_sampler(shape)")
     else:
-        if source is None:
-            source = draw_seed(x_1.device, generator)
+        source = draw_seed(device, generator) if source is None else source
         t = draw(x_1.shape[:1], kinds.UNIFORM, source, TIME_STREAM, row_offset, torch.float32)
         if x_1.dtype is torch.float64:
             t = t.double()
@@ -282,8 +304,7 @@ def sample(
     if gamma is None and z is not None:
         raise value_error("z", f"None, as {path!r} has no gamma term", z)
     if x_0 is None or (gamma is not None and z is None):
-        if source is None:
-            source = draw_seed(x_1.device, generator)
+        source = draw_seed(device, generator) if source is None else source
         x_0 = Noise(source, X_0_STREAM, row_offset) if x_0 is None else x_0
         z = Noise(source, Z_STREAM, row_offset) if gamma is not None and z is None else z
     elif not drawn and (seed is not None or row_offset > 0):
@@ -296,7 +317,7 @@ def sample(
         sigma=sigma,
         gamma=gamma,
         z=z,
-        store_noise=STORE_NOISE.get(x_1.device.type, False) if store_noise is None else store_noise,
+        store_noise=store_noise,
         impl=impl,
     )
-    return Batch(point.x_t, t, x_1, path, point.x_0, point.z)
+    return Batch._of(point.x_t, t, x_1, path, point.x_0, point.z)

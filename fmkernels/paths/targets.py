@@ -41,6 +41,8 @@ def _no_bridge(path: Schedule, t: Tensor, target: str) -> None:
 
 
 def _velocity(path: Schedule, t: Tensor) -> Triple:
+    if path._exact:  # at() without its calls: this is on the way of every training step
+        return path.d_alpha(t), path.d_sigma(t), path.d_gamma(t)
     return at(path, "d_alpha", t), at(path, "d_sigma", t), at(path, "d_gamma", t)
 
 
@@ -67,6 +69,7 @@ def _edm(path: Schedule, t: Tensor, sigma_data: float = 0.5) -> Triple:
     _no_bridge(path, t, "edm")
     if not torch.compiler.is_compiling():  # there a number may be symbolic: it has no value to check
         check_number("sigma_data", sigma_data, above=0.0)
+        sigma_data = float(sigma_data)
     alpha, sigma = tensor_at(path, "alpha", t), tensor_at(path, "sigma", t)
     root = torch.sqrt((alpha * sigma_data).square() + sigma.square())
     return sigma / (sigma_data * root), -sigma_data * alpha / root, None
@@ -86,7 +89,7 @@ TARGETS: dict[str, Callable[..., Triple]] = {
 
 def coefficients(path: Schedule, t: Tensor, target: str, **parameters: float) -> Triple:
     """(c_1, c_0, c_z) of a target at times t: numbers, tensors of t's shape, or None for no z."""
-    if target not in TARGETS:
+    if type(target) is not str or target not in TARGETS:
         check_choice("target", target, TARGETS)
     if parameters:
         _check_parameters(parameters, target)
@@ -173,6 +176,8 @@ def convert(
     check_like("prediction", prediction, "x_t", x_t, dtype=False)
     for name, value in (("source", source), ("target", target)):
         check_choice(name, value, TARGETS)
+    if parameters:
+        _check_parameters(parameters, source, target)
     if isinstance(t, Tensor):
         check_float_tensor("t", t)
         leading_shape("t", t, "x_t", x_t)

@@ -81,9 +81,10 @@ def draw(
     shape: Sequence[int], kind: int, seed: Tensor, stream: int, row_offset: int, dtype: torch.dtype, impl: str = "auto"
 ) -> Tensor:
     """randn, rand or random_words on checked arguments."""
-    args = (shape, seed, kind, stream, row_offset * math.prod(shape[1:]), dtype)
+    offset = row_offset * math.prod(shape[1:]) if row_offset else 0
     if type(seed) is Tensor and seed.is_cpu and _dispatch.plain_library(impl) is not None:
-        return _dispatch.implementation("random", "cpu", "native").run(*args)
+        return _dispatch.implementation("random", "cpu", "native").run(shape, seed, kind, stream, offset, dtype)
+    args = (shape, seed, kind, stream, offset, dtype)
     impl = _dispatch.wanted(impl)
     if impl == "reference":
         return reference.run(*args)
