@@ -123,7 +123,11 @@ def check_number(
     """A finite real number with low <= value <= high and value > above."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise type_error(name, "a number", value)
-    if not (math.isfinite(value) and low <= value <= high and value > above):
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:  # an int beyond every float
+        finite = False
+    if not (finite and low <= value <= high and value > above):
         bounds = [f">= {low}" if low > -math.inf else "", f"<= {high}" if high < math.inf else ""]
         bounds.append(f"> {above}" if above > -math.inf else "")
         raise value_error(name, f"a finite number {' and '.join(filter(None, bounds))}".rstrip(), value)
@@ -133,6 +137,11 @@ def check_float_dtype(name: str, value: Any) -> None:
     """A floating dtype."""
     if value not in FLOATING:
         raise type_error(name, "a floating dtype: torch.float32, bfloat16, float16 or float64", value)
+
+
+def check_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise type_error(name, "a bool", value)
 
 
 def check_int(name: str, value: Any, *, low: int | None = None, high: int | None = None) -> None:

@@ -23,7 +23,7 @@ _limit: int | None = None  # in bytes, once the compiled library knows it
 def set_cpu_pool_limit(megabytes: int) -> None:
     """Keeps at most so many MiB of freed large CPU outputs for the next calls; 0 returns all to the system."""
     global _limit
-    check_int("megabytes", megabytes, low=0)
+    check_int("megabytes", megabytes, low=0, high=2**42)
     _native.library().pool_limit(megabytes << 20)
     _limit = megabytes << 20
 

@@ -9,6 +9,7 @@ implementation, the device, the tiling, or the dtype. Normals come from Box-Mull
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, final
 from weakref import WeakValueDictionary
 
@@ -18,6 +19,8 @@ from torch import Tensor
 from ._checks import check_generator, check_int, check_same_device, check_tensor, type_error, value_error
 
 MASK = 0xFFFFFFFF
+MAX_STREAM = 2**63 - 1
+MAX_ELEMENTS = 2**62  # of a stream: half of what an index holds, so that no kernel's arithmetic overflows
 
 
 def draw_seed(device: torch.device | str | None = None, generator: torch.Generator | None = None) -> Tensor:
@@ -79,7 +82,7 @@ class Noise:
 
     Args:
         seed: int64 tensor with one element on the data's device (see :func:`draw_seed`).
-        stream: int >= 0; streams of one seed are independent.
+        stream: int from 0 to 2^63 - 1; streams of one seed are independent.
         row_offset: int >= 0; the index of the first sample in the whole batch, so that the shards of a batch draw
             together what the whole batch would.
     """
@@ -90,7 +93,7 @@ class Noise:
         check_tensor("seed", seed)
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise value_error("seed", "an int64 tensor with one element", seed)
-        check_int("stream", stream, low=0)
+        check_int("stream", stream, low=0, high=MAX_STREAM)
         check_int("row_offset", row_offset, low=0)
         self.seed, self.stream, self.row_offset = seed, stream, row_offset
 
@@ -99,7 +102,16 @@ class Noise:
 
     def offset(self, data: Tensor) -> int:
         """The index of the first element within the stream for data of this shape."""
-        return self.row_offset * math.prod(data.shape[1:])
+        return first_element(self.row_offset, data.shape)
+
+
+def first_element(row_offset: int, shape: Sequence[int]) -> int:
+    """The index within a stream of the first element of data of this shape, whose first row is ``row_offset``."""
+    offset = row_offset * math.prod(shape[1:])
+    if row_offset and not torch.compiler.is_compiling() and offset + math.prod(shape) > MAX_ELEMENTS:
+        rows = f"one with which rows of shape {tuple(shape[1:])} end before element 2^62 of the stream"
+        raise value_error("row_offset", rows, row_offset)
+    return offset
 
 
 def check_noise(name: str, noise: Any, data_name: str, data: Tensor) -> None:

@@ -43,12 +43,17 @@ void run_unlocked(Run run) {
   check(status);
 }
 
-// A file of bindings adds its functions to the module by a static Binding.
 class Binding {
  public:
   using Define = void (*)(py::module_&);
   explicit Binding(Define define);
 };
+
+// A file of bindings adds its functions to the module m: FM_BINDING(name) { m.def(...); }
+#define FM_BINDING(name)                              \
+  static void define_##name(py::module_& m);          \
+  static const Binding binding_##name(define_##name); \
+  static void define_##name(py::module_& m)
 
 // Calls all of them.
 void define_all(py::module_& m);

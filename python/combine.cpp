@@ -90,11 +90,11 @@ bool combine_into_buffer(Address out, int dtype, py::tuple shape, py::handle ope
   return true;
 }
 
-const Binding binding([](py::module_& m) {
+FM_BINDING(combine) {
   m.def("combine", &combine);
   m.def("combine_plain", &combine_plain);
   m.def("combine_into_buffer", &combine_into_buffer);
-});
+}
 
 }  // namespace
 }  // namespace fm_python

@@ -17,7 +17,7 @@ void random(int device, int dtype, int kind, Address out, int64_t count, Address
   run_unlocked([&] { return device == cpu ? fm::random_cpu(a) : fm::random_cuda(a, pointer(stream)); });
 }
 
-const Binding binding([](py::module_& m) { m.def("random", &random); });
+FM_BINDING(random) { m.def("random", &random); }
 
 }  // namespace
 }  // namespace fm_python

@@ -71,10 +71,10 @@ py::object regression_loss_plain(py::handle pred, py::handle operands, py::handl
   return py::make_tuple(loss, grad);
 }
 
-const Binding binding([](py::module_& m) {
+FM_BINDING(regression_loss) {
   m.def("regression_loss", &regression_loss);
   m.def("regression_loss_plain", &regression_loss_plain);
-});
+}
 
 }  // namespace
 }  // namespace fm_python

@@ -76,10 +76,10 @@ py::object row_dots_plain(py::handle tensors, py::handle pairs) {
   return a.out != nullptr && fm::row_dots_cpu(a) == fm::Status::ok ? out : py::none();
 }
 
-const Binding binding([](py::module_& m) {
+FM_BINDING(row_dots) {
   m.def("row_dots", &row_dots);
   m.def("row_dots_plain", &row_dots_plain);
-});
+}
 
 }  // namespace
 }  // namespace fm_python

@@ -42,7 +42,7 @@ void step_control(bool on_cpu, int64_t rows, Address clock, Address count, int d
   check(on_cpu ? fm::step_control_cpu(a) : fm::step_control_cuda(a, pointer(stream)));
 }
 
-const Binding binding([](py::module_& m) { m.def("step_control", &step_control); });
+FM_BINDING(step_control) { m.def("step_control", &step_control); }
 
 }  // namespace
 }  // namespace fm_python

@@ -144,7 +144,7 @@ auto reader_of(T* fm::StepPlanSettings::* member) {
   return [member](const fm::StepPlanSettings& s) { return reinterpret_cast<Address>(s.*member); };
 }
 
-const Binding binding([](py::module_& m) {
+FM_BINDING(step_plan) {
   using Settings = fm::StepPlanSettings;
   using Table = std::vector<std::vector<double>>;
   py::class_<fm::StepTableau>(m, "StepTableau")
@@ -202,7 +202,7 @@ const Binding binding([](py::module_& m) {
       .def_property_readonly("current", &Plan::current)
       .def_property("look", &Plan::look, &Plan::set_look)
       .def_property("steal", &Plan::steal, &Plan::set_steal);
-});
+}
 
 }  // namespace
 }  // namespace fm_python

@@ -1,9 +1,11 @@
-"""What all tests share: the cores of parallel workers, and ids that are the same in each of them."""
+"""What all tests share: the cores of parallel workers, ids that are the same in each of them, the compiled library."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
+import sys
 
 import pytest
 
@@ -17,6 +19,19 @@ def _cores() -> int:
 
 if _WORKERS > 1:  # read when torch is imported, by the workers and by what they start: more threads than cores wait
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // _WORKERS)))
+
+
+def _use_library(path: str) -> None:
+    spec = importlib.util.spec_from_file_location("fmkernels._C", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules["fmkernels._C"] = module
+
+
+if path := os.environ.get("FMKERNELS_TEST_LIBRARY"):  # another build of the compiled library: tools/sanitize.sh
+    _use_library(path)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -73,9 +73,9 @@ def test_what_is_no_ordinary_tensor_is_left_to_python(kind: str) -> None:
     assert all(answer is None for answer in plain_calls(x))
 
 
-@pytest.mark.parametrize(("stream", "row_offset"), [(2**63, 0), (0, 2**63), (0, 2**41)])
-def test_noise_beyond_what_an_index_holds_is_left_to_python(stream: int, row_offset: int) -> None:
-    noise = fm.Noise(torch.tensor(1), stream, row_offset)
+@pytest.mark.parametrize("row_offset", [2**41, 2**63, 2**70])
+def test_noise_beyond_what_an_index_holds_is_left_to_python(row_offset: int) -> None:
+    noise = fm.Noise(torch.tensor(1), 0, row_offset)
     assert _native.library().combine_plain([torch.ones(4, 2), noise], [1.0, 1.0], False) is None
 
 

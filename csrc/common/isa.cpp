@@ -9,17 +9,18 @@ namespace {
 Isa detect() {
   Isa best = Isa::baseline;
 #if defined(FM_HAS_AVX2) || defined(FM_HAS_AVX512)
-  const char* cap = std::getenv("FMKERNELS_ISA");
-  const bool baseline_only = cap != nullptr && std::strcmp(cap, "baseline") == 0;
-  const bool no_avx512 = baseline_only || (cap != nullptr && std::strcmp(cap, "avx2") == 0);
+  const auto capped_at = [](const char* name) {
+    const char* cap = std::getenv("FMKERNELS_ISA");
+    return cap != nullptr && std::strcmp(cap, name) == 0;
+  };
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 #if defined(FM_HAS_AVX2)
-  if (avx2 && !baseline_only) best = Isa::avx2;
+  if (avx2 && !capped_at("baseline")) best = Isa::avx2;
 #endif
 #if defined(FM_HAS_AVX512)
-  if (avx2 && !no_avx512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+  if (avx2 && !capped_at("baseline") && !capped_at("avx2") && __builtin_cpu_supports("avx512f") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     best = Isa::avx512;
 #endif
 #endif

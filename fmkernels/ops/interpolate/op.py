@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ... import _dispatch
-from ..._checks import check_float_tensor
+from ..._checks import check_bool, check_float_tensor
 from ...random import Noise, draw_seed
 from .._operands import Coefficient, Operand, compute_dtype, pack_coefficients, pack_operands
 from ..combine.op import combine_packed
@@ -78,6 +78,7 @@ def interpolate(
         results = library.combine_plain(operands, coefficients, store_noise)
     if results is None:
         check_float_tensor("x_1", x_1)
+        check_bool("store_noise", store_noise)
         packed = pack_operands(("x_1", "x_0", "z"), operands, "x_1", x_1)
         coefs, values = pack_coefficients(
             "coefficients", coefficients, len(operands), x_1, compute_dtype(x_1), ("alpha", "sigma", "gamma")

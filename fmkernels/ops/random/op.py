@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from ... import _dispatch
 from ..._checks import FLOATING, check_int, type_error, value_error
-from ...random import as_seed, draw_seed_of
+from ...random import MAX_STREAM, as_seed, draw_seed_of, first_element
 from ..library import LIBRARY
 from . import kinds, reference
 
@@ -71,7 +70,7 @@ def _draw(
         dtype = torch.get_default_dtype() if dtype is None else dtype
         if dtype not in FLOATING:
             raise value_error("dtype", f"one of {', '.join(map(str, FLOATING))}", dtype)
-    check_int("stream", stream, low=0)
+    check_int("stream", stream, low=0, high=MAX_STREAM)
     check_int("row_offset", row_offset, low=0)
     seed = as_seed(seed, None if device is None else torch.device(device), generator)
     return draw(shape, kind, seed, stream, row_offset, torch.int64 if dtype is None else dtype, impl)
@@ -81,7 +80,7 @@ def draw(
     shape: Sequence[int], kind: int, seed: Tensor, stream: int, row_offset: int, dtype: torch.dtype, impl: str = "auto"
 ) -> Tensor:
     """randn, rand or random_words on checked arguments."""
-    offset = row_offset * math.prod(shape[1:]) if row_offset else 0
+    offset = first_element(row_offset, shape) if row_offset else 0
     if type(seed) is Tensor and seed.is_cpu and _dispatch.plain_library(impl) is not None:
         return _dispatch.implementation("random", "cpu", "native").run(shape, seed, kind, stream, offset, dtype)
     args = (shape, seed, kind, stream, offset, dtype)
