@@ -139,11 +139,6 @@ def check_float_dtype(name: str, value: Any) -> None:
         raise type_error(name, "a floating dtype: torch.float32, bfloat16, float16 or float64", value)
 
 
-def check_bool(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise type_error(name, "a bool", value)
-
-
 def check_int(name: str, value: Any, *, low: int | None = None, high: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise type_error(name, "an int", value)
