@@ -215,7 +215,7 @@ def test_adjoint_parameters_and_errors() -> None:
         fm.odeint_adjoint(net, y0, t, method="dopri5", options={"first_step": 0.1}, adjoint_method="rk4")
     whole = torch.autograd.grad(fm.odeint_adjoint(net, y0, t).sum(), [y0, net.w, net.v])
     given = torch.autograd.grad(fm.odeint_adjoint(func, y0, t, adjoint_params=iter([net.w])).sum(), [y0, net.w])
-    assert_all_close(given, whole[:2], 1e-5)
+    assert_all_close(given, whole[:2], 1e-7)
     y = fm.odeint_adjoint(func, y0, t, adjoint_params=())
     (grad,) = torch.autograd.grad(y.sum(), y0, retain_graph=True)
     torch.testing.assert_close(grad, whole[0], rtol=1e-6, atol=1e-6)
@@ -236,7 +236,7 @@ def test_adjoint_of_parameters_made_by_others() -> None:
     y = fm.odeint_adjoint(func, y0, t, adjoint_params=(made,), rtol=1e-10, atol=1e-10)
     exact = torch.stack([y0 @ torch.linalg.matrix_exp(s * made) for s in t])
     grads = [torch.autograd.grad(loss_of(x), raw, retain_graph=True) for x in (y, exact)]
-    assert_all_close(*grads, 1e-7)
+    assert_all_close(*grads, 5e-9)
 
 
 def test_adjoint_of_complex_states_and_parameters() -> None:
@@ -248,7 +248,7 @@ def test_adjoint_of_complex_states_and_parameters() -> None:
     exact = y0 * torch.exp(rate * t[:, None])
     weight = torch.randn(3, 2, dtype=torch.complex128)
     grads = [torch.autograd.grad((x * weight).real.sum(), [y0, rate], retain_graph=True) for x in (y, exact)]
-    assert_all_close(*grads, 1e-7)
+    assert_all_close(*grads, 5e-10)
 
 
 def test_adjoint_in_half_precision_with_float_parameters() -> None:
@@ -265,7 +265,7 @@ def test_adjoint_in_half_precision_with_float_parameters() -> None:
         torch.autograd.grad(y[1].float().sum(), [y0, net.w]) for y in (adjoint, fm.odeint(func, y0, t, **settings))
     ]
     assert [g.dtype for g in grads[0]] == [torch.bfloat16, torch.float32]
-    assert_all_close(*grads, 0.1)
+    assert_all_close(*grads, 0.03)
 
 
 def test_adjoint_callbacks() -> None:

@@ -63,12 +63,12 @@ class Ball(nn.Module):
 @pytest.mark.parametrize(
     ("interface", "settings", "tol"),
     [
-        (fm.odeint, {}, 1e-6),
-        (fm.odeint, {"method": "bosh3"}, 1e-6),
-        (fm.odeint_adjoint, {}, 1e-6),
-        (fm.odeint, {"method": "rk4", "options": {"step_size": 0.05, "interp": "cubic"}}, 1e-6),
-        (fm.odeint_adjoint, {"method": "rk4", "options": {"step_size": 0.05, "interp": "cubic"}}, 1e-6),
-        (fm.odeint, {"method": "explicit_adams", "options": {"step_size": 0.02}}, 1e-2),
+        (fm.odeint, {}, 5e-8),
+        (fm.odeint, {"method": "bosh3"}, 5e-8),
+        (fm.odeint_adjoint, {}, 5e-8),
+        (fm.odeint, {"method": "rk4", "options": {"step_size": 0.05, "interp": "cubic"}}, 5e-8),
+        (fm.odeint_adjoint, {"method": "rk4", "options": {"step_size": 0.05, "interp": "cubic"}}, 5e-8),
+        (fm.odeint, {"method": "explicit_adams", "options": {"step_size": 0.02}}, 5e-4),
     ],
     ids=["direct", "bosh3", "adjoint", "rk4", "adjoint-rk4", "explicit_adams"],
 )
@@ -78,12 +78,12 @@ def test_bouncing_ball(interface: Any, settings: dict[str, Any], tol: float) -> 
     torch.testing.assert_close(times, exact, rtol=0.0, atol=tol)
     # torchdiffeq 0.2.5's numbers
     recorded = torch.tensor([1.4142135624, 3.6769552744], dtype=D)
-    torch.testing.assert_close(times.detach(), recorded, rtol=0.0, atol=max(tol, 1e-6))
+    torch.testing.assert_close(times.detach(), recorded, rtol=0.0, atol=max(tol, 1e-7))
     grads = [
         torch.autograd.grad((x * torch.tensor([1.0, -0.5], dtype=D)).sum(), list(ball.parameters()))
         for x in (times, exact)
     ]
-    assert_all_close(*grads, 100 * tol)
+    assert_all_close(*grads, 10 * tol)
 
 
 @needs_peer

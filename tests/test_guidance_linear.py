@@ -297,9 +297,9 @@ def test_classifier_guidance(path) -> None:
             return path.convert(score, x, t, "score", "velocity")
 
         guidance = ClassifierGuidance(gradient, scale, gradient_kwargs={"goal": goal, "strength": 0.5})
-        close(solve(guidance, Model(), x, path=path), euler(guided, x), 1e-10)
+        close(solve(guidance, Model(), x, path=path), euler(guided, x), 1e-12)
         t = torch.tensor([0.1, 0.3, 0.9], dtype=torch.float64)
-        close(guidance.at(Model(), {}, path)(x, t), guided(x, t), 1e-10)
+        close(guidance.at(Model(), {}, path)(x, t), guided(x, t), 1e-12)
 
 
 def test_classifier_guidance_beyond_its_interval_and_at_noise() -> None:

@@ -57,7 +57,7 @@ def test_apg_without_projection_is_cfg() -> None:
             grid = [0.0, 0.3, 1.0]
             for method in ("euler", "heun2"):
                 got = solve(guidance, Model(), x, resolve(method), grid=grid, y=y)
-                close(got, solve(cfg, Model(), x, resolve(method), grid=grid, y=y), 1e-9)
+                close(got, solve(cfg, Model(), x, resolve(method), grid=grid, y=y), 1e-13)
 
 
 def test_apg_momentum_is_finite_at_the_data() -> None:
@@ -138,7 +138,7 @@ def test_cfg_plus_plus_on_other_paths(path, step: str) -> None:
         guided = eps_null + 0.4 * (eps - eps_null)
         wanted = alpha_1 * (wanted - sigma * guided) / alpha + sigma_1 * eps_null
     guidance = CFGPlusPlus(0.4, negative={"y": NULL}, step=step)
-    close(solve(guidance, Model(), x, resolve(step), path=path, prediction="x_0", y=y), wanted, 1e-9)
+    close(solve(guidance, Model(), x, resolve(step), path=path, prediction="x_0", y=y), wanted, 1e-13)
 
 
 @pytest.mark.parametrize("fraction", [0.5, 1.0])

@@ -58,7 +58,7 @@ def test_gradient_of_a_guided_solve(method: str) -> None:
                         end = end + 0.5 * h * (k + field(end + h * k, t + h))
             leaves.append(torch.autograd.grad(end.square().sum(), [start, shift]))
         for ours_, theirs in zip(*leaves, strict=True):
-            close(ours_, theirs, 1e-9)
+            close(ours_, theirs, 1e-12)
 
 
 @each_rule
@@ -204,4 +204,4 @@ def test_cfg_plus_plus_ends_its_steps_where_it_says_or_is_refused(entry, path) -
             data = path.convert(0.6 * c + 0.4 * free, state, times, "velocity", "x_1")
             alpha, sigma = path.coefficients(ends)[:2]
             state = alpha * data + sigma * path.convert(free, state, times, "velocity", "x_0")
-        torch.testing.assert_close(got, state, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(got, state, rtol=1e-13, atol=1e-13)

@@ -127,7 +127,7 @@ def test_each_time_ends_a_step(tableau: ImplicitTableau) -> None:
     many = solve_implicit(
         kaps, kaps_exact(0.0), torch.linspace(0.0, 2.0, 9, dtype=torch.float64), tableau.name, {"step_size": 9.0}
     )
-    torch.testing.assert_close(many[[0, 2, 8]], few, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(many[[0, 2, 8]], few, rtol=1e-13, atol=1e-13)
 
 
 # ---------------------------------------------------------------------- stiffness
@@ -235,7 +235,7 @@ def test_gradients(tableau: ImplicitTableau, per_sample: bool) -> None:
     assert torch.autograd.gradcheck(solve, (y0, weight, t), fast_mode=True)
     with torch.no_grad():
         plain = solve(y0, weight, t)
-    torch.testing.assert_close(solve(y0, weight, t).detach(), plain, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(solve(y0, weight, t).detach(), plain, rtol=1e-13, atol=1e-13)
 
 
 def values_and_gradients(method: str, options: dict[str, Any], tol: float) -> list[Tensor]:
@@ -330,11 +330,11 @@ def test_samples_have_their_own_jacobians_and_steps(method: str) -> None:
     assert func.seen == {((3,), (3, 2))}
     for i, rate in enumerate(rates):
         alone = solve_implicit(Stiffness(rate), y0[i : i + 1], t, method, options, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(together[:, i : i + 1], alone, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(together[:, i : i + 1], alone, rtol=1e-13, atol=1e-13)
     func = Stiffness(*rates)
     dense = solve_implicit(func, y0, t, method, {**options, "per_sample": False}, rtol=1e-5, atol=1e-6)
     assert func.seen == {((), (3, 2))}
-    torch.testing.assert_close(together, dense, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(together, dense, rtol=2e-4, atol=2e-4)
 
 
 def test_a_failing_sample_leaves_the_others_alone() -> None:
@@ -446,7 +446,7 @@ def test_through_odeint(method: str) -> None:
         return derivative[:1], derivative[1:]
 
     parts = fm.odeint(pair, (y0[:1], y0[1:]), t, method=method, options=options, rtol=(1e-6, 1e-6), atol=1e-6)
-    torch.testing.assert_close(torch.cat(parts, -1), ys, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(torch.cat(parts, -1), ys, rtol=1e-13, atol=1e-13)
     turning = fm.odeint(lambda t, y: 1j * y, times(1.0).to(torch.complex128), t, method=method, options=options)
     assert turning.is_complex()
     assert (turning[:, 0] - torch.exp(1j * t)).abs().max() < 0.06
@@ -479,7 +479,7 @@ def test_float32_and_small_cases() -> None:
     empty = solve_implicit(lambda t, y: y, torch.zeros(0, 2), torch.tensor([0.0, 1.0]), "trbdf2", {"per_sample": True})
     assert empty.shape == (2, 0, 2)
     constant = solve_implicit(lambda t, y: torch.ones_like(y), y0, torch.tensor([0.0, 1.0]), "trbdf2")
-    torch.testing.assert_close(constant[-1], y0 + 1.0)
+    torch.testing.assert_close(constant[-1], y0 + 1.0, rtol=2e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("method", ["trapezoid", "trbdf2", "radauIIA5"])
@@ -511,7 +511,7 @@ def test_a_backward_pass_that_cannot_be_batched() -> None:
 
     y0, t = times(1.0, 2.0), times(0.0, 1.0)
     ours = solve_implicit(lambda t, y: -Square.apply(y), y0, t, "sdirk2")
-    torch.testing.assert_close(ours, solve_implicit(lambda t, y: -y * y, y0, t, "sdirk2"), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ours, solve_implicit(lambda t, y: -y * y, y0, t, "sdirk2"), rtol=1e-13, atol=1e-13)
     mixed = solve_implicit(lambda t, y: -fm.combine([y, y.flip(0)], [2.0, 1.0]), y0, t, "sdirk2")
     plain = solve_implicit(lambda t, y: -2.0 * y - y.flip(0), y0, t, "sdirk2")
-    torch.testing.assert_close(mixed, plain, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(mixed, plain, rtol=1e-13, atol=1e-13)

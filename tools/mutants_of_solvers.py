@@ -193,7 +193,7 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
         "ei.fresh(first)) * z",
         "tests/test_diffusion_laws.py",
     ),
-    (f"{SOLVERS}/methods/diffusion.py", "simple=2 if len(nodes) == 1 else 0", "simple=2", DIFFUSION),
+    (f"{SOLVERS}/methods/diffusion.py", "simple=2 if len(nodes) == 1 else 0", "simple=0", DIFFUSION),
     (f"{SOLVERS}/methods/edm.py", "& (t.ratio <= self.s_tmax)", "", f"{DIFFUSION}::test_edm_is_the_published_one"),
     (f"{SOLVERS}/methods/edm.py", "interval.sigma_min, steps, self.rho)", "interval.sigma_min, steps, 1.0)", DIFFUSION),
     (f"{SOLVERS}/methods/noise_levels.py", "if rate else 1.0", "", f"{DIFFUSION}::test_finite_from_end_to_end"),
