@@ -395,6 +395,16 @@ def test_what_is_known_of_a_schedule_dies_with_it() -> None:
     assert len(known) <= before + 1
 
 
+def test_derivatives_at_one_time_keep_its_dtype_under_compile_and_transforms() -> None:
+    path, t = Mine(2.0), torch.tensor(0.5)
+    for value in (
+        torch.compile(lambda t: path.coefficients(t).d_sigma_t, fullgraph=True, backend="eager")(t),
+        torch.func.vmap(lambda t: path.coefficients(t).d_sigma_t)(t[None])[0],
+        torch.func.grad(lambda t: path.sigma(t))(t),
+    ):
+        torch.testing.assert_close(value, torch.tensor(-1.0))
+
+
 def test_schedules_under_transforms() -> None:
     """vmap, grad, jvp, jacrev through path.sample and the loss: those of plain PyTorch."""
     generator = torch.Generator().manual_seed(0)

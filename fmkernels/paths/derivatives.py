@@ -128,7 +128,8 @@ def derivative(owner: Any, name: str, t: Tensor) -> Tensor:
         # autograd.grad can be neither traced nor transformed; forward mode can, at five times the cost in plain calls
         if torch.compiler.is_compiling():
             _check_differentiable(owner, name, None, t)
-        return torch.func.jvp(lambda times: as_tensor(function(times), times), (t,), (torch.ones_like(t),))[1]
+        slope = torch.func.jvp(lambda times: as_tensor(function(times), times), (t,), (torch.ones_like(t),))[1]
+        return slope.to(t.dtype)  # of a 0-dim t times a number forward mode makes float64
     wanted = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     # inference mode would record nothing and make every derivative 0, enable_grad notwithstanding
     with torch.inference_mode(False), torch.enable_grad():
