@@ -95,6 +95,16 @@ class Entry(Generic[V]):
         if self.cache is not None:
             self.cache.remove(self)
 
+    def __enter__(self) -> V:
+        """The value, in use until the end of the block; with an exception its state is not known and it goes."""
+        return self.value
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.release()
+        else:
+            self.discard()
+
 
 class CacheInfo(NamedTuple):
     """What is kept of one kind.
@@ -208,6 +218,14 @@ class Cache(Generic[V]):
             if self.budget.bytes > self.budget.limit:
                 gone += _evicted(self.budget)
         return entry
+
+    def pop(self, key: Hashable | None) -> V | None:
+        """The value of a key, kept no more, or None: the caller's alone until it is kept again."""
+        entry = self.find(key)
+        if entry is None:
+            return None
+        self.remove(entry)
+        return entry.value if entry.busy.acquire(blocking=False) else None
 
     def remove(self, entry: Entry[V]) -> None:
         """Keeps an entry no more."""

@@ -208,16 +208,6 @@ class Guidance(ABC):
         held = sorted(attributes(self).items())
         return key_or_none(*(pair for pair in held if pair[0] not in network))
 
-    @property
-    def network_key(self) -> Any:
-        """What the network calls read beside the caller's arguments, hashable: objects by identity.
-
-        Valid while the guidance lives.
-        """
-        leaves, spec = self._flat(network=True)
-        plain = (int, float, str, type(None))
-        return type(self), repr(spec), *((type(x), x) if isinstance(x, plain) else id(x) for x in leaves)
-
 
 def outputs(builder: Builder, x: Expr, t: Number, names: Sequence[str], batched: bool) -> list[Expr]:
     """The velocities of branches, from one call of the network or from one each."""

@@ -112,7 +112,7 @@ def solve_adaptive(
         kept = None
         if key is not None:
             stepper = make_stepper(problem, batch)
-            kept = idle.Kept(stepper, batch, (float(t0), float(t1)), batch.clock.clone(), problem.tableau)
+            kept = idle.Kept(stepper, batch, (float(t0), float(t1)), batch.clock.clone())
         return _Solve(problem, options, batch, on_step, key, kept).run(graph)
 
 
@@ -190,13 +190,13 @@ class _Solve:
             batch.count[Count.STATUS].fill_(Status.SUCCESS)
             self.host_status = torch.full(batch.count.shape[1:], Status.SUCCESS, dtype=torch.int32)
             return self.result()
-        captured = None
+        entry = None
         if graph is not None and self.on_step is None and not options.record:
-            captured, self.graph = captured_steps(graph, self.problem, batch, options.first_step, options.chunk)
-        if captured is None:
+            entry, self.graph = captured_steps(graph, self.problem, batch, options.first_step, options.chunk)
+        if entry is None:
             self._run()
         else:
-            with captured.solving(self.problem):
+            with entry as captured, captured.solving(self.problem, batch.kwargs):
                 self._replay(captured)
         return self.result()
 

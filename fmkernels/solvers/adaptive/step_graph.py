@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..programs.captures import Captures, StaticArguments, capture, signature
+from ..._cache import Entry
+from ..._keys import NoKey
+from ..programs.captures import (
+    Captures,
+    StaticArguments,
+    capture,
+    reserved_bytes,
+    signature,
+    state_of,
+    surroundings,
+)
 from .native_stepper import make_stepper
 from .rows import Batch, Dense, Problem, without_function
 
@@ -22,45 +33,53 @@ class StepGraph(NamedTuple):
         key: what sets func apart from other functions of the same owner.
         mode: True captures at the first call and raises where that fails; "auto" captures at the second call alike and
             falls back to single launches.
+        owners: what else the key knows by identity.
+        refusal: why nothing can be captured, or None.
     """
 
     owner: Any
     key: Hashable = None
     mode: bool | Literal["auto"] = "auto"
+    owners: Sequence[Any] = ()
+    refusal: str | None = None
 
 
 class CapturedSteps:
     """Steps of a batch of one shape: its buffers, and the graph that reads and writes them."""
 
     def __init__(self, problem: Problem, batch: Batch, first_step: float | None, chunk: int) -> None:
-        self._kwargs = StaticArguments(batch.kwargs)
+        before = reserved_bytes(batch.y.device)
+        self._arguments = StaticArguments(batch.kwargs)
         dense = batch.dense
         if dense is not None:
             dense = Dense(dense.wanted.contiguous(), dense.ids, torch.empty_like(dense.out))
-        self.batch = Batch(batch.y.clone(), batch.clock.clone(), batch.count.clone(), self._kwargs.values, dense)
+        self.batch = Batch(batch.y.clone(), batch.clock.clone(), batch.count.clone(), {}, dense)
         self.stepper = make_stepper(problem, self.batch)
-        self.stepper.begin(first_step)
+        with self.solving(problem, batch.kwargs):
+            self.stepper.begin(first_step)
 
-        def body() -> Tensor:
-            for _ in range(chunk):
-                self.stepper.step()
-            return self.stepper.y1
+            def body() -> Tensor:
+                for _ in range(chunk):
+                    self.stepper.step()
+                return self.stepper.y1
 
-        self.replay, _ = capture(body, None)
+            self.replay, _ = capture(body, None)
+        y, stages = self.batch.y, problem.tableau.stages
+        own = (stages + 4) * y.untyped_storage().nbytes() + self._arguments.kept_bytes
+        self.kept_bytes = max(reserved_bytes(y.device) - before, own)
 
     @contextmanager
-    def solving(self, problem: Problem) -> Iterator[None]:
-        """Holds the problem's function, for its first calls, no longer than a solve: it holds the owner."""
-        self.stepper.problem = problem
+    def solving(self, problem: Problem, kwargs: Mapping[str, Any]) -> Iterator[None]:
+        """Holds the problem's function and arguments no longer than a solve: they may hold the owner."""
+        self.stepper.problem, self.batch.kwargs = problem, self._arguments.load(kwargs)
         try:
             yield
         finally:
-            self.stepper.problem = without_function(problem)
+            self.stepper.problem, self.batch.kwargs = without_function(problem), {}
 
     def load(self, batch: Batch) -> None:
         """Begins with another batch of the same shape."""
         self._copy(batch, self.batch)
-        self._kwargs.load(batch.kwargs)
         if self.batch.dense is not None and batch.dense is not None:
             self.batch.dense.wanted.copy_(batch.dense.wanted)
 
@@ -77,7 +96,7 @@ class CapturedSteps:
             target.dense.out.copy_(source.dense.out)
 
 
-_STEPS: Captures[CapturedSteps] = Captures()
+_STEPS: Captures[CapturedSteps] = Captures("step_graph")
 
 
 def can_capture(y: Tensor) -> bool:
@@ -87,7 +106,7 @@ def can_capture(y: Tensor) -> bool:
 
 def captured_steps(
     graph: StepGraph, problem: Problem, batch: Batch, first_step: float | None, chunk: int
-) -> tuple[CapturedSteps | None, str]:
+) -> tuple[Entry[CapturedSteps] | None, str]:
     """(the captured steps, how), or (None, why single launches must do)."""
     if not can_capture(batch.y):
         if graph.mode is True:
@@ -95,13 +114,25 @@ def captured_steps(
         return None, "eager"
     if problem.slow_norm:
         return None, "eager: the error norm is a function of the user's or has tensors of tolerances"
-    dense = batch.dense
+    dense, owners = batch.dense, [*graph.owners]
+    refusal = graph.refusal
+    try:
+        arguments = signature(batch.kwargs, owners)
+    except NoKey as error:
+        refusal = str(error)
+    if refusal is not None:
+        if graph.mode is True:
+            raise RuntimeError(f"cuda_graph: expected values that a graph can be found by, but {refusal}")
+        return None, f"eager: {refusal}"
     key = (
         graph.key,
-        (problem.tableau, problem.rules, problem.atol, problem.rtol),
+        (problem.tableau.cache_key, problem.rules, problem.atol, problem.rtol),
         (problem.shared, problem.scalar_time, problem.time_dtype, problem.impl, first_step is None, chunk),
         (batch.y.shape, batch.y.dtype, batch.y.device, batch.y.stride()),
-        None if dense is None else dense.out.shape,
-        signature(dict(batch.kwargs)),
+        None if dense is None else (dense.out.shape, dense.out.stride()),
+        arguments,
+        state_of(graph.owner),
+        surroundings(batch.y.device),
     )
-    return _STEPS.obtain(graph.owner, key, graph.mode, lambda: CapturedSteps(problem, batch, first_step, chunk))
+    make = partial(CapturedSteps, problem, batch, first_step, chunk)
+    return _STEPS.obtain(graph.owner, key, owners, graph.mode, make)

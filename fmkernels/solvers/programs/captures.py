@@ -1,15 +1,21 @@
-"""CUDA graphs: what all captures share."""
+"""CUDA graphs: what all captures share, and the one policy by which captured work is kept.
+
+A graph reads and writes fixed memory. It is found again by everything that it has fixed: shapes, the model's own
+addresses and modes, autocast, the stream. What cannot be told keeps nothing. A model is taken for what its arguments,
+parameters and modes make of it: Python numbers that it reads elsewhere are fixed with the capture.
+"""
 
 from __future__ import annotations
 
-import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from ..._cache import DEVICE, Cache, Entry
+from ..._keys import NoKey, attributes, is_ours, key_of
 
 MAX_GRAPHS = 4  # kept for one model; each holds the memory of a solve
 MAX_KEYS = 64
@@ -32,82 +38,182 @@ def capture(body: Callable[[], Tensor], generator: torch.Generator | None) -> tu
     return graph.replay, result
 
 
-def signature(value: Any) -> Any:
-    """What of a keyword argument or guidance a captured graph has fixed, as something hashable: a tensor's kind, and
-    other values themselves."""
-    leaves, spec = pytree.tree_flatten(value)
-    kinds = tuple(
-        (v.shape, v.dtype, v.device, v.stride()) if isinstance(v, Tensor) else (type(v), _hashable(v)) for v in leaves
-    )
-    return kinds, repr(spec)
+def reserved_bytes(device: torch.device) -> int:
+    """Memory of a device that PyTorch holds; what a capture adds to it is the graph's."""
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
 
 
-def held(guidance: Any) -> Any:
-    """What a guidance's network calls read, as something hashable; its numbers are in the program."""
-    return getattr(guidance, "network_key", id(guidance))
+# ---------------------------------------------------------------------- keys
 
 
-def _hashable(value: Any) -> Any:
+def signature(arguments: Mapping[str, Any], owners: list[Any]) -> Hashable:
+    """What of keyword arguments a captured graph has fixed: a tensor's kind, and of other values :func:`held`.
+
+    Raises:
+        NoKey: a value that may change unseen.
+    """
+    kinds: list[Hashable] = []
+    for name, argument in arguments.items():
+        leaves, spec = pytree.tree_flatten(argument)
+        kinds.append((name, repr(spec)))
+        for v in leaves:
+            plain = isinstance(v, Tensor)
+            kinds.append((v.shape, v.dtype, v.device, v.stride()) if plain else held(v, owners, name))
+    return tuple(kinds)
+
+
+def held(value: Any, owners: list[Any], name: str = "") -> Hashable:
+    """What a captured graph has fixed of something that it reads: tensors by their memory, callables by identity.
+
+    Args:
+        owners: receives what is known by identity, with which the key ends.
+
+    Raises:
+        NoKey: a value that may change unseen.
+    """
+    if isinstance(value, Tensor):
+        owners.append(value)
+        return id(value), value.data_ptr(), value.shape, value.stride(), value.dtype, value.device
+    if isinstance(value, Mapping):
+        return type(value), *((key_of(k), held(v, owners, str(k))) for k, v in value.items())
+    if isinstance(value, (tuple, list)):
+        return type(value), *(held(v, owners, name) for v in value)
     try:
-        hash(value)
-    except TypeError:
-        return id(value)
-    return value
+        return key_of(value)
+    except NoKey:
+        pass
+    if not callable(value) or isinstance(value, type):
+        raise NoKey(f"{name} is of type {type(value).__name__}, which may change unseen")
+    owners.append(value)
+    return id(value), state_of(value)
 
+
+def held_object(value: Any, owners: list[Any], names: Callable[[str], bool] = lambda name: True) -> Hashable:
+    """The same of an object by all, or some, of what it holds: a guidance, a path."""
+    if value is None:
+        return None
+    found = attributes(value)
+    return type(value), *((name, held(found[name], owners, name)) for name in sorted(found) if names(name))
+
+
+def network_fields(guidance: Any) -> Callable[[str], bool]:
+    """Which attributes of a guidance its network calls read; what else a rule of this package holds is in programs."""
+    if guidance is None or not is_ours(type(guidance)):
+        return lambda name: True
+    fields = getattr(guidance, "__dataclass_fields__", {})
+    return lambda name: name not in fields or fields[name].metadata.get("network", False)
+
+
+def state_of(model: Any) -> Hashable:
+    """Modes and addresses of a module, also of one whose method is called."""
+    module = model if isinstance(model, torch.nn.Module) else getattr(model, "__self__", None)
+    if not isinstance(module, torch.nn.Module):
+        return None
+    tensors = (*module.parameters(), *module.buffers())
+    return tuple(m.training for m in module.modules()), tuple(tensor.data_ptr() for tensor in tensors)
+
+
+def surroundings(device: torch.device) -> Hashable:
+    """What else decides which kernels run, and where."""
+    kind = device.type
+    cuda = kind == "cuda"
+    return (
+        torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+        (torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32),
+        torch.cuda.current_stream(device).cuda_stream if cuda else None,
+    )
+
+
+# ---------------------------------------------------------------------- what is kept
 
 Captured = TypeVar("Captured")
+SEEN = "eager: a graph is captured at the second call"
 
 
 class Captures(Generic[Captured]):
-    """Captured work of one kind, by owner (a model) and key; what it holds must not hold the owner."""
+    """Captured work of one kind, by owner (a model) and key; what it holds must not hold the owner.
 
-    def __init__(self) -> None:
-        self._by_owner: weakref.WeakKeyDictionary[Any, OrderedDict[Any, Captured | str | None]]
-        self._by_owner = weakref.WeakKeyDictionary()
+    Args:
+        kind: its name in :func:`fmkernels.cache_info`.
+    """
+
+    def __init__(self, kind: str) -> None:
+        # values: a graph, why there is none, or None: it was asked for once
+        self._cache: Cache[Any] = Cache(kind, DEVICE)
 
     def obtain(
-        self, owner: Any, key: Any, mode: bool | Literal["auto"], make: Callable[[], Captured]
-    ) -> tuple[Captured | None, str]:
-        """(what was captured, "captured" or "replayed"), or (None, why single launches must do).
+        self,
+        owner: Any,
+        key: Hashable,
+        owners: Sequence[Any],
+        mode: bool | Literal["auto"],
+        make: Callable[[], Captured],
+    ) -> tuple[Entry[Captured] | None, str]:
+        """(what was captured, for the caller alone until it is released, "captured" or "replayed"), or (None, why
+        single launches must do).
 
-        mode: True captures at the first call and raises where that fails; "auto" at the second call with the same key.
+        Args:
+            owners: what else the key knows by identity.
+            mode: True captures at the first call and raises where that fails; "auto" at the second call alike.
         """
+        full, owners = (id(owner), key), [owner, *owners]
+        entry = self._cache.find(full)
+        if entry is not None and isinstance(entry.value, str):
+            if mode is not True:
+                return None, entry.value
+        elif entry is not None and entry.value is not None:
+            if entry.busy.acquire(blocking=False):
+                return entry, "replayed"
+            return None, "eager: the graph is in use by another call"
+        elif entry is None and mode == "auto":
+            self._cache.keep(full, None, owners)
+            self._limit(id(owner))
+            return None, SEEN
         try:
-            graphs = self._by_owner.setdefault(owner, OrderedDict())
-        except TypeError:  # no weak references or no hash
-            graphs = OrderedDict()
-        entry = graphs.get(key)
-        if isinstance(entry, str):
-            return None, entry
-        if entry is not None:
-            graphs.move_to_end(key)
-            return entry, "replayed"
-        if mode == "auto" and key not in graphs:
-            graphs[key] = None
-            return None, "eager: a graph is captured at the second call"
-        try:
-            entry = make()
+            # tensors that every later call may write to
+            with torch.inference_mode(False), torch.no_grad():
+                captured = make()
         except RuntimeError as error:
             if mode is True:
                 raise
             torch.cuda.synchronize()
-            graphs[key] = reason = f"eager: the model cannot be captured: {str(error).splitlines()[0]}"
+            reason = f"eager: the model cannot be captured: {str(error).splitlines()[0]}"
+            self._cache.keep(full, reason, owners)
             return None, reason
-        graphs[key] = entry
-        while sum(not isinstance(e, str | None) for e in graphs.values()) > MAX_GRAPHS or len(graphs) > MAX_KEYS:
-            graphs.popitem(last=False)
+        entry = self._cache.keep(full, captured, owners)
+        if entry.cache is None:
+            self._cache.keep(full, "eager: the graph's memory exceeds FMKERNELS_GRAPH_MB", owners)
+        entry.busy.acquire()
+        self._limit(id(owner))
         return entry, "captured"
+
+    def _limit(self, owner: int) -> None:
+        """Removes the least recently used of one owner beyond its share."""
+        every: list[Entry[Any]] = self._cache.entries()
+        entries = sorted((e for e in every if isinstance(e.key, tuple) and e.key[0] == owner), key=lambda e: e.used)
+        graphs = [e for e in entries if not isinstance(e.value, str | None)]
+        for entry in {id(e): e for e in (*graphs[:-MAX_GRAPHS], *entries[:-MAX_KEYS])}.values():
+            self._cache.remove(entry)
 
 
 class StaticArguments:
-    """Keyword arguments whose tensors stay where a captured graph reads them."""
+    """Keyword arguments whose tensors stay where a captured graph reads them; holds nothing else of them."""
 
     def __init__(self, model_kwargs: Mapping[str, Any]) -> None:
-        leaves, spec = pytree.tree_flatten(dict(model_kwargs))
-        self._leaves = [v.clone() if isinstance(v, Tensor) else v for v in leaves]
-        self.values: dict[str, Any] = pytree.tree_unflatten(self._leaves, spec)
+        leaves, self._spec = pytree.tree_flatten(dict(model_kwargs))
+        self._tensors = [v.clone() if isinstance(v, Tensor) else None for v in leaves]
 
-    def load(self, model_kwargs: Mapping[str, Any]) -> None:
-        for static, value in zip(self._leaves, pytree.tree_leaves(dict(model_kwargs)), strict=True):
-            if isinstance(static, Tensor):
+    def load(self, model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Copies tensors to their places; returns the arguments with these in their places."""
+        leaves = pytree.tree_leaves(dict(model_kwargs))
+        for static, value in zip(self._tensors, leaves, strict=True):
+            if static is not None:
                 static.copy_(value)
+        pairs = zip(self._tensors, leaves, strict=True)
+        return pytree.tree_unflatten([value if static is None else static for static, value in pairs], self._spec)
+
+    @property
+    def kept_bytes(self) -> int:
+        return sum(t.untyped_storage().nbytes() for t in self._tensors if t is not None)

@@ -26,7 +26,6 @@ from ...times import Shift
 from ..adaptive.controllers import Controller, IController
 from ..adaptive.options import AdaptiveOptions
 from ..adaptive.solve import solve_adaptive
-from ..adaptive.step_graph import StepGraph
 from ..methods import registry as methods
 from ..methods.reversible import Scheme, solve_reversible, tableau_of
 from ..methods.tableaus import Tableau
@@ -277,7 +276,7 @@ class Solver:
         if self.guidance is not None:
             model_kwargs = self.guidance.per_sample(model_kwargs, x)
         velocity = Velocity(self.model, self.guidance, self.path, self.prediction)
-        graph = None if self.cuda_graph is False else StepGraph(self.model, velocity.key, self.cuda_graph)
+        graph = None if self.cuda_graph is False else velocity.graph(self.cuda_graph)
         result = solve_adaptive(
             velocity, x, grid[0], grid[-1], tableau, options, t_eval=t_eval, model_kwargs=model_kwargs, graph=graph
         )

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
-from typing import Any, final
+from typing import Any, Literal, final
 
 from torch import Tensor
 
+from ..._keys import NoKey
 from ...paths import Path
-from ..programs.captures import held
-from ..programs.plans import settings_key
+from ..adaptive.step_graph import StepGraph
+from ..programs.captures import held_object
 
 Model = Callable[..., Tensor]
-# Network evaluations a velocity, by model and settings: a replayed graph counts none.
-_BRANCHES: weakref.WeakKeyDictionary[Any, dict[Any, float]] = weakref.WeakKeyDictionary()
 
 
 @final
@@ -44,20 +42,18 @@ class Velocity:
 
         return self.guidance.at(counted, model_kwargs, self.path, self.prediction)(x, t)
 
-    @property
-    def key(self) -> Any:
-        """What sets it apart from others of the same model."""
-        return held(self.guidance), settings_key(self.path, self.prediction, self.guidance)
+    def graph(self, mode: bool | Literal["auto"]) -> StepGraph:
+        """Asks for captured steps of this velocity."""
+        owners: list[Any] = []
+        try:
+            # without guidance a velocity needs no path
+            path = None if self.guidance is None and self.prediction == "velocity" else held_object(self.path, owners)
+            key = path, self.prediction, held_object(self.guidance, owners)
+        except NoKey as error:
+            return StepGraph(self.model, None, mode, refusal=str(error))
+        return StepGraph(self.model, key, mode, owners)
 
     @property
     def branches(self) -> float:
         """Network evaluations a velocity: more than 1 with guidance."""
-        if self.guidance is None:
-            return 1.0
-        try:
-            known = _BRANCHES.setdefault(self.model, {})
-        except TypeError:  # no weak references or no hash
-            known = {}
-        if self._velocities:
-            known[self.key] = self.evaluations / self._velocities
-        return known.get(self.key, 1.0)
+        return self.evaluations / self._velocities if self._velocities else 1.0
