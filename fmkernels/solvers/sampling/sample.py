@@ -86,7 +86,8 @@ def sample(
         cuda_graph: True captures the whole solve of a fixed grid, or the step of an adaptive method, the network
             included, and replays it at the next calls; "auto" does so from the second call with the same model and
             shapes on; False does not. The model is taken for what its arguments, parameters and modes make of it:
-            Python numbers that it reads elsewhere are fixed with the capture. Samples of captured adaptive steps do not leave the batch when they finish.
+            Python numbers that it reads elsewhere are fixed with the capture. Samples of captured adaptive steps do not
+            leave the batch when they finish.
         gradient: "none" runs without gradients; "direct" records the solve; "checkpoint" keeps sqrt(steps) states and
             computes the rest again in the backward pass. "reversible" takes the steps of
             :mod:`fmkernels.solvers.methods.reversible` (Runge-Kutta methods only, twice the calls) and keeps one state.
