@@ -263,3 +263,12 @@ def test_samplers_serve_a_path() -> None:
 def test_bad_input(call, error, message) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("bias", [-2.0, 0.0, 1.5])
+def test_the_bias_of_the_sigmoid_weighting(bias: float) -> None:
+    """sigmoid(bias - log SNR)."""
+    t = torch.tensor([0.2, 0.5, 0.7], dtype=torch.float64)
+    want = torch.sigmoid(bias - 2.0 * torch.log(t / (1.0 - t)))
+    got = fm.weightings.Sigmoid(bias).weight(fm.paths.CondOT(), t)
+    torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-14)
