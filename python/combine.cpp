@@ -55,14 +55,14 @@ py::object combine_plain(py::handle operands, py::handle coefficients, py::handl
   View data;
   fm::CombineArguments a{};
   if (!view(first, false, most_elements, data) ||
-      !fill(operands, coefficients, data, data.dtype, fm::max_operands - 1, false, a.operands, a.count, a.inner))
+      !fill(operands, coefficients, data, data, fm::max_operands - 1, a.operands, a.count, a.inner))
     return py::none();
   py::list results;
   const auto make = [&]() -> void* {
     const py::object made = empty_like(first);
     if (!made) throw py::error_already_set();
     results.append(made);
-    return values_address(made.ptr());
+    return new_address(made.ptr());
   };
   set_data(a, data, make());
   for (int i = 0; stores && i < a.count; ++i)
@@ -82,7 +82,7 @@ bool combine_into_buffer(Address out, int dtype, py::tuple shape, py::handle ope
   data.elements = count_elements(shape.ptr(), INT64_MAX);
   data.shape = std::move(shape);
   if (data.elements < 0 ||
-      !fill(operands, coefficients, data, data.dtype, fm::max_operands - 1, true, a.operands, a.count, a.inner))
+      !fill_trusted(operands, coefficients, data, fm::max_operands - 1, a.operands, a.count, a.inner))
     return false;
   set_data(a, data, pointer(out));
   if (fm::combine_cpu(a) != fm::Status::ok) return false;

@@ -86,14 +86,8 @@ bool noise(PyObject* x, const View& data, fm::Operand& out) {
   return out.seed != nullptr;
 }
 
-}  // namespace
-
-bool flag(py::handle x, bool& out) {
-  out = x.ptr() == Py_True;
-  return out || x.ptr() == Py_False;
-}
-
-bool fill(py::handle operands, py::handle coefficients, const View& data, fm::Dtype dtype, int limit, bool trusted,
+// `first`: the first operand where it was looked at already.
+bool fill(py::handle operands, py::handle coefficients, const View& data, const View* first, fm::Dtype dtype, int limit,
           fm::Operand* out, int& count, int64_t& inner) {
   if (!PyList_CheckExact(operands.ptr()) || !PyList_CheckExact(coefficients.ptr())) return false;
   const Py_ssize_t n = PyList_GET_SIZE(operands.ptr());
@@ -102,7 +96,9 @@ bool fill(py::handle operands, py::handle coefficients, const View& data, fm::Dt
   inner = data.elements;
   for (Py_ssize_t i = 0; i < n; ++i) {
     PyObject* item = PyList_GET_ITEM(operands.ptr(), i);
-    if (trusted && PyLong_CheckExact(item)) {
+    if (first != nullptr && i == 0) {
+      out[i].data = first->data;
+    } else if (first == nullptr && PyLong_CheckExact(item)) {
       out[i].data = PyLong_AsVoidPtr(item);
     } else if (is_a(item, classes().noise)) {
       if (!noise(item, data, out[i])) return false;
@@ -118,6 +114,24 @@ bool fill(py::handle operands, py::handle coefficients, const View& data, fm::Dt
   for (Py_ssize_t i = 0; i < n; ++i) out[i].coefficient.rows_per_entry = covered[i] / inner;
   count = static_cast<int>(n);
   return true;
+}
+
+}  // namespace
+
+bool flag(py::handle x, bool& out) {
+  out = x.ptr() == Py_True;
+  return out || x.ptr() == Py_False;
+}
+
+bool fill(py::handle operands, py::handle coefficients, const View& data, const View& first, int limit,
+          fm::Operand* out, int& count, int64_t& inner) {
+  return (&first == &data || same_shape(first, data)) &&
+         fill(operands, coefficients, data, &first, first.dtype, limit, out, count, inner);
+}
+
+bool fill_trusted(py::handle operands, py::handle coefficients, const View& data, int limit, fm::Operand* out,
+                  int& count, int64_t& inner) {
+  return fill(operands, coefficients, data, nullptr, data.dtype, limit, out, count, inner);
 }
 
 }  // namespace fm_python

@@ -20,10 +20,14 @@ bool flag(py::handle x, bool& out);
 // What noise and coefficients are accumulated in.
 inline fm::Dtype accumulation(fm::Dtype dtype) { return dtype == fm::Dtype::f64 ? fm::Dtype::f64 : fm::Dtype::f32; }
 
-// Operands (a list) of data's shape, or noise, all of `dtype`, and their coefficients (a list): numbers, tensors whose
-// shape is a leading part of data's, or affine functions of one. `inner`: elements over which all coefficients are one
-// number. With `trusted` an int is the address of such an operand.
-bool fill(py::handle operands, py::handle coefficients, const View& data, fm::Dtype dtype, int limit, bool trusted,
+// Operands (a list) of data's shape, or noise, all of the first one's dtype, and their coefficients (a list): numbers,
+// tensors whose shape is a leading part of data's, or affine functions of one. `first`: the first operand, which is a
+// tensor. `inner`: elements over which all coefficients are one number.
+bool fill(py::handle operands, py::handle coefficients, const View& data, const View& first, int limit,
           fm::Operand* out, int& count, int64_t& inner);
+
+// The same for data that is known; an int is the address of an operand like it.
+bool fill_trusted(py::handle operands, py::handle coefficients, const View& data, int limit, fm::Operand* out,
+                  int& count, int64_t& inner);
 
 }  // namespace fm_python

@@ -49,14 +49,14 @@ py::object regression_loss_plain(py::handle pred, py::handle operands, py::handl
     return py::none();
   // float16's gradient waits for its scale, which is Python's business.
   if (data.dtype == fm::Dtype::f16 || accumulation(data.dtype) != accumulation(target.dtype)) return py::none();
-  if (!fill(operands, coefficients, data, target.dtype, fm::max_loss_operands, false, a.operands, a.count, a.inner))
+  if (!fill(operands, coefficients, data, target, fm::max_loss_operands, a.operands, a.count, a.inner))
     return py::none();
   const py::object grad = need_grad ? empty_like(pred.ptr()) : py::none();
   const py::object loss = empty(py::tuple().ptr(), accumulation(data.dtype));
   if (!grad || !loss) throw py::error_already_set();
   a.pred_dtype = data.dtype;
   a.pred = data.data;
-  a.grad = need_grad ? values_address(grad.ptr()) : nullptr;
+  a.grad = need_grad ? new_address(grad.ptr()) : nullptr;
   a.dtype = target.dtype;
   a.rows = data.elements / a.inner;
   a.weight = {nullptr, 1, 0, 1.0};
@@ -64,7 +64,7 @@ py::object regression_loss_plain(py::handle pred, py::handle operands, py::handl
   a.scale_grad = true;
   a.kind = static_cast<fm::Penalty>(kind);
   a.delta = delta;
-  a.loss = values_address(loss.ptr());
+  a.loss = new_address(loss.ptr());
   a.groups = 1;
   if (a.loss == nullptr || (need_grad && a.grad == nullptr) || fm::regression_loss_cpu(a) != fm::Status::ok)
     return py::none();

@@ -72,7 +72,7 @@ py::object row_dots_plain(py::handle tensors, py::handle pairs) {
   a.inner = data.elements / a.rows;
   const py::object out = empty(py::make_tuple(a.rows, a.pairs).ptr(), accumulation(data.dtype));
   if (!out) throw py::error_already_set();
-  a.out = values_address(out.ptr());
+  a.out = new_address(out.ptr());
   return a.out != nullptr && fm::row_dots_cpu(a) == fm::Status::ok ? out : py::none();
 }
 

@@ -3,33 +3,35 @@
 namespace fm_python {
 namespace {
 
-// What is looked up in Python once. Never released: it must outlive the interpreter's last tensor.
+// What is looked up in Python once, attributes and methods as their descriptors: looking them up costs as much as some
+// of them do. Never released: it must outlive the interpreter's last tensor.
 struct Torch {
-  PyObject *tensor, *parameter, *dtypes[4], *empty_like, *empty, *cpu;
-  PyObject *dtype, *shape, *is_cpu, *requires_grad, *is_contiguous, *is_neg, *data_ptr, *stride, *device, *empty_names;
-
-  static PyObject* name(const char* text) { return PyUnicode_InternFromString(text); }
+  PyObject *tensor, *parameter, *dtypes[4], *empty_like, *empty, *cpu, *empty_names;
+  PyObject *dtype, *shape, *is_cpu, *requires_grad, *device;  // attributes
+  PyObject *is_contiguous, *is_neg, *data_ptr, *stride;       // methods
 
   Torch() {
     const py::module_ torch = py::module_::import("torch");
     const auto keep = [](py::object value) { return value.release().ptr(); };
-    tensor = keep(torch.attr("Tensor"));
+    const py::object type = torch.attr("Tensor");
+    const auto of_tensor = [&](const char* name) { return keep(type.attr(name)); };
     parameter = keep(torch.attr("nn").attr("Parameter"));
     const char* names[] = {"float32", "bfloat16", "float16", "float64"};  // in the order of fm::Dtype
     for (int i = 0; i < 4; ++i) dtypes[i] = keep(torch.attr(names[i]));
     empty_like = keep(torch.attr("empty_like"));
     empty = keep(torch.attr("empty"));
     cpu = keep(torch.attr("device")("cpu"));
-    dtype = name("dtype");
-    shape = name("shape");
-    is_cpu = name("is_cpu");
-    requires_grad = name("requires_grad");
-    is_contiguous = name("is_contiguous");
-    is_neg = name("is_neg");
-    data_ptr = name("data_ptr");
-    stride = name("stride");
-    device = name("device");
-    empty_names = PyTuple_Pack(2, dtype, device);
+    empty_names = keep(py::make_tuple("dtype", "device"));
+    dtype = of_tensor("dtype");
+    shape = of_tensor("shape");
+    is_cpu = of_tensor("is_cpu");
+    requires_grad = of_tensor("requires_grad");
+    device = of_tensor("device");
+    is_contiguous = of_tensor("is_contiguous");
+    is_neg = of_tensor("is_neg");
+    data_ptr = of_tensor("data_ptr");
+    stride = of_tensor("stride");
+    tensor = keep(type);
   }
 };
 
@@ -42,6 +44,12 @@ py::object taken(PyObject* value) {
   if (value == nullptr) PyErr_Clear();
   return py::reinterpret_steal<py::object>(value);
 }
+
+// An attribute, or a method's answer: new references, or null with an exception set.
+PyObject* read(PyObject* x, PyObject* descriptor) {
+  return Py_TYPE(descriptor)->tp_descr_get(descriptor, x, reinterpret_cast<PyObject*>(Py_TYPE(x)));
+}
+PyObject* ask(PyObject* x, PyObject* method) { return PyObject_Vectorcall(method, &x, 1, nullptr); }
 
 // Both take the reference to `value`, which may be null with an exception set.
 bool is(PyObject* value, PyObject* expected) {
@@ -68,12 +76,12 @@ bool is_tensor(PyObject* x) {
   return type == t.tensor || type == t.parameter;
 }
 
-void* values_address(PyObject* x) {
-  const Torch& t = torch();
-  if (!is(PyObject_CallMethodNoArgs(x, t.is_neg), Py_False)) return nullptr;
-  const py::object address = taken(PyObject_CallMethodNoArgs(x, t.data_ptr));
+void* new_address(PyObject* x) {
+  const py::object address = taken(ask(x, torch().data_ptr));
   return address ? PyLong_AsVoidPtr(address.ptr()) : nullptr;
 }
+
+void* values_address(PyObject* x) { return is(ask(x, torch().is_neg), Py_False) ? new_address(x) : nullptr; }
 
 int64_t count_elements(PyObject* shape, int64_t most) {
   if (shape == nullptr || !PyTuple_Check(shape)) return -1;
@@ -81,7 +89,7 @@ int64_t count_elements(PyObject* shape, int64_t most) {
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(shape); ++i) {
     const int64_t size = PyLong_AsLongLong(PyTuple_GET_ITEM(shape, i));
     if (size == -1) PyErr_Clear();  // no int of a size
-    if (size < 1 || size > most / elements) return -1;
+    if (size < 1 || static_cast<double>(elements) * static_cast<double>(size) > static_cast<double>(most)) return -1;
     elements *= size;
   }
   return elements;
@@ -89,15 +97,15 @@ int64_t count_elements(PyObject* shape, int64_t most) {
 
 bool view(PyObject* x, bool may_require_grad, int64_t most, View& out) {
   const Torch& t = torch();
-  if (!is_tensor(x) || !is(PyObject_GetAttr(x, t.is_cpu), Py_True)) return false;
-  if (!may_require_grad && !is(PyObject_GetAttr(x, t.requires_grad), Py_False)) return false;
-  if (!is(PyObject_CallMethodNoArgs(x, t.is_contiguous), Py_True)) return false;
-  const py::object dtype = attribute(x, t.dtype);
+  if (!is_tensor(x) || !is(read(x, t.is_cpu), Py_True)) return false;
+  if (!may_require_grad && !is(read(x, t.requires_grad), Py_False)) return false;
+  if (!is(ask(x, t.is_contiguous), Py_True)) return false;
+  const py::object dtype = taken(read(x, t.dtype));
   int code = 0;
   while (code < 4 && dtype.ptr() != t.dtypes[code]) ++code;
   if (code == 4) return false;
   out.dtype = static_cast<fm::Dtype>(code);
-  out.shape = attribute(x, t.shape);
+  out.shape = taken(read(x, t.shape));
   out.elements = count_elements(out.shape.ptr(), most);
   if (out.elements < 0) return false;
   out.data = values_address(x);
@@ -131,10 +139,10 @@ Like::Like(py::object tensor)
 
 const void* Like::address_of(PyObject* x) const {
   const Torch& t = torch();
-  if (reinterpret_cast<PyObject*>(Py_TYPE(x)) != t.tensor || !is(PyObject_GetAttr(x, t.dtype), dtype_.ptr()) ||
-      !equal(PyObject_GetAttr(x, t.shape), shape_.ptr()) || !equal(PyObject_GetAttr(x, t.device), device_.ptr()))
+  if (reinterpret_cast<PyObject*>(Py_TYPE(x)) != t.tensor || !is(read(x, t.dtype), dtype_.ptr()) ||
+      !equal(read(x, t.shape), shape_.ptr()) || !equal(read(x, t.device), device_.ptr()))
     return nullptr;
-  const py::object strides = taken(PyObject_CallMethodNoArgs(x, t.stride));
+  const py::object strides = taken(ask(x, t.stride));
   if (!strides || !same_layout(shape_.ptr(), strides.ptr(), strides_.ptr())) return nullptr;
   return values_address(x);
 }

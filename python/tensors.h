@@ -20,6 +20,9 @@ py::object attribute(PyObject* x, PyObject* name);
 // Exactly a torch.Tensor or a Parameter.
 bool is_tensor(PyObject* x);
 
+// The memory of a tensor that was just made; null without an exception where there is none.
+void* new_address(PyObject* x);
+
 // The memory of a tensor whose values are what its memory holds: no negative bit waits to be applied. Null where there
 // is none, or where it is not so.
 void* values_address(PyObject* x);
