@@ -1,8 +1,7 @@
 // CPU kernels exist once for each instruction set; the one to run is chosen on first use.
 //
 // A <op>_cpu.cpp defines fm::FM_ISA::<op> and ends with FM_ENTRY_POINTS(<op>, <arguments>), which defines the rest of
-// the operation's contract: <op>_cpu, and <op>_cuda where the library is built without CUDA. CMakeLists.txt has the one
-// list of the operations.
+// the operation's contract: <op>_cpu, and <op>_cuda where the library is built without CUDA.
 #pragma once
 
 #include "status.h"
