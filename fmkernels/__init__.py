@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .solvers.equations.event_times import odeint_event
     from .solvers.equations.odeint import odeint
     from .solvers.equations.sdeint import sdeint
+    from .solvers.methods.noise_transforms import MaskedNoise, ZeroMeanNoise
     from .solvers.methods.sde import SDE
     from .solvers.sampling.result import SampleResult
     from .solvers.sampling.sample import sample
@@ -36,9 +37,11 @@ if TYPE_CHECKING:
 # Sampling is imported at its first use: who trains does not wait for it.
 _LATER = {
     "SDE": "solvers.methods.sde",
+    "MaskedNoise": "solvers.methods.noise_transforms",
     "SampleResult": "solvers.sampling.result",
     "Solver": "solvers.sampling.solver",
     "Status": "ops.step_control.op",
+    "ZeroMeanNoise": "solvers.methods.noise_transforms",
     "divergence": "likelihood.divergence",
     "guidance": "guidance",
     "likelihood": "likelihood",
@@ -73,10 +76,12 @@ __all__ = [
     "CacheInfo",
     "Interpolation",
     "LossBins",
+    "MaskedNoise",
     "Noise",
     "SampleResult",
     "Solver",
     "Status",
+    "ZeroMeanNoise",
     "__version__",
     "cache_info",
     "cfm_loss",

@@ -21,6 +21,7 @@ from fmkernels.solvers.methods.edm import Restart, RestartInterval
 from fmkernels.solvers.methods.runge_kutta import RungeKutta
 from fmkernels.solvers.methods.sde import SDE
 from fmkernels.solvers.methods.tableaus import TABLEAUS
+from fmkernels.solvers.sampling.grids import Stretched
 
 FIXED = [entry for entry in methods.METHODS.values() if entry.make and entry.kind != "sde"]
 NOISY = [entry for entry in methods.METHODS.values() if entry.kind == "sde"]
@@ -364,3 +365,36 @@ def test_multistep_orders_of_their_own() -> None:
     for method, order in ((DPMSolverPP(3, solver_type="exact"), 2), (DEIS(2), 2), (LMS(2), 2), (LMS(3), 2)):
         coarse, fine = (error(method, CondOT(), 0.3, 0.8, steps) for steps in (40, 80))
         assert order - 0.2 < math.log2(coarse / fine) < order + 0.6
+
+
+# ---------------------------------------------------------------------- torch.compile
+
+MADE = {
+    "method": lambda: {"method": UniPC(3, "bh1"), "path": VP(0.2, 5.0)},
+    "nested": lambda: {"method": Restart((RestartInterval(0.2, 0.9, 3, 2),), heun=False)},
+    "schedule": lambda: {"method": "ab2", "schedule": Stretched(fm.times.Shift(5.0), 0.2)},
+    "sde": lambda: {"sde": SDE("flow_grpo", log_prob="mean"), "noise_transform": fm.ZeroMeanNoise()},
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_objects_made_within_what_is_compiled_keep_their_settings(name: str) -> None:
+    """The tracer gave those of their classes."""
+    layer = torch.nn.Linear(4, 4)
+
+    def sampled(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        generator = torch.Generator().manual_seed(3) if not torch.compiler.is_compiling() else None
+        model = lambda x, t: torch.tanh(layer(x) + t[:, None])  # noqa: E731
+        samples, result = fm.sample(model, x, steps=5, generator=generator, **MADE[name]())
+        return samples, result.log_prob
+
+    x = torch.randn(3, 4)
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(3)
+        got = torch.compile(sampled, fullgraph=True, backend="eager")(x)
+    wanted = sampled(x)
+    torch.testing.assert_close(got[0], wanted[0])
+    if wanted[1] is not None:
+        torch.testing.assert_close(got[1], wanted[1])

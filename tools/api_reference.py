@@ -15,7 +15,16 @@ from fmkernels.solvers.adaptive import controllers
 from fmkernels.solvers.adaptive import options as adaptive_options
 from fmkernels.solvers.adaptive import solve as adaptive_solve
 from fmkernels.solvers.implicit import solve as implicit_solve
-from fmkernels.solvers.methods import adams, diffusion, edm, registry, runge_kutta, sde_coefficients, tableaus
+from fmkernels.solvers.methods import (
+    adams,
+    diffusion,
+    edm,
+    noise_transforms,
+    registry,
+    runge_kutta,
+    sde_coefficients,
+    tableaus,
+)
 from fmkernels.solvers.programs import builder
 from fmkernels.solvers.sampling import grids
 
@@ -69,6 +78,7 @@ def render() -> str:
         ("fmkernels.solvers.methods.diffusion", diffusion),
         ("fmkernels.solvers.methods.edm", edm),
         ("fmkernels.solvers.methods.sde_coefficients", sde_coefficients),
+        ("fmkernels.solvers.methods.noise_transforms", noise_transforms),
         ("fmkernels.solvers.programs.builder", builder),
         ("fmkernels.solvers.sampling.grids", grids),
         ("fmkernels.solvers.adaptive.options", adaptive_options),

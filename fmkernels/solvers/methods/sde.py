@@ -25,7 +25,7 @@ from ...paths.targets import conversion_coefficients
 from ..programs.builder import Builder
 from ..programs.expressions import ZERO, Expr, Number, as_number
 from .sde_coefficients import Diffusion, over_sigma, renewed, resolve
-from .step_density import _report
+from .step_density import REDUCTIONS, report
 
 METHODS = ("euler", "heun", "exponential")
 LAST_STEPS = ("none", "mean", "tweedie", "euler")
@@ -89,9 +89,11 @@ class SDE:
         last_step_size: length of the last step: the times before it are stretched or shrunk to make place; None leaves
             the grid as it is.
         method: see above.
-        log_prob: also report the log-density of each step's new state given the old one, summed over a sample's
-            elements, as (B,) tensors ``extras["log_prob"]``. 0 for a step, or token, without noise. Not for "heun",
-            whose transition is not Gaussian.
+        log_prob: also report the log-density of each step's new state given the old one: "sum" (or True) over a
+            sample's elements, "mean", divided by how many of them get noise (Flow-GRPO's), or "none", of each element.
+            0 for a step, or token, without noise. Of the noise as it was drawn, in float32 (float64 for float64
+            states): exact for the state before it is rounded to the states' dtype, see
+            :func:`fmkernels.sde_step_log_prob`. Not for "heun", whose transition is not Gaussian.
 
     Raises:
         TypeError, ValueError: an argument that is none of these.
@@ -102,7 +104,7 @@ class SDE:
     last_step: str = "mean"
     last_step_size: float | None = None
     method: str = "euler"
-    log_prob: bool = False
+    log_prob: bool | str = False
 
     def __post_init__(self) -> None:
         resolve(self.diffusion)
@@ -111,6 +113,8 @@ class SDE:
         check_choice("method", self.method, METHODS)
         if self.last_step_size is not None:
             check_number("last_step_size", self.last_step_size, above=0.0)
+        if not isinstance(self.log_prob, bool):
+            check_choice("log_prob", self.log_prob, REDUCTIONS)
         if self.log_prob and self.method == "heun":
             raise value_error("log_prob", "False for method 'heun', whose steps are not Gaussian", self.log_prob)
 
@@ -216,9 +220,10 @@ def _gaussian(sde: SDE, builder: Builder, t: Tensor, u: Tensor) -> _Take:
         a, b, std = table[i]
         x = builder.x
         mean = a * x + b * builder.model(x, builder.step.t)
-        builder.advance(mean + _noise(builder, std))
+        z = builder.noise() if np.any(std) else None
+        builder.advance(mean if z is None else mean + std * z)
         if sde.log_prob:
-            _report(builder, builder.x, mean, std)
+            report(builder, z, std, "sum" if sde.log_prob is True else str(sde.log_prob))
 
     return take
 
@@ -295,7 +300,3 @@ def heun_step(
 def _numbers(*columns: Tensor) -> list[tuple[Number, ...]]:
     """For each step, its coefficients."""
     return [tuple(as_number(column[i]) for column in columns) for i in range(columns[0].shape[0])]
-
-
-def _noise(builder: Builder, std: Number) -> Expr:
-    return std * builder.noise() if np.any(std) else ZERO

@@ -156,8 +156,11 @@ class Builder:
         return [self.convert(state, Expr({r: 1.0}), t, "velocity", source_kind) for r in results]
 
     def compute(self, function: Work | Operation, sources: Sequence[Expr], count: int) -> list[Expr]:
-        """Registers from a function of tensors: row reductions and what is not linear with known coefficients."""
-        registers = tuple(self.register(x) for x in sources)
+        """Registers from a function of tensors: row reductions and what is not linear with known coefficients.
+
+        Noise alone is given as a :class:`fmkernels.solvers.programs.draws.Draw`.
+        """
+        registers = tuple(self._drawn(x) or self.register(x) for x in sources)
         results = tuple(range(self._registers, self._registers + count))
         self._registers += count
         self._instructions.append(Compute(function, registers, results))
@@ -190,6 +193,12 @@ class Builder:
         terms = {base: np.where(still, 0.0, c) for base, c in x.terms.items()}
         terms[self._state] = np.where(still, 1.0, 0.0 if own is None else own)
         return Expr(terms)
+
+    @staticmethod
+    def _drawn(x: Expr) -> int:
+        """The noise that the expression is, or 0."""
+        ((base, coefficient),) = x.terms.items() if len(x.terms) == 1 else ((0, 0.0),)
+        return base if base < 0 and isinstance(coefficient, float) and coefficient == 1.0 else 0
 
     def output(self, name: str, x: Expr) -> None:
         """Keeps a register for the caller, as one more entry of result.extras[name]."""

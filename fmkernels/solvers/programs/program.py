@@ -172,7 +172,7 @@ class Segment:
         for i in reversed(self.instructions):
             if isinstance(i, Compute) and not _gives_new_tensors(i.function):
                 until = max((last[r] for r in i.results), default=-1)
-                for s in i.sources:
+                for s in reads(i):
                     last[s] = max(last[s], until)
         self.last_use = tuple(last)
         dies: dict[int, list[int]] = {}

@@ -22,6 +22,7 @@ from ..._cache import is_plain_context
 from ..._checks import as_state, type_error
 from ...ops.combine.op import combine
 from ...random import Noise
+from .draws import Draws, Transform
 from .program import Prepared, Program, Segment, perform
 from .tables import Lease
 
@@ -106,6 +107,7 @@ class Run:
         numbers: times and coefficients, see :func:`fmkernels.solvers.programs.tables.numbers_for`.
         seed: of the program's noise.
         row_offset: the batch's place in a larger one, for noise.
+        noise_transform: from the noise that is drawn to what is used in its place.
         reuse: updates write to a few buffers, which are written again, those of this run alone; else each makes a new
             tensor, as gradients need and callers that hand states to functions which may keep them.
         trajectory: (steps + 1, B, ...) tensor that receives the states.
@@ -123,16 +125,21 @@ class Run:
         seed: Tensor | None = None,
         *,
         row_offset: int = 0,
+        noise_transform: Transform | None = None,
         reuse: bool = False,
         trajectory: Tensor | None = None,
         on_step: OnStep | None = None,
     ) -> None:
         self.program, self.calls, self.numbers, self.lease = program, calls, numbers.value, numbers
         self.trajectory, self.on_step = trajectory, on_step
-        self.noises: list[Noise] = []
+        self.noises: Sequence[Any] = []  # what updates take
+        self.draws = Draws((), x_0, None)  # what functions take
         if program.streams:
             assert seed is not None
             self.noises = [Noise(seed, stream, row_offset) for stream in range(program.streams)]
+            self.draws = Draws(self.noises, x_0, noise_transform)
+            if noise_transform is not None:
+                self.noises = self.draws
         self.look = self.numbers.plain or is_plain_context()  # whether the owners of memory can be seen
         self.first_step = 0
         self.registers: list[Any] = [x_0]
@@ -281,7 +288,8 @@ class Run:
                     used = [s for s in sources if s in self.segment.outputs]
                     for s, value in zip(used, self._taken([registers[s] for s in used]), strict=True):
                         registers[s] = value
-                values = perform(function, [registers[s] for s in sources])
+                arguments: list[Any] = [registers[s] if s >= 0 else self.draws.draw(-1 - s) for s in sources]
+                values = perform(function, arguments)
                 for result, value in zip(results, values, strict=True):
                     registers[result] = value
             elif kind == "First":

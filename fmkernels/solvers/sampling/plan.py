@@ -69,13 +69,45 @@ def plan_while_compiling(
             "values of a tensor or an array (give grid.tolist(), or call outside of what is compiled)"
         )
     grid = None if time_grid is None else tuple([specialised(t) for t in time_grid])
-    held = [[specialised(value) for value in _numbers_of(part)] for part in (path, guidance, method)]
-    return _constant(method, specialised(steps), schedule, grid, path, prediction, guidance, held)
+    held = [specialised(value) for value in _numbers_of(guidance)]
+    parts = [_taken_apart(part) for part in (method, schedule, path)]
+    return _constant(parts, specialised(steps), grid, prediction, guidance, held)
 
 
 def specialised(value: Any) -> Any:
     """A number that torch.compile may have taken for a symbol, as a guarded constant."""
     return next(iter({value: None})) if isinstance(value, (int, float)) else value
+
+
+class _Made:
+    """Stands before an object's class, names and values."""
+
+
+def _taken_apart(part: Any) -> Any:
+    """An object of ours as its class and what it holds.
+
+    Of one that is made within what is compiled the tracer would give the class's defaults.
+    """
+    if isinstance(part, (bool, int, float)):
+        return specialised(part)
+    if isinstance(part, tuple):
+        return tuple([_taken_apart(value) for value in part])
+    if part is None or isinstance(part, str) or not is_ours(type(part)) or not hasattr(part, "__dict__"):
+        return part
+    fields = getattr(type(part), "__dataclass_fields__", None)  # and nothing that was derived from them
+    names = list(part.__dict__.keys()) if fields is None else list(fields)
+    return (_Made, type(part), tuple(names), tuple([_taken_apart(getattr(part, name)) for name in names]))
+
+
+def _put_together(part: Any) -> Any:
+    if not isinstance(part, tuple):
+        return part
+    if part[:1] != (_Made,):
+        return tuple(_put_together(value) for value in part)
+    _, kind, names, values = part
+    made = object.__new__(kind)
+    made.__dict__.update(zip(names, map(_put_together, values), strict=True))
+    return made
 
 
 def _numbers_of(part: Any) -> list[Any]:
@@ -86,16 +118,17 @@ def _numbers_of(part: Any) -> list[Any]:
 
 
 def _constant(
-    method: str | Method,
+    made: Sequence[Any],
     steps: int,
-    schedule: str | Shift | grids.Schedule,
     grid: Sequence[float] | None,
-    path: Path,
     prediction: str,
     guidance: Guidance | None,
     held: Sequence[Any],
 ) -> Program:
     """Called while tracing; what it returns is unrolled."""
+    method, schedule, path = map(_put_together, made)
+    if list(held) != _numbers_of(guidance):
+        raise TypeError("guidance: expected an object that is made outside of what torch.compile traces")
     parts = {"method": method, "schedule": schedule, "path": path, "guidance": guidance}
     for name, part in parts.items():
         _check_constant(name, part)

@@ -19,7 +19,9 @@ class SampleResult:
         status: int tensor (B,) of :class:`fmkernels.Status`; None for a fixed grid, which cannot fail.
         times: the times of ``trajectory``, or of the grid.
         trajectory: (T, B, ...) states, if asked for.
-        log_prob: (steps, B) log-probability of each step of an SDE, if asked for.
+        log_prob: log-probability of each step of an SDE, if asked for: (steps, B), or (steps, B, ...) of each element.
+        log_prob_count: int64 (steps, B), degrees of freedom of the steps' noise: how many elements got some. Sums
+            divided by it are means.
         graph: how the solve ran: "eager", "captured", "replayed", or "eager: " and why no graph was used.
     """
 
@@ -29,4 +31,5 @@ class SampleResult:
     times: Tensor | None = None
     trajectory: Tensor | None = None
     log_prob: Tensor | None = None
+    log_prob_count: Tensor | None = None
     graph: str = "eager"

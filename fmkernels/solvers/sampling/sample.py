@@ -13,6 +13,7 @@ from ...paths import CondOT, Path
 from ...times import Shift
 from ..adaptive.controllers import Controller, IController
 from ..programs.builder import Method
+from ..programs.draws import Transform
 from . import grids
 from .result import SampleResult
 from .solver import Callback, Solver
@@ -39,6 +40,7 @@ def sample(
     max_steps: int = 10_000,
     generator: torch.Generator | None = None,
     row_offset: int = 0,
+    noise_transform: Transform | None = None,
     return_trajectory: bool = False,
     callback: Callback | None = None,
     progress: bool = False,
@@ -80,6 +82,9 @@ def sample(
             :func:`fmkernels.combine`. A sample that reaches ``max_steps`` is returned as it is, with its status.
         generator: torch.Generator of what is drawn.
         row_offset: the first sample's index in a larger batch, so that shards draw what the whole would.
+        noise_transform: a function from noise to what is used in its place, in the steps and for an x_0 that is drawn:
+            ``fm.MaskedNoise`` for padding, ``fm.ZeroMeanNoise`` for a fixed centre of mass, or any orthogonal
+            projection, see :mod:`fmkernels.solvers.methods.noise_transforms`.
         return_trajectory: also return the states at all times.
         callback: called as callback(step, t, x) after each step of a fixed grid; x is the callback's own copy.
         progress: show a bar (needs tqdm).
@@ -129,6 +134,7 @@ def sample(
         x_0,
         generator=generator,
         row_offset=row_offset,
+        noise_transform=noise_transform,
         return_trajectory=return_trajectory,
         callback=callback,
         progress=progress,

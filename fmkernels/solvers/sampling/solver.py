@@ -30,6 +30,7 @@ from ..methods import registry as methods
 from ..methods.reversible import Scheme, solve_reversible, tableau_of
 from ..methods.tableaus import Tableau
 from ..programs.builder import Method
+from ..programs.draws import Transform, check_transform, transformed
 from ..programs.expressions import Number
 from ..programs.program import Program
 from ..programs.run import Call, Run
@@ -130,13 +131,17 @@ class Solver:
         *,
         generator: torch.Generator | None = None,
         row_offset: int = 0,
+        noise_transform: Transform | None = None,
         return_trajectory: bool = False,
         callback: Callback | None = None,
         progress: bool = False,
         **model_kwargs: Any,
     ) -> tuple[Tensor, SampleResult]:
         """Samples: see :func:`fmkernels.sample`."""
+        check_transform(noise_transform)
         x = self._start(x_0, generator)
+        if not isinstance(x_0, Tensor):
+            x = transformed(noise_transform, x)
         if x.dim() == 0:
             raise value_error("x_0", "at least one dimension, of samples", x)
         if self.gradient == "reversible":
@@ -146,16 +151,18 @@ class Solver:
         program = self.plan()
         watcher = _watcher(program, callback, progress)
         if self.gradient != "none" and torch.is_grad_enabled():
-            return self._sample_fixed(program, x, generator, row_offset, return_trajectory, watcher, model_kwargs)
+            return self._sample_fixed(
+                program, x, generator, row_offset, noise_transform, return_trajectory, watcher, model_kwargs
+            )
         with torch.no_grad():
-            graph = self._graph_refusal(x, generator, return_trajectory, watcher, program)
+            graph = self._graph_refusal(x, noise_transform, return_trajectory, watcher, program)
             if graph is None:
                 samples, how = replayed(self._wanted(x), program, x, generator, row_offset, model_kwargs)
                 if samples is not None:
                     return samples, SampleResult(program.evaluations, program.steps, graph=how)
                 graph = how
             return self._sample_fixed(
-                program, x, generator, row_offset, return_trajectory, watcher, model_kwargs, graph=graph
+                program, x, generator, row_offset, noise_transform, return_trajectory, watcher, model_kwargs, graph
             )
 
     def grid(self) -> list[Number]:
@@ -182,7 +189,7 @@ class Solver:
     def time_dtype_of(self, x: Tensor) -> torch.dtype:
         return self.time_dtype or (torch.float64 if x.dtype == torch.float64 else torch.float32)
 
-    def _graph_refusal(self, x: Tensor, generator: Any, trajectory: bool, watcher: Any, program: Program) -> str | None:
+    def _graph_refusal(self, x: Tensor, transform: Any, trajectory: bool, watcher: Any, program: Program) -> str | None:
         """Why no graph is used, or None where one may be."""
         if self.cuda_graph is False:
             return "eager"
@@ -190,6 +197,8 @@ class Solver:
             reason = f"the state is on {x.device.type}"
         elif trajectory or watcher is not None:
             reason = "a trajectory, callback or progress bar wants the states between"
+        elif program.streams and transform is not None:
+            reason = "its noise goes through a function"
         elif program.extras:
             reason = "the method returns more than the samples"
         elif torch.compiler.is_compiling():
@@ -206,6 +215,7 @@ class Solver:
         x: Tensor,
         generator: torch.Generator | None,
         row_offset: int,
+        noise_transform: Transform | None,
         return_trajectory: bool,
         watcher: Any,
         model_kwargs: dict[str, Any],
@@ -232,6 +242,7 @@ class Solver:
             numbers_for(program, x, self.time_dtype_of(x), self.time_shape, keep=not with_gradient),
             draw_seed(x.device, generator) if program.streams else None,
             row_offset=row_offset,
+            noise_transform=noise_transform,
             reuse=reuse,
             trajectory=trajectory,
             on_step=on_step if watcher is not None or (return_trajectory and with_gradient) else None,
@@ -247,10 +258,13 @@ class Solver:
             trajectory = torch.stack(states)
         extras = run.extras()
         log_prob = torch.stack(extras["log_prob"]) if "log_prob" in extras else None
+        count = torch.stack(extras["log_prob_count"]) if "log_prob_count" in extras else None
         times = None
         if return_trajectory:
             times = table_of_numbers(program.grid).to(x.device, non_blocking=True)
-        return samples, SampleResult(program.evaluations, program.steps, None, times, trajectory, log_prob, graph=graph)
+        return samples, SampleResult(
+            program.evaluations, program.steps, None, times, trajectory, log_prob, count, graph=graph
+        )
 
     def _sample_adaptive(
         self,
