@@ -175,6 +175,8 @@ def test_gradients_shards_and_precision(noise: str, calculus: str, method: str) 
 
     y0 = torch.randn(4, 2, dtype=DTYPE)
     level = torch.tensor(0.6, dtype=DTYPE)
+    assert not function(y0, level).requires_grad  # nothing needs one
+    assert function(y0, level.clone().requires_grad_()).requires_grad
     assert torch.autograd.gradcheck(function, (y0.clone().requires_grad_(), level.clone().requires_grad_()))
     with torch.no_grad():
         whole = function(y0, level)

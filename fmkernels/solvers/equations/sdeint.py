@@ -75,7 +75,8 @@ def sdeint(
     (Stratonovich: without h), g' being the derivative of g_i by y_i, which is all that g_i may depend on (Kloeden and
     Platen 1992, sec. 10.3). "heun" takes the mean of both ends of f and g, the far one at y + h f + g dW (Rumelin
     1982); with additive noise g dW is one term, of the mean variance. "midpoint" takes f and g at
-    :math:`y + \frac{1}{2} (h f + g \Delta W)`. "euler" and "milstein" call f and g once a step, the others twice.
+    :math:`y + \frac{1}{2} (h f + g \Delta W)`. "euler" and "milstein" call f and g once a step, the others twice;
+    "milstein" looks whether g needs a gradient by a call more, where gradients are enabled and y has none.
 
     Gradients flow through the solve (discretise, then optimise) where they are enabled; else no step of the drift
     allocates.
@@ -280,8 +281,8 @@ class Level:
         return (g.flatten(1, -2) @ z[..., None]).reshape(g.shape[:-1]) if g.dim() > 2 else (g * z).sum(-1)
 
     def with_slope(self, t: float, y: Tensor) -> tuple[Tensor, Tensor]:
-        """g and g g' of a diagonal g."""
-        recorded = torch.is_grad_enabled()
+        """g and g g' of a diagonal g, with a gradient where y or what g uses has one."""
+        recorded = torch.is_grad_enabled() and (y.requires_grad or self.at(t, y).requires_grad)
         with torch.inference_mode(False), torch.enable_grad():
             leaf = y if recorded and y.requires_grad else y.detach().clone().requires_grad_()
             g = self.at(t, leaf)
