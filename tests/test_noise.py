@@ -215,3 +215,8 @@ def test_shapes() -> None:
 def test_bad_input(call, error, message) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+def test_seeds_beyond_int64_are_the_unsigned_ones() -> None:
+    for seed in (2**63, 2**63 + 1, 2**64 - 1):
+        assert torch.equal(fm.randn((9,), seed=seed), fm.randn((9,), seed=seed - 2**64))

@@ -111,7 +111,6 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
         WEIGHTS,
     ),
     ("fmkernels/times.py", "        return t.clamp(*self._ends)", "        return t", WEIGHTS),
-    ("fmkernels/times.py", "TIME_STREAM + 1, 0, torch.int64", "TIME_STREAM, 0, torch.int64", WEIGHTS),
     ("fmkernels/times.py", "base_shift + slope * (seq_len - base_seq_len)", "base_shift + slope * seq_len", WEIGHTS),
     ("fmkernels/times.py", "return self.shift * t / (1.0 - t + self.shift * t)", "return self.shift * t", WEIGHTS),
     ("fmkernels/random.py", "seed - 2**64 if seed >= 2**63 else seed", "seed - 2**64 if seed > 2**63 else seed", NOISE),
