@@ -330,8 +330,8 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
     ),
     (
         f"{SOLVERS}/sampling/solver.py",
-        "            row_offset=row_offset,\n            reuse=reuse,",
-        "            reuse=reuse,",
+        "            row_offset=row_offset,\n            noise_transform=noise_transform,",
+        "            noise_transform=noise_transform,",
         "tests/test_sampling_joined.py::test_shards_of_a_batch_draw_what_the_whole_would",
     ),
     (
