@@ -407,3 +407,81 @@ def test_a_forked_process_begins_with_nothing() -> None:
     os.close(write)
     assert same(solve(), expected)
     assert fm.cache_info()["plan"].hits == 1
+
+
+# ---------------------------------------------------------------- attributes of a solver
+
+
+CHANGES: dict[str, Any] = {
+    "model": lambda x, t: -x,
+    "steps": 5,
+    "method": "rk4",
+    "path": fm.paths.Cosine(),
+    "prediction": "x_1",
+    "guidance": fm.guidance.AutoGuidance(lambda x, t: -x, 2.0),
+    "sde": fm.SDE(scale=0.5),
+    "schedule": "cosine",
+    "dtype": torch.float64,
+    "time_dtype": torch.bfloat16,
+    "gradient": "direct",
+    "time_shape": "scalar",
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_attributes_of_a_solver_that_are_changed_are_used(name: str) -> None:
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        seen.append((t.dtype, t.dim(), torch.is_grad_enabled()))
+        return field_of(x, t)
+
+    seen: list[Any] = []
+    settings: dict[str, Any] = {"model": model, "steps": 3, "method": "euler", "prediction": "v"}
+    solver = fm.Solver(**settings)
+
+    def result(solver: fm.Solver) -> Any:
+        seen.clear()
+        torch.manual_seed(0)
+        return solver.sample(X)[0].double().tolist(), list(seen)
+
+    first = result(solver)
+    setattr(solver, name, CHANGES[name])
+    changed = result(solver)
+    assert changed == result(fm.Solver(**(settings | {name: CHANGES[name]})))
+    assert changed != first
+    setattr(solver, name, getattr(fm.Solver(**settings), name))
+    assert result(solver) == first
+
+
+def test_a_solver_becomes_adaptive_and_back_and_is_checked() -> None:
+    solver = fm.Solver(field_of, method="dopri5", steps=4)
+    fixed, _ = solver.sample(X)
+    solver.steps = None
+    adaptive, result = solver.sample(X)
+    assert result.status is not None
+    solver.rtol = solver.atol = 1e-2
+    assert not same(solver.sample(X)[0], adaptive)
+    solver.time_grid = [0.0, 0.5]
+    assert not same(solver.sample(X)[0], adaptive)
+    solver.time_grid, solver.steps = None, 4
+    assert same(solver.sample(X)[0], fixed)
+    for name, value, message in (
+        ("method", "rk5", "method"),
+        ("steps", -1, "steps: expected an int >= 0"),
+        ("path", 3, "path: expected a path"),
+        ("gradient", "no", "gradient: expected one of"),
+    ):
+        before = getattr(solver, name)
+        setattr(solver, name, value)
+        with pytest.raises((TypeError, ValueError), match=message):
+            solver.sample(X)
+        setattr(solver, name, before)
+    assert same(solver.sample(X)[0], fixed)
+
+
+def test_times_changed_in_place_are_used() -> None:
+    for grid in ([0.0, 0.5, 1.0], torch.tensor([0.0, 0.5, 1.0]), np.array([0.0, 0.5, 1.0])):
+        solver = fm.Solver(field_of, time_grid=grid)
+        first = solver.sample(X)[0]
+        grid[1] = 0.25
+        assert not same(solver.sample(X)[0], first)
+        assert same(solver.sample(X)[0], fm.sample(field_of, X, time_grid=[0.0, 0.25, 1.0])[0])

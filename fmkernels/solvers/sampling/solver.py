@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from operator import attrgetter, is_
 from typing import Any, Literal
 
 import numpy as np
@@ -51,8 +52,8 @@ _COND_OT, _I_CONTROLLER = CondOT(), IController()
 class Solver:
     """A model with a method, kept for repeated use: the plan, its tables and the captured graph stay between calls.
 
-    All arguments are those of :func:`fmkernels.sample`. One solver may be used by several threads at once, and by its
-    own model or callback.
+    All arguments are those of :func:`fmkernels.sample`. Each is an attribute: one that is changed is checked, and used
+    from the next call on. Several threads may use one solver at once, and so may its own model or callback.
 
     Example:
         >>> solver = fm.Solver(model, method="heun2", steps=20)
@@ -80,6 +81,10 @@ class Solver:
     time_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
+        self._check()
+
+    def _check(self) -> None:
+        """Checks the settings, and what they are from which nothing has changed since."""
         if not callable(self.model):
             raise type_error("model", "a callable model(x, t, **model_kwargs)", self.model)
         if not isinstance(self.path, Path):
@@ -107,6 +112,8 @@ class Solver:
             )
         if self._adaptive is None and self.sde is None and not torch.compiler.is_compiling():
             methods.resolve(self.method)  # a wrong name is told here
+        if not torch.compiler.is_compiling():
+            self._checked = _settings(self)
 
     def _adaptive_tableau(self) -> Tableau | None:
         if self.sde is not None or self.steps is not None:
@@ -139,6 +146,12 @@ class Solver:
     ) -> tuple[Tensor, SampleResult]:
         """Samples: see :func:`fmkernels.sample`."""
         check_transform(noise_transform)
+        if torch.compiler.is_compiling():
+            adaptive = self._adaptive_tableau()
+        else:
+            if not all(map(is_, _settings(self), self._checked)):
+                self._check()
+            adaptive = self._adaptive
         x = self._start(x_0, generator)
         if not isinstance(x_0, Tensor):
             x = transformed(noise_transform, x)
@@ -146,8 +159,8 @@ class Solver:
             raise value_error("x_0", "at least one dimension, of samples", x)
         if self.gradient == "reversible":
             return self._sample_reversible(x, return_trajectory, callback is not None or progress, model_kwargs)
-        if self._adaptive is not None:
-            return self._sample_adaptive(self._adaptive, x, return_trajectory, callback, progress, model_kwargs)
+        if adaptive is not None:
+            return self._sample_adaptive(adaptive, x, return_trajectory, callback, progress, model_kwargs)
         program = self.plan()
         watcher = _watcher(program, callback, progress)
         if self.gradient != "none" and torch.is_grad_enabled():
@@ -318,6 +331,9 @@ class Solver:
         states = solve_reversible(scheme, x, times, [self.model], list(model_kwargs.values()))
         where, trajectory = (times, states) if return_trajectory else (None, None)
         return states[-1], SampleResult(round(field.evaluations), steps, None, where, trajectory)
+
+
+_settings = attrgetter(*(f.name for f in fields(Solver)))
 
 
 def _watcher(program: Program, callback: Callback | None, progress: bool) -> Callable[[int, Tensor], None] | None:
