@@ -9,7 +9,6 @@ gives w / sigma, in which the sigma of most choices cancels: the drift has its f
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..._cache import Cache, is_plain_context, ordinary_tensors
 from ..._checks import check_number, type_error, value_error
 from ..._names import Names
 from ...paths import Coefficients, Path
@@ -29,10 +29,18 @@ _END = 1.0 - 1e-6
 
 # Nodes and weights on [0, 1] of the integral below. They need not resolve singular ends: any value of it belongs to an
 # SDE with the right marginals.
-@functools.lru_cache
 def _quadrature(device: torch.device) -> tuple[Tensor, Tensor]:
-    points, masses = np.polynomial.legendre.leggauss(16)
-    return torch.from_numpy(0.5 * (points + 1.0)).to(device), torch.from_numpy(0.5 * masses).to(device)
+    def make() -> tuple[Tensor, Tensor]:
+        points, masses = np.polynomial.legendre.leggauss(16)
+        return torch.from_numpy(0.5 * (points + 1.0)).to(device), torch.from_numpy(0.5 * masses).to(device)
+
+    if not is_plain_context():
+        return make()
+    with ordinary_tensors():
+        return _NODES.get(str(device), make)
+
+
+_NODES: Cache[tuple[Tensor, Tensor]] = Cache("quadrature")
 
 
 @runtime_checkable
