@@ -12,7 +12,7 @@ export FMKERNELS_CUDA ?= $(if $(GPU),auto,off)
 # Sources whose change calls for a new build of the compiled library.
 SOURCES := $(shell find csrc python -type f) CMakeLists.txt setup.py pyproject.toml fmkernels/version.py
 
-.PHONY: demo test bench mutants gpu lint format wheel docs clean setup cuda
+.PHONY: demo test sanitize bench mutants gpu lint format wheel docs clean setup cuda
 .DEFAULT_GOAL := test
 
 setup: $(VENV)/installed
@@ -39,6 +39,10 @@ test: setup
 # Plants the bugs of tools/mutants_*.py one at a time and tells which no test sees; not a part of CI.
 mutants: setup
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tools/mutants.py $(ARGS)
+
+# The C++ code under AddressSanitizer and UBSan: all operations on random inputs. ARGS=short is what every change passes.
+sanitize: setup
+	PATH="$(abspath $(BIN)):$$PATH" PYTHON=python sh tools/sanitize.sh $(ARGS)
 
 bench: setup
 	$(BIN)/python -m benchmarks $(ARGS)
