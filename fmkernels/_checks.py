@@ -6,6 +6,7 @@ Every message reads ``name: expected <what>, got <what>``. A wrong type is a Typ
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+LARGEST = sys.float_info.max
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -123,11 +125,8 @@ def check_number(
     """A finite real number with low <= value <= high and value > above."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise type_error(name, "a number", value)
-    try:
-        finite = math.isfinite(value)
-    except OverflowError:  # an int beyond every float
-        finite = False
-    if not (finite and low <= value <= high and value > above):
+    # comparisons, not math.isfinite: torch.compile knows them of symbols, and an int may be beyond every float
+    if not (-LARGEST <= value <= LARGEST and low <= value <= high and value > above):
         bounds = [f">= {low}" if low > -math.inf else "", f"<= {high}" if high < math.inf else ""]
         bounds.append(f"> {above}" if above > -math.inf else "")
         raise value_error(name, f"a finite number {' and '.join(filter(None, bounds))}".rstrip(), value)
