@@ -132,20 +132,29 @@ def pack_coefficients(
 Lookup = tuple[int, int, int, float]
 
 
-def _flat_stride(tensor: Tensor) -> int | None:
-    """The distance between consecutive entries in memory if it is one number, else None."""
-    stride = tensor.stride(-1)
-    expected = stride
-    for size, actual in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
-        if size != 1 and actual != expected:
+def entry_stride(tensor: Tensor) -> int | None:
+    """The distance in memory between consecutive entries, in elements, or None where it is not one number.
+
+    Every kernel's stride comes from here. The stride of a dimension of size 1 says nothing: PyTorch lets it be any
+    number, so it is passed over. One entry has distance 0.
+    """
+    if tensor.dim() == 1:
+        return tensor.stride(0)
+    distance, expected = 0, None
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
+        if size == 1:
+            continue
+        if expected is None:
+            distance = expected = stride
+        elif stride != expected:
             return None
         expected *= size
-    return stride
+    return distance
 
 
 def evenly_spaced(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The same coefficients, copied where their entries are not evenly spaced in memory."""
-    return [t if t is None or t.dim() <= 1 or _flat_stride(t) is not None else t.contiguous() for t in tensors]
+    return [t if t is None or entry_stride(t) is not None else t.contiguous() for t in tensors]
 
 
 def row_elements(elements: int, leading: Sequence[Tensor | None], groups: int = 1) -> int:
@@ -160,14 +169,14 @@ def row_elements(elements: int, leading: Sequence[Tensor | None], groups: int = 
 
 
 def lookups(tensors: Sequence[Tensor | None], values: Sequence[float], elements: int, inner: int) -> list[Lookup]:
-    """The addresses of evenly spaced coefficients, which the caller keeps alive."""
+    """The addresses and distances of evenly spaced coefficients, which the caller keeps alive."""
     return [
         (0, 1, 0, value)
         if tensor is None
         else (
             tensor.data_ptr(),
             elements // tensor.numel() // inner,
-            0 if tensor.dim() == 0 else tensor.stride(0) if tensor.dim() == 1 else tensor.stride(-1),
+            entry_stride(tensor) or 0,
             0.0,
         )
         for tensor, value in zip(tensors, values)  # noqa: B905 - equally long by construction, on the hot path
