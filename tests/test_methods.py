@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -16,12 +17,14 @@ from gaussian_problem import Gaussian, moments
 import fmkernels as fm
 from fmkernels.paths import VE, VP, CondOT, Cosine, LinearVP, OptimalTransport, Path, Polynomial
 from fmkernels.solvers.methods import registry as methods
-from fmkernels.solvers.methods.diffusion import DEIS, LMS, DPMSolverPP, UniPC
-from fmkernels.solvers.methods.edm import Restart, RestartInterval
+from fmkernels.solvers.methods.adams import AdamsBashforth, AdamsMoulton
+from fmkernels.solvers.methods.diffusion import DDIM, DEIS, LMS, Ancestral, DPMSolverPP, DPMSolverPP2S, UniPC
+from fmkernels.solvers.methods.edm import EDM, Restart, RestartInterval
 from fmkernels.solvers.methods.runge_kutta import RungeKutta
 from fmkernels.solvers.methods.sde import SDE
+from fmkernels.solvers.methods.sde_coefficients import FlowGRPO, Function
 from fmkernels.solvers.methods.tableaus import TABLEAUS
-from fmkernels.solvers.sampling.grids import Stretched
+from fmkernels.solvers.sampling.grids import Karras, Log, Power, Stretched
 
 FIXED = [entry for entry in methods.METHODS.values() if entry.make and entry.kind != "sde"]
 NOISY = [entry for entry in methods.METHODS.values() if entry.kind == "sde"]
@@ -398,3 +401,23 @@ def test_objects_made_within_what_is_compiled_keep_their_settings(name: str) -> 
     torch.testing.assert_close(got[0], wanted[0])
     if wanted[1] is not None:
         torch.testing.assert_close(got[1], wanted[1])
+
+
+# ---------------------------------------------------------------------- errors
+
+WRONG = [None, "x", -1, math.nan, [1], torch.tensor(1.0), {}, object()]
+CLASSES = (DDIM, Ancestral, DPMSolverPP, DPMSolverPP2S, UniPC, DEIS, LMS, EDM, RestartInterval, Restart, Stretched)
+CLASSES += (AdamsBashforth, AdamsMoulton, RungeKutta, SDE, FlowGRPO, Function, Power, Log, Karras)
+NEEDED = {RestartInterval: {"sigma_min": 0.1, "sigma_max": 0.5}, Stretched: {"schedule": "uniform", "terminal": 0.1}}
+OPTIONAL = {"steps", "last_step_size"}  # may be None
+
+
+@pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
+def test_every_setting_is_checked_under_its_name(kind: type) -> None:
+    for field in dataclasses.fields(kind):
+        for value in WRONG:
+            if value is None and field.name in OPTIONAL:
+                continue
+            with pytest.raises((TypeError, ValueError), match=r"^\w+: expected") as caught:
+                kind(**{**NEEDED.get(kind, {}), field.name: value})
+            assert str(caught.value).startswith(field.name), (field.name, value)

@@ -8,7 +8,7 @@ from typing import final
 
 import numpy as np
 
-from ..._checks import check_int
+from ..._checks import check_bool, check_int
 from ..programs.builder import Builder
 from ..programs.expressions import Expr, Number
 from .runge_kutta import RungeKutta
@@ -121,6 +121,7 @@ class AdamsMoulton:
 
     def __post_init__(self) -> None:
         check_int("order", self.order, low=2, high=MAX_ORDER)
+        check_bool("reuse", self.reuse)
 
     def __call__(self, builder: Builder) -> None:
         history: list[tuple[Number, Expr]] = []

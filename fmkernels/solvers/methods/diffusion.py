@@ -12,7 +12,7 @@ from typing import final
 
 import numpy as np
 
-from ..._checks import check_choice, check_int, check_number, value_error
+from ..._checks import check_bool, check_choice, check_int, check_number, value_error
 from ..programs.builder import Builder
 from ..programs.expressions import ZERO, Expr, Number
 from . import noise_levels as ei
@@ -225,6 +225,7 @@ class UniPC:
     def __post_init__(self) -> None:
         check_int("order", self.order, low=1, high=3)
         check_choice("variant", self.variant, VARIANTS)
+        check_bool("corrector", self.corrector)
         _check_final(self.lower_order_final)
 
     def __call__(self, builder: Builder) -> None:

@@ -13,7 +13,7 @@ from typing import final
 
 import numpy as np
 
-from ..._checks import check_int, check_number, type_error
+from ..._checks import check_bool, check_int, check_number, type_error
 from ..programs.builder import Builder
 from ..programs.expressions import Expr, Number
 from . import noise_levels as ei
@@ -73,6 +73,7 @@ class EDM:
     def __post_init__(self) -> None:
         for name in ("s_churn", "s_tmin", "s_noise"):
             check_number(name, getattr(self, name), low=0.0)
+        check_bool("heun", self.heun)
         if self.s_tmax != math.inf:
             check_number("s_tmax", self.s_tmax, low=self.s_tmin)
 
@@ -137,6 +138,7 @@ class Restart:
     def __post_init__(self) -> None:
         if not isinstance(self.intervals, tuple) or not all(isinstance(i, RestartInterval) for i in self.intervals):
             raise type_error("intervals", "a tuple of RestartInterval", self.intervals)
+        check_bool("heun", self.heun)
         check_number("s_noise", self.s_noise, low=0.0)
         check_number("rho", self.rho, above=0.0)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar, final
 
+from ..._checks import type_error
 from ..programs.builder import Builder
 from ..programs.expressions import Expr, Number
 from .tableaus import Tableau
@@ -68,6 +69,10 @@ class RungeKutta:
     tableau: Tableau
     equal_steps: ClassVar[bool] = True
     """A step is a function of its two times alone, and does the same at all times."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.tableau, Tableau):
+            raise type_error("tableau", "a Tableau", self.tableau)
 
     @property
     def order(self) -> int:

@@ -141,6 +141,10 @@ class Function:
 
     function: Callable[[Tensor], Tensor | float]
 
+    def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise type_error("function", "a function of the time", self.function)
+
     def over_sigma(self, at: Coefficients, t: Tensor) -> Tensor:
         w = self.function(t)
         if not isinstance(w, Tensor):
