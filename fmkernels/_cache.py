@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import _torch
+
 V = TypeVar("V")
 
 # ---------------------------------------------------------------------- where values may be made and read
@@ -29,11 +31,7 @@ V = TypeVar("V")
 
 def is_plain_context() -> bool:
     """Whether tensors made now are ordinary ones: nobody traces, intercepts or transforms operations."""
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-    )
+    return not _torch.intercepted()
 
 
 @contextmanager
@@ -46,9 +44,7 @@ def ordinary_tensors() -> Iterator[None]:
 @contextmanager
 def numbers_only() -> Iterator[None]:
     """For work whose result is numbers: as :func:`ordinary_tensors`, and unseen by modes such as FakeTensorMode."""
-    from torch.utils._python_dispatch import _disable_current_modes
-
-    with _disable_current_modes(), ordinary_tensors():
+    with _torch.without_modes(), ordinary_tensors():
         yield
 
 

@@ -3,7 +3,8 @@
 ``impl="auto"`` reads a static table per device; the order comes from the measurements under benchmarks/results. The
 environment variable FMKERNELS_IMPL replaces "auto" for a whole process. Any other choice is explicit: it runs, or it
 raises and says why. Under a functorch transform (vmap, grad, jvp, ...) or forward-mode AD a compiled kernel would
-silently give zero derivatives, so there "auto" takes the reference and an explicit kernel raises.
+silently give zero derivatives, so there "auto" takes the reference and an explicit kernel raises; also while
+torch.compile traces.
 """
 
 from __future__ import annotations
@@ -17,10 +18,9 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from . import _native
+from . import _native, _torch
 from ._checks import check_choice
 
 IMPLS = ("auto", "reference", "native", "triton")
@@ -37,20 +37,10 @@ if _ENVIRONMENT not in IMPLS:
     raise ValueError(f"FMKERNELS_IMPL: expected one of {', '.join(IMPLS)}, got {_ENVIRONMENT!r}")
 
 
-def transform_active() -> bool:
-    """True inside torch.func transforms and forward-mode AD, where only differentiable PyTorch code is right."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-
-
 def backward_impl(impl: str, grad: Tensor) -> str:
     """The implementation of a backward pass: the reference for a batch of gradients (``is_grads_batched``), which has
     no address."""
-    return "reference" if legacy_batched(grad) else impl
-
-
-def legacy_batched(tensor: Tensor) -> bool:
-    """True for a batch of gradients, as autograd.grad(is_grads_batched=True) makes it."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(tensor)
+    return "reference" if not torch.compiler.is_compiling() and _torch.legacy_batched(grad) else impl
 
 
 def wanted(impl: str) -> str:
@@ -59,7 +49,7 @@ def wanted(impl: str) -> str:
         impl = _ENVIRONMENT
     elif impl not in IMPLS:
         check_choice("impl", impl, IMPLS)
-    if impl != "reference" and not torch.compiler.is_compiling() and transform_active():
+    if impl != "reference" and _torch.transform_active():
         if impl != "auto":
             raise RuntimeError(
                 f"impl: expected 'auto' or 'reference' under a torch.func transform or forward-mode AD, got {impl!r}: "
@@ -71,7 +61,14 @@ def wanted(impl: str) -> str:
 
 def untraced() -> bool:
     """True where nobody traces or intercepts operators, so that calling PyTorch's dispatcher may be spared."""
-    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
+    if torch.compiler.is_compiling():
+        return False
+    if _torch.jit_tracing():
+        raise RuntimeError(
+            "fmkernels: expected torch.compile or torch.export, got torch.jit.trace, which would record the kernels' "
+            "results as constants (impl='reference' is plain PyTorch and can be traced)"
+        )
+    return _torch.dispatch_modes() == 0
 
 
 def plain(*tensors: Tensor | None) -> bool:
@@ -92,7 +89,7 @@ def _plain_library() -> ModuleType | None:
 
 def plain_library(impl: str) -> ModuleType | None:
     """The compiled library where its calls on plain CPU tensors may be tried first: see python/plain_call.h."""
-    if impl != "auto" or not untraced() or transform_active():
+    if impl != "auto" or _torch.intercepted():
         return None
     return _plain_library()
 

@@ -54,19 +54,20 @@ def _pooled(dtype: torch.dtype, size: torch.Size, stride: tuple[int, ...]) -> Te
         set_cpu_pool_limit(_default_megabytes())
     block = torch.frombuffer(_native.library().Block(elements * dtype.itemsize), dtype=dtype)
     # set_ instead of a view of the block: autograd treats views specially
-    return torch.empty(0, dtype=dtype).set_(block.untyped_storage(), 0, size, stride)
+    return torch.empty(0, dtype=dtype, device="cpu").set_(block.untyped_storage(), 0, size, stride)
 
 
 def empty(size: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
     """torch.empty for an output."""
     if device.type == "cpu" and size.numel() * dtype.itemsize >= POOL_FROM_BYTES:
-        return _pooled(dtype, size, torch.empty(size, device="meta").stride())
+        return _pooled(dtype, size, torch.empty(size, dtype=dtype, device="meta").stride())
     # PyTorch reads ints twice as fast as a torch.Size
     return torch.empty(*size, dtype=dtype, device=device) if size else torch.empty((), dtype=dtype, device=device)
 
 
-def empty_like(data: Tensor) -> Tensor:
-    """torch.empty_like for an output: the same shape, dtype, device and memory format."""
-    if data.is_cpu and data.numel() * data.element_size() >= POOL_FROM_BYTES:
-        return _pooled(data.dtype, data.shape, torch.empty_like(data, device="meta").stride())
-    return torch.empty_like(data)
+def empty_like(data: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """torch.empty_like for an output: the same shape, device and memory format, and dtype if none is given."""
+    dtype = data.dtype if dtype is None else dtype
+    if data.is_cpu and data.numel() * dtype.itemsize >= POOL_FROM_BYTES:
+        return _pooled(dtype, data.shape, torch.empty_like(data, device="meta").stride())
+    return torch.empty_like(data, dtype=dtype)

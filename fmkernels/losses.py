@@ -24,6 +24,7 @@ def cfm_loss(
     weight: weightings.Weight = None,
     mask: Tensor | None = None,
     reduction: str = "mean",
+    count: Tensor | float | None = None,
     kind: str = "squared",
     delta: float = 1.0,
     sigma_data: float | None = None,
@@ -54,8 +55,10 @@ def cfm_loss(
             leading part of the data's shape.
         mask: boolean, its shape a leading part of the data's: (B,), (B, T) or all of it; True is kept. What is masked
             out adds 0 to the loss and to the gradient, even where it is NaN.
-        reduction: "mean" divides by the number of unmasked elements, "sum" does not, "none" returns the mean over
-            each sample's unmasked elements, shape (B,). A fully masked sample gives 0.
+        reduction: "mean" divides by the number of unmasked elements, "weighted_mean" by their weights' sum, "sum" does
+            not divide, "none" returns the mean over each sample's unmasked elements, shape (B,). A fully masked sample
+            gives 0.
+        count: what "mean" divides by instead, see :func:`fmkernels.regression_loss`.
         kind: the penalty rho: "squared", "huber", "pseudo_huber" or "l1", see :func:`fmkernels.regression_loss`.
         delta: > 0, the bend of "huber" and "pseudo_huber".
         sigma_data: > 0, the data's standard deviation in the target "edm"; 0.5 if None.
@@ -104,6 +107,7 @@ def cfm_loss(
             weight=None if weight is None else weightings.resolve(weight, path, times),
             mask=mask,
             reduction=reduction,
+            count=count,
             kind=kind,
             delta=delta,
             noise_dtype=x_1.dtype,

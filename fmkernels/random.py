@@ -11,11 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from typing import Any, final
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
+from . import _torch
 from ._checks import check_generator, check_int, check_same_device, check_tensor, type_error, value_error
 
 MASK = 0xFFFFFFFF
@@ -29,30 +29,12 @@ def draw_seed(device: torch.device | str | None = None, generator: torch.Generat
     Nothing waits for the device; ``torch.manual_seed`` rules all noise, and a captured CUDA graph draws a new seed at
     each replay.
     """
-    if generator is not None and torch.compiler.is_compiling():  # a graph holds no generator
-        return torch.ops.fmkernels.draw_seed(_handle(generator), generator.device if device is None else device)
+    if generator is not None and torch.compiler.is_compiling():
+        number = _torch.remember_generator(generator)
+        return torch.ops.fmkernels.draw_seed(number, generator.device if device is None else device)
     if generator is not None:
         check_generator("generator", generator, device)
     return torch.randint(-(2**63), 2**63 - 1, (), generator=generator, device=device)
-
-
-# The generators that compiled graphs draw from, by the number a graph holds for each, while they live; torch.compile
-# guards which generator a call has.
-_GENERATORS: WeakValueDictionary[int, torch.Generator] = WeakValueDictionary()
-
-
-def _handle(generator: torch.Generator) -> int:
-    _GENERATORS[id(generator)] = generator
-    return id(generator)
-
-
-# as torch.compiler.assume_constant_result, which would import the compiler
-_handle._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def draw_seed_of(handle: int, device: torch.device) -> Tensor:
-    """A seed from the generator that a compiled graph knows by a number."""
-    return draw_seed(device, _GENERATORS[handle])
 
 
 def as_seed(seed: Tensor | int | None, device: torch.device | None, generator: torch.Generator | None = None) -> Tensor:

@@ -12,7 +12,7 @@ from fmkernels import times, weightings
 from fmkernels.paths import VP, CondOT, Path, SchrodingerBridge
 
 SIZES = [2, 3, 4, 5, 7, 8, 9, 16, 17, 33, 64]
-REDUCTION = "sum"
+REDUCTION = "mean"
 WEIGHT = torch.randn(3, 3, generator=torch.Generator().manual_seed(0))
 
 
@@ -164,3 +164,125 @@ def test_export_with_a_dynamic_batch() -> None:
     for size in (2, 5, 33):
         given = data(size), data(size + 1)[:size], torch.rand(size)
         torch.testing.assert_close(program.module()(*given), Step()(*given))
+
+
+PENALTIES = ["mean", "sum", "none", "weighted_mean"]
+
+
+def loss_of_numbers(x, y, t, mask, numbers):
+    """regression_loss with every number that may change, and combine, interpolate and noise beside it."""
+    coefficient, weight, count, delta = numbers
+    point = fm.interpolate(x, y, alpha=coefficient, sigma=1.0 - coefficient).x_t
+    moved = fm.combine([point, y], [weight, t], atol=0.1)[1]
+    pred = point @ WEIGHT
+    losses = [fm.regression_loss(pred, [x, y], [coefficient, -1.0], weight=weight, reduction=r) for r in PENALTIES]
+    losses += [fm.regression_loss(pred, [x], [1.0], mask=mask, weight=t, reduction=r) for r in PENALTIES]
+    losses.append(fm.regression_loss(pred, [x], [1.0], mask=mask, count=count))
+    losses.append(fm.regression_loss(pred, [x], [1.0], kind="huber", delta=delta))
+    return torch.cat([loss.reshape(-1) for loss in (*losses, moved)])
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_operations_of_any_size_and_number_are_one_compilation(backend: str) -> None:
+    def arguments(size):
+        given = (0.3 + 0.01 * size, 1.5 + size, 2.0 * size + 1.0, 0.5 + 0.01 * size)
+        return data(size), 2 * data(size), torch.rand(size), torch.arange(size) % 2 == 0, given
+
+    # the first call sees its numbers as constants
+    assert compilations(loss_of_numbers, [arguments(size) for size in SIZES], backend, eager=True) <= 2
+
+
+def test_a_compiled_mean_follows_the_size_in_its_gradient() -> None:
+    def step(x, weight):
+        return fm.regression_loss(x @ weight, [x], [1.0])
+
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, fullgraph=True, backend=counter, dynamic=True)
+    for size in SIZES:
+        found = []
+        for function in (compiled, step):
+            weight = WEIGHT.clone().requires_grad_()
+            found.append(torch.autograd.grad(function(data(size), weight), weight)[0])
+        torch.testing.assert_close(*found)
+    assert counter.frame_count <= 2  # the compiler may begin anew once
+
+
+def noisy(x, seed, stream, row_offset):
+    noise = fm.Noise(seed, stream, row_offset)
+    drawn = fm.combine([x, noise], [1.0, 0.5])
+    loss = fm.regression_loss(drawn, [x, noise], [1.0, -1.0])
+    return loss + fm.randn(x.shape[0], 2, seed=seed, stream=stream, row_offset=row_offset).sum()
+
+
+def test_streams_and_row_offsets_are_variables_of_one_compilation() -> None:
+    arguments = [(data(size), torch.tensor(size), size, 3 * size) for size in SIZES[:6]]
+    assert compilations(noisy, arguments, "aot_eager", eager=True) <= 2
+
+
+class NoisyStep:
+    """Streams that are an object's state, as a training loop counts its steps."""
+
+    def __init__(self) -> None:
+        self.stream = 0
+
+    def __call__(self, x, seed):
+        return noisy(x, seed, self.stream, 2)
+
+
+def test_a_stream_that_is_counted_outside_is_no_constant() -> None:
+    step = NoisyStep()
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    compiled = torch.compile(lambda x, seed: step(x, seed), fullgraph=True, backend=counter)
+    for step.stream in range(12):
+        torch.testing.assert_close(compiled(data(4), torch.tensor(1)), step(data(4), torch.tensor(1)))
+    assert counter.frame_count <= 2
+
+
+TRANSFORMS = {
+    "grad": lambda f, x: torch.func.grad(f)(x),
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1],
+    "vjp": lambda f, x: torch.func.vjp(f, x)[1](torch.ones(()))[0],
+    "hessian": lambda f, x: torch.func.hessian(f)(x),
+    "jacrev": lambda f, x: torch.func.jacrev(f)(x),
+    "vmap": lambda f, x: torch.func.vmap(lambda row: f(row[None]))(x),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("operation", ["regression_loss", "cfm_loss", "combine", "interpolate", "row_dots"])
+def test_transforms_within_compiled_code_are_the_eager_ones(operation: str, name: str) -> None:
+    y, t = data(3), torch.tensor([0.2, 0.5, 0.9])
+
+    def function(x):
+        if operation == "regression_loss":
+            return fm.regression_loss(x.tanh(), [y[: len(x)]], [1.0], kind="pseudo_huber")
+        if operation == "cfm_loss":
+            given = {"x_1": y[: len(x)], "x_0": x.sin(), "t": t[: len(x)], "path": VP()}
+            return fm.cfm_loss(x.tanh(), weight="min_snr", **given)
+        if operation == "combine":
+            return fm.combine([x.sin(), y[: len(x)]], [x.mean(1), 0.5]).square().sum()
+        if operation == "interpolate":
+            return fm.interpolate(x.sin(), y[: len(x)], alpha=t[: len(x)], sigma=0.5).x_t.square().sum()
+        return fm.row_dots([x.sin(), y[: len(x)]], [(0, 0), (0, 1)]).square().sum()
+
+    torch._dynamo.reset()
+    want = TRANSFORMS[name](function, data(4)[:3])
+    assert want.abs().max() > 0
+    got = torch.compile(lambda x: TRANSFORMS[name](function, x), fullgraph=True, backend="aot_eager")(data(4)[:3])
+    torch.testing.assert_close(got, want)
+
+
+def test_export_of_a_loss_with_any_batch() -> None:
+    class Loss(torch.nn.Module):
+        def forward(self, pred, x_1, mask):
+            one = fm.regression_loss(pred, [x_1], [1.0])
+            return one + fm.regression_loss(pred, [x_1], [0.5], mask=mask, reduction="none").sum()
+
+    for strict in (True, False):
+        shapes = {name: {0: Dim("batch")} for name in ("pred", "x_1", "mask")}
+        program = export(Loss(), (data(5), data(6)[:5], data(5)[:, 0] > 0), dynamic_shapes=shapes, strict=strict)
+        for size in (2, 5, 33):
+            given = data(size), data(size + 1)[:size], data(size)[:, 0] > 0
+            torch.testing.assert_close(program.module()(*given), Loss()(*given))

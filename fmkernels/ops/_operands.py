@@ -23,6 +23,7 @@ from .._checks import (
     type_error,
     value_error,
 )
+from .._torch import is_static, is_zero, same_memory
 from ..random import Noise, check_noise
 
 TENSOR = -1
@@ -82,6 +83,14 @@ def pack_operands(names: Sequence[str], operands: Sequence[Operand], data_name: 
     return Operands(tensors, streams, offsets)
 
 
+def traced_number(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A symbol of a graph that is being recorded, as a tensor: among an operator's numbers it would become a constant.
+
+    As a product, since of torch.full the compiler makes a constant as well.
+    """
+    return torch.ones((), dtype=dtype, device=device) * value
+
+
 def pack_coefficient(name: str, value: Coefficient, data: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, float]:
     """A coefficient as (tensor in the compute dtype, 0.0) or (None, number)."""
     if isinstance(value, Affine):
@@ -91,7 +100,8 @@ def pack_coefficient(name: str, value: Coefficient, data: Tensor, dtype: torch.d
             check_float_tensor(name, value)
         leading_shape(name, value, "the data", data)
         return (value if value.dtype is dtype else value.to(dtype)), 0.0
-    # under torch.compile a number may be symbolic: it has no value to check
+    if torch.compiler.is_compiling() and isinstance(value, (int, float)) and not is_static(value):
+        return traced_number(value, dtype, data.device), 0.0
     if not torch.compiler.is_compiling() and (type(value) is not float or not -math.inf < value < math.inf):
         check_number(name, value)
     return None, float(value)
@@ -152,9 +162,49 @@ def entry_stride(tensor: Tensor) -> int | None:
     return distance
 
 
+def row_stride(table: Tensor) -> int | None:
+    """The distance of two rows of a 2-d table in memory, if the entries of a row lie next to each other; else None."""
+    rows, columns = table.shape
+    if columns > 1 and table.stride(1) != 1:
+        return None
+    return table.stride(0) if rows > 1 else 0
+
+
+def memory_span(tensor: Tensor) -> tuple[int, int]:
+    """Where a tensor begins in its storage, and how far it reaches, in elements."""
+    start = int(tensor.storage_offset())
+    if tensor.numel() == 0:
+        return start, 0
+    return start, 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def overlap(tensor: Tensor, out: Tensor) -> bool:
+    """True where a kernel that writes ``out`` could destroy what it has yet to read from a tensor.
+
+    Only between dense tensors: one that is not is copied before the kernel runs, or written after it.
+    """
+    if not same_memory(tensor, out):
+        return False
+    (start, length), (out_start, out_length) = memory_span(tensor), memory_span(out)
+    if length != tensor.numel() or out_length != out.numel():
+        return False
+    size, out_size = tensor.element_size(), out.element_size()
+    return start * size < (out_start + out_length) * out_size and out_start * out_size < (start + length) * size
+
+
+def is_lazy(tensor: Tensor) -> bool:
+    """True where a tensor's memory does not hold its values: a negation waits (x.conj().imag), or it is a lazy zero.
+
+    PyTorch's dispatcher resolves that for an operator's tensors, but not for those in an optional list.
+    """
+    return tensor.is_neg() or is_zero(tensor)
+
+
 def evenly_spaced(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The same coefficients, copied where their entries are not evenly spaced in memory."""
-    return [t if t is None or entry_stride(t) is not None else t.contiguous() for t in tensors]
+    return [
+        t if t is None or (not is_lazy(t) and entry_stride(t) is not None) else t.clone().contiguous() for t in tensors
+    ]
 
 
 def row_elements(elements: int, leading: Sequence[Tensor | None], groups: int = 1) -> int:
@@ -190,10 +240,11 @@ def in_one_order(tensors: list[Tensor], leading: Sequence[Tensor | None], has_no
     contiguous order, and per-token coefficients follow it.
     """
     for tensor in tensors:
-        if not tensor.is_contiguous():
+        if not tensor.is_contiguous() or is_lazy(tensor):
             break
     else:
         return tensors
+    tensors = [t.clone() if is_lazy(t) else t for t in tensors]
     if not has_noise and all(c is None or c.dim() <= 1 for c in leading):
         for ndim, memory_format in ((4, torch.channels_last), (5, torch.channels_last_3d)):
             if tensors[0].dim() == ndim and all(t.is_contiguous(memory_format=memory_format) for t in tensors):

@@ -19,6 +19,7 @@ from .._checks import (
     type_error,
     value_error,
 )
+from .._torch import assert_while_running
 from ..ops._operands import Coefficient, Operand
 from ..ops.combine.op import combine
 from ..ops.interpolate.op import X_0_STREAM, Z_STREAM, interpolate
@@ -227,7 +228,7 @@ def check_times(name: str, t: Tensor) -> None:
     """
     inside = ((t >= 0) & (t <= 1)).all()  # a NaN fails both
     if torch.compiler.is_compiling():
-        torch._assert_async(inside, f"{name}: expected finite times in [0, 1]")
+        assert_while_running(inside, f"{name}: expected finite times in [0, 1]")
     elif not bool(inside):
         raise value_error(name, "finite times in [0, 1]", t)
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .._checks import FLOATING, type_error, value_error
-from .._dispatch import transform_active, untraced
+from .._dispatch import untraced
+from .._torch import constant_while_compiling, transform_active
 
 # Below this, a standard deviation or a distance from an end of the path counts as this: quotients by it stay finite in
 # float32 and bfloat16 (1e-4 squared is 1e-8, and float32 resolves t next to 1 to 6e-8). The schedules themselves are
@@ -59,6 +60,7 @@ def _probe(owner: Any, name: str, dtype: torch.dtype) -> Facts:
             return _UNKNOWN
 
 
+@constant_while_compiling
 def _facts(owner: Any, name: str, dtype: torch.dtype) -> Facts:
     try:
         known = _KNOWN.setdefault(owner, {})
@@ -67,10 +69,6 @@ def _facts(owner: Any, name: str, dtype: torch.dtype) -> Facts:
     if name not in known:
         known[name] = _probe(owner, name, dtype)
     return known[name]
-
-
-# As torch.compiler.assume_constant_result, which would import the compiler: traced schedules are asked while tracing.
-_facts._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def facts(owner: Any, name: str, t: Tensor) -> Facts:

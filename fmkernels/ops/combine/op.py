@@ -8,6 +8,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.graph import increment_version
 
 from ... import _dispatch
 from ..._checks import check_float_tensor, check_like, check_number, type_error, value_error
@@ -19,6 +20,8 @@ from .._operands import (
     Operand,
     Operands,
     compute_dtype,
+    memory_span,
+    overlap,
     pack_coefficients,
     pack_operands,
 )
@@ -26,12 +29,14 @@ from ..library import LIBRARY, sum_trailing
 from . import reference
 
 LIBRARY.define(
-    "combine(Tensor[] tensors, int[] streams, int[] offsets, Tensor?[] coefs, float[] values, Tensor?[] error_coefs, "
-    "float[] error_values, float atol, float rtol, bool want_norm, bool store_noise, str impl) -> Tensor[]"
+    "combine(Tensor[] tensors, SymInt[] streams, SymInt[] offsets, Tensor?[] coefs, float[] values, "
+    "Tensor?[] error_coefs, float[] error_values, float atol, float rtol, bool want_norm, bool store_noise, str impl)"
+    " -> Tensor[]"
 )
 LIBRARY.define(
-    "combine_into(Tensor(a!) out, Tensor[] tensors, int[] streams, int[] offsets, Tensor?[] coefs, float[] values, "
-    "Tensor?[] error_coefs, float[] error_values, float atol, float rtol, bool want_norm, str impl) -> Tensor"
+    "combine_into(Tensor(a!) out, Tensor[] tensors, SymInt[] streams, SymInt[] offsets, Tensor?[] coefs, "
+    "float[] values, Tensor?[] error_coefs, float[] error_values, float atol, float rtol, bool want_norm, str impl)"
+    " -> Tensor"
 )
 
 
@@ -40,7 +45,7 @@ def _combine(tensors: list[Tensor], *args: Any) -> list[Tensor]:
     return _dispatch.implementation("combine", tensors[0].device.type, impl).run(tensors, *rest)
 
 
-def _combine_into(out: Tensor, tensors: list[Tensor], streams: list[int], *args: Any) -> Tensor:
+def _combine_into(out: Tensor, tensors: Sequence[Tensor], streams: Sequence[int], *args: Any) -> Tensor:
     *rest, want_norm, impl = args
     if streams[0] == IN_PLACE:
         tensors, streams = [out, *tensors], [TENSOR, *streams[1:]]
@@ -155,6 +160,39 @@ def combine_packed(
     return call(tensors, streams, offsets, coefs, values, error_coefs, *options, impl)
 
 
+def combine_into(
+    out: Tensor,
+    tensors: Sequence[Tensor],
+    streams: Sequence[int],
+    offsets: Sequence[int],
+    coefs: Sequence[Tensor | None],
+    values: Sequence[float],
+    impl: str,
+    error_coefs: Sequence[Tensor | None] = (),
+    error_values: Sequence[float] = (),
+    atol: float = 0.0,
+    rtol: float = 0.0,
+    want_norm: bool = False,
+) -> Tensor:
+    """combine on checked arguments into ``out``, which may be the first tensor. Returns the norm, if wanted."""
+    options = (error_values, atol, rtol, want_norm)
+    impl = _dispatch.wanted(impl)
+    if impl == "reference":
+        return reference.run(tensors, streams, offsets, coefs, values, error_coefs, *options, False, out=out)[-1]
+    if not torch.compiler.is_compiling():  # which clones what shares memory itself
+        tensors = [t.clone() if (i or t is not out) and overlap(t, out) else t for i, t in enumerate(tensors)]
+        coefs, error_coefs = (
+            [c if c is None or not overlap(c, out) else c.clone() for c in table] for table in (coefs, error_coefs)
+        )
+    if tensors[0] is out:
+        tensors, streams = tensors[1:], [IN_PLACE, *streams[1:]]
+    call = _combine_into if _dispatch.plain(out, *tensors, *coefs) else torch.ops.fmkernels.combine_into
+    norm = call(out, tensors, streams, offsets, coefs, values, error_coefs, *options, impl)
+    if not torch.compiler.is_compiling():
+        increment_version(out)
+    return norm
+
+
 def needs_grad(tensors: Sequence[Tensor], coefs: Sequence[Tensor | None]) -> bool:
     return any(tensor is not None and tensor.requires_grad for tensor in (*tensors, *coefs))
 
@@ -215,8 +253,8 @@ def combine(
         error_coefficients: the same, for e.
         atol: absolute tolerance >= 0 of the norm (0 where only ``rtol`` is given).
         rtol: relative tolerance >= 0 of the norm.
-        out: tensor to write y into, of the operands' shape and dtype; may be the first operand itself (in place) but
-            must not overlap another one. Not differentiable.
+        out: tensor to write y into, of the operands' shape and dtype; may be an operand, or overlap one: in
+            place for the first, others are copied. Not differentiable.
         impl: "auto", "reference", "native" or "triton".
 
     Returns:
@@ -265,18 +303,8 @@ def combine(
     check_like("out", out, "operands[0]", data)
     if torch.is_grad_enabled() and needs_grad((out, *packed.tensors), coefs):
         raise value_error("out", "no operand that requires grad when it is given", out)
-    impl = _dispatch.wanted(impl)
-    tensors, streams, offsets = packed
-    options = (error_values, atol, rtol, want_norm)
-    if impl == "reference":
-        results = reference.run(tensors, streams, offsets, coefs, values, error_coefs, *options, False, out=out)
-        norm = results[-1]
-    else:
-        in_place = [tensor is out for tensor in tensors]
-        if any(in_place[1:]):
-            raise value_error("out", "a tensor that is no operand but the first", out)
-        if in_place[0]:
-            tensors, streams = tensors[1:], [IN_PLACE, *streams[1:]]
-        call = _combine_into if _dispatch.plain(out, *tensors, *coefs) else torch.ops.fmkernels.combine_into
-        norm = call(out, tensors, streams, offsets, coefs, values, error_coefs, *options, impl)
+    if out.numel() > memory_span(out)[1]:
+        raise value_error("out", "a tensor whose elements have a place in memory each", out)
+    errors = (error_coefs, error_values, atol, rtol, want_norm)
+    norm = combine_into(out, packed.tensors, packed.streams, packed.offsets, coefs, values, impl, *errors)
     return (out, norm) if want_norm else out

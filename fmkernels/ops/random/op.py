@@ -10,12 +10,13 @@ from torch import Tensor
 
 from ... import _dispatch
 from ..._checks import FLOATING, check_int, type_error, value_error
-from ...random import MAX_STREAM, as_seed, draw_seed_of, first_element
+from ..._torch import remembered_generator
+from ...random import MAX_STREAM, as_seed, draw_seed, first_element
 from ..library import LIBRARY
 from . import kinds, reference
 
 LIBRARY.define(
-    "random(SymInt[] size, Tensor seed, int kind, int stream, int offset, ScalarType dtype, str impl) -> Tensor"
+    "random(SymInt[] size, Tensor seed, int kind, SymInt stream, SymInt offset, ScalarType dtype, str impl) -> Tensor"
 )
 
 
@@ -36,7 +37,9 @@ torch.library.register_fake("fmkernels::random", _random_fake, lib=LIBRARY)
 
 # random, so that two of one graph are two, and none is computed again for the backward pass
 LIBRARY.define("draw_seed(int handle, Device device) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
-LIBRARY.impl("draw_seed", draw_seed_of, "CompositeExplicitAutograd")
+LIBRARY.impl(
+    "draw_seed", lambda handle, device: draw_seed(device, remembered_generator(handle)), "CompositeExplicitAutograd"
+)
 torch.library.register_fake(
     "fmkernels::draw_seed",
     lambda handle, device: torch.empty((), dtype=torch.int64, device=device),

@@ -20,11 +20,11 @@ _KEPT = {"sample": 1, "token": 2}
 
 
 def _call(inputs: Inputs, impl: str) -> tuple[Tensor, ...]:
-    """The loss, and the gradient for a grad_output that is 1 for "mean", another number for "sum", a ramp for
+    """The loss, and the gradient for a grad_output that is 1 for the means, another number for "sum", a ramp for
     "none"."""
     pred = inputs["pred"].detach().requires_grad_()
     loss = regression_loss(**{**inputs, "pred": pred}, impl=impl)
-    factor = {"mean": 1.0, "sum": 0.75}.get(inputs.get("reduction", "mean"))
+    factor = {"mean": 1.0, "weighted_mean": 1.0, "sum": 0.75}.get(inputs.get("reduction", "mean"))
     if factor is None:
         ramp = torch.linspace(0.5, 1.5, loss.numel(), dtype=torch.float64, device=loss.device)
         grad_output = ramp.to(loss.dtype)
@@ -35,7 +35,10 @@ def _call(inputs: Inputs, impl: str) -> tuple[Tensor, ...]:
 
 
 def _mask(kind: str, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
-    """Boolean, about a third masked out; "all_out" masks everything, "sample_out" the whole first sample."""
+    """Boolean, about a third masked out; "all_out" masks everything, "sample_out" the whole first sample, "scalar" is
+    one True for all."""
+    if kind == "scalar":
+        return torch.ones((), dtype=torch.bool, device=rng.device)
     if kind in ("all_out", "sample_out"):
         mask = torch.ones(shape, dtype=torch.bool, device=rng.device)
         mask[: 1 if kind == "sample_out" else None] = False
@@ -65,7 +68,8 @@ def _make(
                 given.append(fresh_noise(device, seed + 1, stream=i, row_offset=2))
             else:
                 given.append(random_tensor(shape, data_dtype or dtype, rng, layouts[(i + 1) % len(layouts)]))
-        inputs: Inputs = {"pred": pred, "operands": given, **options}
+        inputs: Inputs = {"pred": pred, "operands": given}
+        inputs |= {name: value.to(device) if isinstance(value, Tensor) else value for name, value in options.items()}
         if coefs == "number":
             inputs["coefficients"] = [1.0, -1.0, 0.5][: len(given)]
         else:
@@ -131,6 +135,7 @@ def _options() -> list[Case]:
             delta=0.7,
         )
         for kind, reduction, mask, weight in itertools.product(KINDS, REDUCTIONS, MASKS, WEIGHTS)
+        if reduction != "weighted_mean" or kind == "squared"  # it differs from "mean" in the divisor alone
     ]
 
 
@@ -165,6 +170,9 @@ CASES: tuple[Case, ...] = (
         for mask in ("", "token", "element")
     ),
     _case("mixed_layouts", (4, 5, 3, 6), coefs="sample", layouts=("channels_last", "contiguous", "strided")),
+    *(_case(f"scalar_mask-{reduction}", (4, 9), mask="scalar", reduction=reduction) for reduction in REDUCTIONS),
+    _case("count", (4, 5, 3), mask="token", weight="sample", count=17),
+    _case("count_tensor", (4, 5, 3), mask="token", count=torch.tensor([17])),
     _case("all_masked", (4, 9), mask="all_out"),
     _case("all_masked_none", (4, 9), mask="all_out", reduction="none"),
     _case("sample_masked_none", (4, 9), mask="sample_out", reduction="none", weight="sample"),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ... import _memory, _native
 from .._operands import TENSOR, evenly_spaced, in_one_order, lookups, row_elements
-from .op import loss_dtype
+from .schema import gradient_dtype, loss_dtype
 
 
 def run(
@@ -28,13 +28,14 @@ def run(
     delta: float,
     per_sample: bool,
     need_grad: bool,
-    scale_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     """(loss, gradient w.r.t. pred); the gradient is empty where it is not needed."""
     dtype = loss_dtype(pred, noise_dtype)
     shape = pred.shape
     groups = shape[0] if per_sample else 1
     loss = torch.empty(shape[:1] if per_sample else (), dtype=dtype, device=pred.device)
+    if need_grad:
+        pred = pred.to(gradient_dtype(pred))
     grad = _memory.empty_like(pred) if need_grad else pred.new_empty(0)
     elements = pred.numel()
     if elements == 0:
@@ -80,7 +81,7 @@ def run(
         mask_elements,
         kind,
         delta,
-        scale_grad,
+        True,
         loss.data_ptr(),
         groups,
         0 if workspace is None else workspace.data_ptr(),

@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
-from ... import _dispatch
+from ... import _dispatch, _torch
 from ..._checks import (
     FLOATING,
     check_choice,
     check_float_tensor,
     check_like,
     check_number,
+    check_same_device,
     check_tensor,
     leading_shape,
     type_error,
@@ -24,128 +24,60 @@ from ..._checks import (
 )
 from ...random import check_noise
 from .._operands import (
-    IN_PLACE,
     TENSOR,
     Coefficient,
     Operand,
     Operands,
-    compute_dtype,
     expand_leading,
     pack_coefficient,
     pack_coefficients,
+    traced_number,
 )
 from ..combine.op import needs_grad
-from ..library import LIBRARY, sum_trailing
-from . import reference
+from ..library import sum_trailing
+from . import reference, schema
+from .autograd import LossFunction, PlainLossFunction, Rule, TracedLossFunction
 from .kinds import KINDS
 
-REDUCTIONS = ("mean", "sum", "none")
+REDUCTIONS = ("mean", "weighted_mean", "sum", "none")
 MAX_OPERANDS = 3
-
-LIBRARY.define(
-    "regression_loss(Tensor pred, Tensor[] tensors, int[] streams, int[] offsets, Tensor?[] coefs, float[] values, "
-    "ScalarType noise_dtype, Tensor? weight, Tensor? scale, float scale_value, Tensor? mask, int kind, float delta, "
-    "bool per_sample, bool need_grad, bool scale_grad, str impl) -> (Tensor, Tensor)"
-)
-
-
-def _regression_loss(pred: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    *rest, impl = args
-    return _dispatch.implementation("regression_loss", pred.device.type, impl).run(pred, *rest)
-
-
-def _regression_loss_fake(
-    pred: Tensor, tensors: list[Tensor], streams: list[int], offsets: list[int], *args: Any
-) -> tuple[Tensor, Tensor]:
-    noise_dtype, (per_sample, need_grad) = args[2], args[-4:-2]
-    dtype = loss_dtype(pred, noise_dtype)
-    loss = pred.new_empty(pred.shape[:1] if per_sample else (), dtype=dtype)
-    return loss, torch.empty_like(pred) if need_grad else pred.new_empty(0)
-
-
-for _key in ("CPU", "CUDA"):
-    LIBRARY.impl("regression_loss", _regression_loss, _key)
-torch.library.register_fake("fmkernels::regression_loss", _regression_loss_fake, lib=LIBRARY)
-
-
-def loss_dtype(pred: Tensor, noise_dtype: torch.dtype) -> torch.dtype:
-    """float64 where pred or the operands are, else float32."""
-    # operands, drawn or not, are of noise_dtype
-    return torch.float64 if noise_dtype is torch.float64 or pred.dtype is torch.float64 else torch.float32
-
-
-def _call(pred: Tensor, args: tuple) -> tuple[Tensor, Tensor]:
-    tensors, coefs, weight, mask = args[0], args[3], args[6], args[9]
-    if _dispatch.plain(pred, *tensors, *coefs, weight, mask):
-        return _regression_loss(pred, *args)
-    return torch.ops.fmkernels.regression_loss(pred, *args)
-
-
-class RegressionLossFunction(Function):
-    """The forward pass has written d loss / d pred; backward scales it in place by grad_output, on the device."""
-
-    @staticmethod
-    def forward(ctx: Any, pred: Tensor, scale: Tensor | None, args: tuple) -> Tensor:  # type: ignore[override]
-        loss, grad = _call(pred, args)
-        scale_grad = args[-2]
-        ctx.impl = args[-1]
-        ctx.waiting = None if scale_grad else args[8] if scale is None else scale
-        ctx.save_for_backward(grad)
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Any:  # type: ignore[override]
-        return scaled_gradient(ctx, grad_output), None, None
-
-
-def scaled_gradient(ctx: Any, grad_output: Tensor) -> Tensor:
-    """The saved gradient times grad_output, in place; untouched where that is 1."""
-    (grad,) = ctx.saved_tensors
-    if ctx.waiting is not None:
-        grad_output = grad_output * ctx.waiting
-    if torch.compiler.is_compiling() or _dispatch.legacy_batched(grad_output):
-        return (grad.to(grad_output.dtype) * expand_leading(grad_output, grad)).to(grad.dtype)
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "regression_loss: the fused loss has no second derivative; "
-            "pass impl='reference' to differentiate twice (create_graph=True)"
-        )
-    if grad_output.is_cpu and grad_output.dim() == 0 and grad_output.item() == 1.0:
-        return grad
-    packed: Any = ([0], [grad_output.to(compute_dtype(grad))], [0.0], [], [], 0.0, 0.0, False)
-    if torch._C._autograd._get_current_graph_task_keep_graph():  # the gradient is needed again, unscaled
-        return torch.ops.fmkernels.combine([grad], [TENSOR], *packed, False, ctx.impl)[0]
-    torch.ops.fmkernels.combine_into(grad, [], [IN_PLACE], *packed, ctx.impl)
-    return grad
-
-
-class PlainLossFunction(Function):
-    """The same derivative for a loss that is computed already."""
-
-    @staticmethod
-    def forward(ctx: Any, pred: Tensor, results: tuple[Tensor, Tensor]) -> Tensor:  # type: ignore[override]
-        ctx.impl, ctx.waiting = "auto", None
-        ctx.save_for_backward(results[1])
-        return results[0]
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Any:  # type: ignore[override]
-        return scaled_gradient(ctx, grad_output), None
 
 
 def _plain_loss(
     library: Any, pred: Tensor, operands: Any, coefficients: Any, reduction: str, kind: str, delta: float
 ) -> Tensor | None:
     """The loss by python/plain_call.h, or None where the call is not plain enough (or wrong)."""
-    if kind not in KINDS or reduction not in ("mean", "sum") or type(delta) is not float or not 0.0 < delta < math.inf:
+    if type(kind) is not str or kind not in KINDS or type(delta) is not float or not 0.0 < delta < math.inf:
         return None
+    mean = reduction != "sum"
     need_grad = torch.is_grad_enabled() and isinstance(pred, Tensor) and pred.requires_grad
-    results = library.regression_loss_plain(
-        pred, operands, coefficients, KINDS[kind], delta, reduction == "mean", need_grad
-    )
+    results = library.regression_loss_plain(pred, operands, coefficients, KINDS[kind], delta, mean, need_grad)
     if results is None:
         return None
-    return PlainLossFunction.apply(pred, results) if need_grad else results[0]
+    if not need_grad:
+        return results[0]
+    return _torch.apply_function(PlainLossFunction, pred, results, (KINDS[kind], delta, None if mean else 1.0))
+
+
+def _is_of_dtype(operands: Any, dtype: torch.dtype) -> bool:
+    """True where the first of a list of operands is a tensor of this dtype."""
+    return type(operands) is list and bool(operands) and getattr(operands[0], "dtype", None) is dtype
+
+
+def _check_count(count: Any, reduction: str, pred: Tensor) -> None:
+    if count is None:
+        return
+    if reduction != "mean":
+        raise value_error("count", f"None for reduction={reduction!r}: it is what 'mean' divides by", count)
+    if isinstance(count, Tensor):
+        check_tensor("count", count)
+        if count.dtype.is_complex or count.dtype is torch.bool:
+            raise type_error("count", "a tensor of real numbers", count)
+        if count.numel() != 1:
+            raise value_error("count", "a tensor with one element", count)
+        check_same_device("count", count, "pred", pred)
+    else:
+        check_number("count", count, above=0.0)
 
 
 def _check_operands(
@@ -159,15 +91,18 @@ def _check_operands(
     tensors: list[Tensor] = []
     streams: list[int] = []
     offsets: list[int] = []
+    if noise_dtype is not None and not (isinstance(noise_dtype, torch.dtype) and noise_dtype in FLOATING):
+        raise type_error("noise_dtype", f"one of {', '.join(map(str, FLOATING))}", noise_dtype)
+    given = names is None and noise_dtype is not None
     for i, operand in enumerate(operands):
         name = f"operands[{i}]" if names is None else names[i]
         if isinstance(operand, Tensor):
-            if operand.shape != pred.shape or operand.device != pred.device:
-                check_like(name, operand, "pred", pred, dtype=False)
+            check_like(name, operand, "pred", pred, dtype=False)
             if noise_dtype is None:
-                check_float_tensor(name, operand)
                 noise_dtype = operand.dtype
             elif operand.dtype is not noise_dtype:
+                if given:
+                    raise type_error("noise_dtype", f"the dtype of {name}, {operand.dtype}", noise_dtype)
                 raise type_error(name, f"the dtype of the other data, {noise_dtype}", operand)
             tensors.append(operand)
             streams.append(TENSOR)
@@ -180,16 +115,50 @@ def _check_operands(
     return Operands(tensors, streams, offsets), pred.dtype if noise_dtype is None else noise_dtype
 
 
-def _scale(pred: Tensor, mask: Tensor | None, reduction: str, dtype: torch.dtype) -> tuple[Tensor | None, float]:
-    """1 over the number of (unmasked) elements, as a tensor on the device or as a number."""
+def _reciprocal(total: Tensor, dtype: torch.dtype) -> Tensor:
+    """1 / total, and 0 where nothing counts."""
+    total = total.to(dtype)
+    return torch.where(total == 0.0, 0.0, 1.0 / torch.where(total == 0.0, 1.0, total))
+
+
+def _whole(pred: Tensor, number: float, dtype: torch.dtype) -> tuple[Tensor | None, float]:
+    """1 / number (1 for none at all); on the device where a graph that is being recorded has no value for it."""
+    if isinstance(number, (int, float)) and (not torch.compiler.is_compiling() or _torch.is_static(number)):
+        return None, 1.0 / (number or 1)
+    return traced_number(number, dtype, pred.device).reciprocal(), 0.0
+
+
+def _scale(
+    pred: Tensor,
+    weight: Tensor | None,
+    mask: Tensor | None,
+    reduction: str,
+    count: Tensor | float | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor | None, float]:
+    """1 over what the sum is divided by, as a tensor on the device or as a number."""
     if reduction == "sum":
         return None, 1.0
-    covered = pred.numel() if reduction == "mean" else pred.numel() // max(pred.shape[0], 1)
-    if mask is None:
-        return None, 1.0 / max(covered, 1)
-    entries = mask.sum() if reduction == "mean" else sum_trailing(mask, 1)
-    per_entry = pred.numel() // max(mask.numel(), 1)
-    return 1.0 / (entries * per_entry).clamp(min=1).to(dtype), 0.0
+    if count is not None:
+        if not isinstance(count, Tensor):
+            return _whole(pred, count, dtype)
+        return _reciprocal(count.reshape(()), dtype), 0.0
+    elements, samples = pred.numel(), pred.shape[0] if pred.dim() else 1
+    if reduction == "none":
+        covered = elements // max(samples, 1)
+        if mask is None:
+            return _whole(pred, covered, dtype)
+        entries = sum_trailing(mask if mask.dim() else mask.expand(samples), 1)
+        return _reciprocal(entries * (covered // max(math.prod(mask.shape[1:]), 1)), dtype), 0.0
+    counted = mask
+    if reduction == "weighted_mean" and weight is not None:
+        counted = weight
+        if mask is not None:  # both over the leading dimensions that either has
+            wider = weight if weight.dim() > mask.dim() else mask
+            counted = torch.where(expand_leading(mask, wider), expand_leading(weight, wider), 0.0)
+    if counted is None:
+        return _whole(pred, elements, dtype)
+    return _reciprocal(counted.sum() * (elements // max(counted.numel(), 1)), dtype), 0.0
 
 
 def regression_loss(
@@ -200,6 +169,7 @@ def regression_loss(
     weight: Coefficient | None = None,
     mask: Tensor | None = None,
     reduction: str = "mean",
+    count: Tensor | float | None = None,
     kind: str = "squared",
     delta: float = 1.0,
     noise_dtype: torch.dtype | None = None,
@@ -212,6 +182,8 @@ def regression_loss(
     draws again), and writes d loss / d pred in the same pass over memory. backward() multiplies that by grad_output on
     the device, without a host sync, and leaves at once where grad_output is 1.
 
+    Derivatives of any order in pred are right, under torch.func as well (there "auto" takes the reference).
+
     The penalty of a residual d is d^2 ("squared"); d^2 / 2 up to |d| = delta and delta (|d| - delta / 2) beyond
     ("huber", Huber 1964); sqrt(d^2 + delta^2) - delta ("pseudo_huber", Charbonnier et al. 1994); |d| ("l1").
 
@@ -222,9 +194,12 @@ def regression_loss(
         weight: w, a number or a tensor whose shape is a leading part of pred's, e.g. per sample (B,).
         mask: m, boolean, its shape a leading part of pred's: (B,), (B, T), or all of it; True is kept. What is masked
             out adds 0 to the loss and to the gradient, even where pred or the target is NaN.
-        reduction: "mean" divides the sum by the number of unmasked elements (weights do not count), "sum" does not
-            divide, "none" returns the mean over the unmasked elements of each sample, shape (B,). Where everything is
-            masked out the loss is 0.
+        reduction: "mean" divides the sum by the number of unmasked elements (weights do not count), "weighted_mean" by
+            the sum of the unmasked elements' weights, "sum" does not divide, "none" returns the mean over the unmasked
+            elements of each sample, shape (B,). Where everything is masked out, or the weights add to 0, the loss is 0.
+        count: > 0, what "mean" divides by instead: a number, or a tensor with one element on pred's device. A batch in
+            parts (micro-batches, ranks) has the whole's mean, and gradient, as the sum of its parts' where each gives
+            the number of unmasked elements of the whole (or their weights' sum, for the weighted mean).
         kind: "squared", "huber", "pseudo_huber" or "l1".
         delta: > 0; the bend of "huber" and "pseudo_huber".
         noise_dtype: dtype to which drawn noise is rounded; that of the first tensor operand if None, else pred's.
@@ -237,52 +212,58 @@ def regression_loss(
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device.
     """
-    if weight is None and mask is None and (library := _dispatch.plain_library(impl)) is not None:
+    if (
+        weight is None
+        and mask is None
+        and count is None
+        and type(reduction) is str
+        and reduction in ("mean", "weighted_mean", "sum")
+        and (noise_dtype is None or _is_of_dtype(operands, noise_dtype))
+        and (library := _dispatch.plain_library(impl)) is not None
+    ):
         loss = _plain_loss(library, pred, operands, coefficients, reduction, kind, delta)
         if loss is not None:
             return loss
     check_float_tensor("pred", pred)
-    packed, noise_dtype = _check_operands(operands, _names, pred, noise_dtype)
-    tensors, streams, offsets = packed
-    if noise_dtype not in FLOATING:
-        raise type_error("noise_dtype", f"one of {', '.join(map(str, FLOATING))}", noise_dtype)
-    dtype = loss_dtype(pred, noise_dtype)
-    coefs, values = pack_coefficients("coefficients", coefficients, len(operands), pred, dtype)
-    if kind not in KINDS:
-        check_choice("kind", kind, KINDS)
-    if reduction not in REDUCTIONS:
-        check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("kind", kind, KINDS)
+    check_choice("reduction", reduction, REDUCTIONS)
     if reduction == "none" and pred.dim() == 0:
         raise value_error("pred", "at least one dimension, of samples, for reduction='none'", pred)
-    if type(delta) is not float or not 0.0 < delta < math.inf:
-        check_number("delta", delta, above=0.0)
+    packed, noise_dtype = _check_operands(operands, _names, pred, noise_dtype)
+    dtype = schema.loss_dtype(pred, noise_dtype)
+    coefs, values = pack_coefficients("coefficients", coefficients, len(operands), pred, dtype)
+    check_number("delta", delta, above=0.0)
     if mask is not None:
         check_tensor("mask", mask)
         if mask.dtype != torch.bool:
             raise type_error("mask", "a boolean tensor", mask)
         leading_shape("mask", mask, "pred", pred)
-    scale, scale_value = _scale(pred, mask, reduction, dtype)
-    weight_tensor = None
-    if weight is not None:
-        weight_tensor, number = pack_coefficient("weight", weight, pred, dtype)
-        if weight_tensor is None:  # a number goes into the scale
-            scale, scale_value = (None if scale is None else scale * number), scale_value * number
+    _check_count(count, reduction, pred)
+    weight_tensor, number = (None, 1.0) if weight is None else pack_coefficient("weight", weight, pred, dtype)
+    scale, scale_value = _scale(pred, weight_tensor, mask, reduction, count, dtype)
+    if weight_tensor is None and (reduction != "weighted_mean" or number == 0.0):  # a number goes into the scale
+        scale, scale_value = (None if scale is None else scale * number), scale_value * number
 
     impl = _dispatch.wanted(impl)
-    args = (tensors, streams, offsets, coefs, values, noise_dtype, weight_tensor, scale, scale_value)
-    options = (mask, KINDS[kind], float(delta), reduction == "none")
+    args: list[Any] = [*packed, coefs, values, noise_dtype, weight_tensor, scale, scale_value, mask, KINDS[kind]]
+    args += [delta, reduction == "none"]
     grad_mode = torch.is_grad_enabled()
-    if grad_mode and impl != "reference" and needs_grad(tensors, [*coefs, weight_tensor]):
+    if grad_mode and impl != "reference" and needs_grad(packed.tensors, [*coefs, weight_tensor, scale]):
         if impl != "auto":
             raise ValueError(
                 f"impl: expected 'auto' or 'reference' where an operand, a coefficient or the weight requires grad, "
                 f"got {impl!r}: the kernels differentiate with respect to pred only"
             )
         impl = "reference"
+    if torch.compiler.is_compiling() and not _torch.is_static(delta):
+        impl = "reference"  # the operator's schema takes a number, which a symbol is not yet
     if impl == "reference":
-        return reference.loss(pred, *args, *options)
-    if grad_mode and pred.requires_grad:
-        # float16 cannot hold a gradient divided by a large count: there the scale waits for backward's factor.
-        scale_grad = pred.dtype != torch.float16
-        return RegressionLossFunction.apply(pred, scale, (*args, *options, True, scale_grad, impl))
-    return _call(pred, (*args, *options, False, True, impl))[0]
+        return reference.loss(pred, *args)
+    need_grad = grad_mode and pred.requires_grad
+    arguments = (*args, need_grad, impl)
+    if not need_grad:
+        return schema.call(pred, arguments)[0]
+    if torch.compiler.is_compiling():
+        return TracedLossFunction.apply(pred, arguments)
+    rule = Rule(KINDS[kind], delta, scale_value, impl)
+    return LossFunction.apply(pred, arguments, rule, weight_tensor, scale, mask)[0]

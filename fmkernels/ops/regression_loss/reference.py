@@ -12,6 +12,7 @@ from .._operands import TENSOR, compute_dtype, expand_leading
 from ..combine.reference import weighted_sum
 from ..library import sum_trailing
 from .kinds import KINDS, bend
+from .schema import gradient_dtype
 
 
 def penalty(d: Tensor, kind: int, delta: float) -> Tensor:
@@ -65,14 +66,10 @@ def loss(
 
 def run(pred: Tensor, *args: object) -> tuple[Tensor, Tensor]:
     """(loss, gradient w.r.t. pred), the gradient by autograd; the signature of every implementation."""
-    *rest, need_grad, scale_grad = args
+    *rest, need_grad = args
     with torch.enable_grad():
-        leaf = pred.detach().requires_grad_(bool(need_grad))
+        leaf = pred.detach().to(gradient_dtype(pred) if need_grad else pred.dtype).requires_grad_(bool(need_grad))
         value = loss(leaf, *rest)  # type: ignore[arg-type]
         if not need_grad:
             return value.detach(), pred.new_empty(0)
-        if not scale_grad:
-            rest[8], rest[9] = None, 1.0  # the gradient of the sum, before the scale
-            value_sum = loss(leaf, *rest)  # type: ignore[arg-type]
-            return value.detach(), torch.autograd.grad(value_sum.sum(), leaf)[0]
         return value.detach(), torch.autograd.grad(value.sum(), leaf)[0]

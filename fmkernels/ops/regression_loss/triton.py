@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import _memory
-from .._operands import TENSOR, in_one_order
+from .._operands import TENSOR, entry_stride, in_one_order
 from .._triton import (
     ELEMENT_TYPE,
     NUMBER,
@@ -31,7 +31,7 @@ from .._triton import (
     tile,
 )
 from .kinds import KINDS, bend
-from .op import loss_dtype
+from .schema import gradient_dtype, loss_dtype
 
 _SQUARED, _HUBER, _PSEUDO_HUBER = (tl.constexpr(KINDS[k]) for k in ("squared", "huber", "pseudo_huber"))
 
@@ -74,7 +74,7 @@ def _kernel(
     pred, grad, pointers, streams, offsets, stores, coefs, covered, strides, numbers, mask, mask_covered, mask_stride,
     scale, scale_stride, scale_number, delta, loss, partials, group, tiles,
     DTYPE: tl.constexpr, NOISE: tl.constexpr, ALIGNED: tl.constexpr, STORED: tl.constexpr, MODES: tl.constexpr,
-    MASK_MODE: tl.constexpr, SCALED: tl.constexpr, GRAD: tl.constexpr, SCALE_GRAD: tl.constexpr, KIND: tl.constexpr,
+    MASK_MODE: tl.constexpr, SCALED: tl.constexpr, GRAD: tl.constexpr, KIND: tl.constexpr,
     DOUBLE: tl.constexpr, ONE_GROUP: tl.constexpr, ONE_TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     COUNT: tl.constexpr = len(pointers)  # the coefficient after the operands' is the weight
@@ -103,8 +103,7 @@ def _kernel(
         rho, slope = weight * rho, weight * slope
     factor = scale_of(scale, scale_stride, scale_number, sample, SCALED, DOUBLE)
     if GRAD:
-        if SCALE_GRAD:
-            slope = slope * factor
+        slope = slope * factor
         # selected, not multiplied: what is masked out may be NaN
         tl.store(grad + i, rounded(tl.where(kept, slope, 0.0), grad.dtype.element_ty), mask=inside)
     total = tl.sum(tl.where(kept, rho, 0.0), axis=0)
@@ -140,13 +139,12 @@ def run(
     delta: float,
     per_sample: bool,
     need_grad: bool,
-    scale_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     """(loss, gradient w.r.t. pred); the gradient is empty where it is not needed."""
     dtype = loss_dtype(pred, noise_dtype)
     groups = pred.shape[0] if per_sample else 1
     loss = torch.empty(pred.shape[:1] if per_sample else (), dtype=dtype, device=pred.device)
-    grad = _memory.empty_like(pred) if need_grad else pred.new_empty(0)
+    grad = _memory.empty_like(pred, gradient_dtype(pred)) if need_grad else pred.new_empty(0)
     elements = pred.numel()
     if elements == 0:
         return loss.zero_(), grad
@@ -162,7 +160,7 @@ def run(
     t = terms(operands, streams, offsets, [None] * len(operands), tiling)
     c = table(leading, [*values, 1.0], pred, dtype, tiling)
     m: Table = table([None if mask is None else mask.contiguous().view(torch.uint8)], [1.0], pred, dtype, tiling)
-    scale_stride = 0 if scale is None or scale.numel() == 1 else scale.stride(0)
+    scale_stride = 0 if scale is None else entry_stride(scale) or 0
     factor = (pred if scale is None else scale, scale_stride, number_argument(scale_value, dtype))
     delta_argument = number_argument(bend(delta, dtype), dtype)
     double = dtype == torch.float64
@@ -173,7 +171,7 @@ def run(
             source, target, t.pointers, t.streams, t.offsets, t.stores, c.pointers, c.covered, c.strides, c.numbers,
             m.pointers[0], m.covered[0], m.strides[0], *factor, delta_argument, loss, partials,
             tiling.group, tiling.tiles, ELEMENT_TYPE[noise_dtype], t.noise, t.aligned, t.stored, c.modes, m.modes[0],
-            scale is not None, need_grad, scale_grad, kind, double, groups == 1, one_tile, tiling.block,
+            scale is not None, need_grad, kind, double, groups == 1, one_tile, tiling.block,
             num_warps=WARPS,
         )  # fmt: skip
         if not one_tile:

@@ -7,15 +7,17 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ... import _native
-from .._operands import compute_dtype
+from .._operands import compute_dtype, row_stride
 
 
 def wanted_times(wanted: Tensor | None) -> tuple[int, int, int]:
-    """(address, count, distance of two rows) of requested times."""
+    """(address, count, distance of two rows) of requested times, each row of which is dense."""
     if wanted is None:
         return 0, 0, 0
-    # one row has no distance to the next: torch may give it any stride
-    return wanted.data_ptr(), wanted.shape[1], wanted.stride(0) if wanted.shape[0] > 1 else 0
+    stride = row_stride(wanted)
+    if stride is None:
+        raise ValueError(f"wanted: expected dense rows, got strides {wanted.stride()}")
+    return wanted.data_ptr(), wanted.shape[1], stride
 
 
 def run(
@@ -30,7 +32,9 @@ def run(
     start: bool,
 ) -> None:
     """See step_control."""
-    error = error.to(compute_dtype(step))
+    error = error.to(compute_dtype(step)).contiguous()
+    if wanted is not None and row_stride(wanted) is None:
+        wanted = wanted.contiguous()
     _native.launch(
         _native.library().step_control,
         clock,

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from ... import _dispatch, _native
 from ..._cache import is_plain_context
 from ..._checks import as_state, type_error
+from ..._torch import same_memory, storage_users
 from ...ops.combine.op import combine
 from ...random import Noise
 from .draws import Draws, Transform
@@ -41,8 +42,6 @@ def _is_plain(x: Tensor) -> bool:
 
 # ---------------------------------------------------------------------- whose memory an output is
 
-_is_alias_of: Callable[[Tensor, Tensor], bool] = torch._C._is_alias_of  # type: ignore[attr-defined]
-_use_count: Callable[[int], int] = torch._C._storage_Use_Count  # type: ignore[attr-defined]
 references_of = sys.getrefcount
 
 
@@ -68,7 +67,7 @@ def owned(output: Tensor, references: int, sharers: int = 1, look: bool = True) 
         storage = output.untyped_storage()
         # One reference more is the Python object that has just been made. Memory that no allocator of PyTorch's gave
         # (numpy's, another framework's) may always be somebody's.
-        if _use_count(storage._cdata) == sharers + 1 and storage.resizable():
+        if storage_users(storage) == sharers + 1 and storage.resizable():
             return output
     # what autograd has recorded is nobody's buffer, unless it was written to
     if look and output.grad_fn is not None and output._version == 0:
@@ -275,12 +274,12 @@ class Run:
                 x = registers[source]
                 output = calls[branch](x, times[time])
                 if addresses is not None and type(output) is Tensor and len(results) == 1:
-                    registers[results[0]] = output.clone() if _is_alias_of(output, x) else output
+                    registers[results[0]] = output.clone() if same_memory(output, x) else output
                 else:
                     self._take(output, results, x)
                     if targets is not None:
                         for result in results:
-                            if _is_alias_of(registers[result], x):
+                            if same_memory(registers[result], x):
                                 registers[result] = registers[result].clone()
             elif kind == "Compute":
                 function, sources, results = instruction

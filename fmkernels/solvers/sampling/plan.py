@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..._checks import type_error
 from ..._keys import NoKey, attributes, is_ours, key_of
+from ..._torch import constant_while_compiling
 from ...paths import Path
 from ...times import Shift
 from ..methods import registry as methods
@@ -117,6 +118,7 @@ def _numbers_of(part: Any) -> list[Any]:
     return [value for value in part.__dict__.values() if isinstance(value, (bool, int, float, str))]
 
 
+@constant_while_compiling
 def _constant(
     made: Sequence[Any],
     steps: int,
@@ -133,10 +135,6 @@ def _constant(
     for name, part in parts.items():
         _check_constant(name, part)
     return plan(method, steps, schedule, grid, path, prediction, guidance).unrolled()
-
-
-# What torch.compiler.assume_constant_result does, which would import the compiler.
-_constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _check_constant(name: str, part: Any) -> None:

@@ -1,0 +1,148 @@
+"""PyTorch's private hooks that the package needs, a function each: one place to look when PyTorch changes.
+
+Nothing here is touched at import; tests/test_torch_hooks.py shows that each hook exists and does what is said.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd import Function, forward_ad
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def constant_while_compiling(function: _Function) -> _Function:
+    """Marks a function that torch.compile calls while it traces, and whose result it takes for a constant.
+
+    As torch.compiler.assume_constant_result, which would import the compiler.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_while_compiling
+def transform_active() -> bool:
+    """True inside torch.func transforms and forward-mode AD, where only differentiable PyTorch code is right.
+
+    Under torch.compile as well: transforms are entered while tracing, and their stack is guarded.
+    """
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def legacy_batched(tensor: Tensor) -> bool:
+    """True for a batch of gradients, as autograd.grad(is_grads_batched=True) makes it; not to be asked while
+    compiling."""
+    return torch._C._functorch.is_legacy_batchedtensor(tensor)
+
+
+def is_zero(tensor: Tensor) -> bool:
+    """True for a tensor of zeros without memory, such as some of PyTorch's derivatives are."""
+    return tensor._is_zerotensor()
+
+
+def dispatch_modes() -> int:
+    """How many modes (FakeTensorMode, a profiler's, ...) see each operator that PyTorch's dispatcher is given."""
+    return torch._C._len_torch_dispatch_stack()
+
+
+class _Interceptors:
+    """The functions that :func:`intercepted` asks, looked up once: it is on the path of every small call."""
+
+    modes: Callable[[], int]
+    transforms: Callable[[], Any]
+    tracing: Callable[[], Any]
+    bound = False
+
+    @classmethod
+    def bind(cls) -> None:
+        cls.modes = torch._C._len_torch_dispatch_stack
+        cls.transforms = torch._C._functorch.peek_interpreter_stack
+        cls.tracing = torch._C._get_tracing_state
+        cls.bound = True
+
+
+def intercepted() -> bool:
+    """True where operators do not simply run: torch.compile, a mode or torch.jit.trace sees them, or a transform is
+    active."""
+    if torch.compiler.is_compiling():
+        return True
+    hooks = _Interceptors
+    if not hooks.bound:
+        hooks.bind()
+    return (
+        hooks.modes() != 0
+        or hooks.transforms() is not None
+        or forward_ad._current_level >= 0
+        or hooks.tracing() is not None
+    )
+
+
+def without_modes() -> AbstractContextManager[Any]:
+    """Within it no mode sees operators: tensors are real under FakeTensorMode, too."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()
+
+
+def storage_users(storage: torch.UntypedStorage) -> int:
+    """How many tensors, and Python objects that stand for the storage itself, hold a storage."""
+    return torch._C._storage_Use_Count(storage._cdata)  # type: ignore[attr-defined]
+
+
+def jit_tracing() -> bool:
+    """True inside torch.jit.trace."""
+    return torch._C._get_tracing_state() is not None  # type: ignore[no-untyped-call]
+
+
+def apply_function(function: type[Function], *args: Any) -> Any:
+    """function.apply without its search for transforms, which :func:`intercepted` has made: a third of the price."""
+    return super(Function, function).apply(*args)  # type: ignore[misc]
+
+
+def graph_is_kept() -> bool:
+    """Within a backward pass: whether the graph is kept, so that this backward may run again (retain_graph)."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def saved_tensor_hooks_active() -> bool:
+    """True where somebody sees the tensors that are saved for backward: checkpoints, save_on_cpu, a user's hooks."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def same_memory(a: Tensor, b: Tensor) -> bool:
+    """True where two tensors are views of one storage."""
+    return torch._C._is_alias_of(a, b)  # type: ignore[attr-defined]
+
+
+def assert_while_running(condition: Tensor, message: str) -> None:
+    """While compiling: the compiled code raises a RuntimeError where a condition does not hold."""
+    torch._assert_async(condition, message)
+
+
+def is_static(number: float) -> bool:
+    """While compiling: whether a number is a constant of the graph, not a symbol that stands for many values."""
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # late: it imports sympy
+
+    return has_static_value(number)
+
+
+# The generators that compiled graphs draw from, by the number a graph holds for each, while they live; its guards tell
+# which one a call has.
+_generators: weakref.WeakValueDictionary[int, torch.Generator] = weakref.WeakValueDictionary()
+
+
+@constant_while_compiling
+def remember_generator(generator: torch.Generator) -> int:
+    """While compiling: makes a generator known by its id; torch.compile cannot take generators into its graphs."""
+    _generators[id(generator)] = generator
+    return id(generator)
+
+
+def remembered_generator(number: int) -> torch.Generator:
+    return _generators[number]

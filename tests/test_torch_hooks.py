@@ -1,0 +1,168 @@
+"""PyTorch's private hooks: each exists and does what fmkernels/_torch.py says, and they are used nowhere else."""
+
+from __future__ import annotations
+
+import gc
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.autograd import Function, forward_ad
+
+import fmkernels
+from fmkernels import _torch
+
+PACKAGE = Path(fmkernels.__file__).parent
+
+
+def test_no_other_file_has_private_hooks() -> None:
+    private = re.compile(r"torch(\.\w+)*\._[a-zA-Z]|_dynamo_|fx\.experimental|forward_ad\._|\._is_zerotensor|_cdata")
+    for file in PACKAGE.rglob("*.py"):
+        if file.name != "_torch.py":
+            for number, line in enumerate(file.read_text().splitlines(), 1):
+                assert not private.search(line), f"{file.relative_to(PACKAGE)}:{number} belongs into _torch.py"
+
+
+def test_importing_touches_no_hook() -> None:
+    """A hook that a later PyTorch lacks must not keep the package from being imported."""
+    code = (
+        "import torch\n"
+        "for name in ('_len_torch_dispatch_stack', '_get_tracing_state', '_is_alias_of', '_functorch', '_autograd'):\n"
+        "    delattr(torch._C, name)\n"
+        "import fmkernels, fmkernels.solvers, fmkernels.guidance, fmkernels.likelihood"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)
+
+
+def test_transforms_are_seen_in_eager_and_while_compiling() -> None:
+    seen = []
+
+    def function(x):
+        seen.append(_torch.transform_active())
+        return (x * (2.0 if _torch.transform_active() else 3.0)).sum()
+
+    x = torch.ones(2)
+    assert not _torch.transform_active()
+    for transform in (torch.func.grad, lambda f: torch.func.vmap(f), torch.func.jacfwd, torch.func.hessian):
+        seen.clear()
+        transform(function)(x)
+        assert seen == [True]
+    with forward_ad.dual_level():
+        assert _torch.transform_active()
+
+    def compiled(x):
+        return x * 3.0 if not _torch.transform_active() else x * 2.0
+
+    for wrapped, plain in ((compiled, 3.0), (torch.func.grad(lambda x: compiled(x).sum()), 2.0)):
+        torch._dynamo.reset()
+        assert torch.equal(torch.compile(wrapped, backend="eager", fullgraph=True)(x), torch.full((2,), plain))
+
+
+def test_interception_is_seen() -> None:
+    seen = []
+
+    def function(x):
+        seen.append((_torch.intercepted(), _torch.jit_tracing(), _torch.dispatch_modes()))
+        return x
+
+    x = torch.ones(2)
+    function(x)
+    torch.jit.trace(function, x, check_trace=False)
+    with FakeTensorMode():
+        function(x)
+    torch.func.vmap(function)(x)
+    assert seen == [(False, False, 0), (True, True, 0), (True, False, 1), (True, False, 0)]
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def compiled(x):
+        return x * 2.0 if _torch.intercepted() else x
+
+    assert torch.equal(compiled(x), 2 * x)
+
+
+def test_modes_can_be_left() -> None:
+    with FakeTensorMode(), _torch.without_modes():
+        assert type(torch.ones(2)) is torch.Tensor
+
+
+def test_users_of_a_storage_are_counted() -> None:
+    x = torch.ones(3)
+    storage = x.untyped_storage()
+    alone = _torch.storage_users(storage)
+    view = x[1:]
+    assert _torch.storage_users(storage) == alone + 1
+    del view
+    assert _torch.storage_users(storage) == alone
+
+
+def test_batches_of_gradients_are_seen() -> None:
+    seen = []
+
+    class Identity(Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            seen.append((_torch.legacy_batched(grad), _torch.graph_is_kept()))
+            return grad
+
+    x = torch.ones(2, requires_grad=True)
+    y = _torch.apply_function(Identity, x)
+    torch.autograd.grad(y, x, torch.eye(2), is_grads_batched=True, retain_graph=True)
+    torch.autograd.grad(y, x, torch.ones(2), retain_graph=True)
+    torch.autograd.grad(y, x, torch.ones(2))
+    assert seen == [(True, True), (False, True), (False, False)]
+
+
+def test_hooks_of_saved_tensors_are_seen() -> None:
+    assert not _torch.saved_tensor_hooks_active()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        assert _torch.saved_tensor_hooks_active()
+
+
+def test_memory_and_lazy_zeros() -> None:
+    x = torch.ones(3)
+    assert _torch.same_memory(x, x[1:])
+    assert not _torch.same_memory(x, x.clone())
+    assert _torch.is_zero(torch._efficientzerotensor((3,)))
+    assert not _torch.is_zero(x)
+
+
+def test_static_numbers_are_told_from_symbols() -> None:
+    seen = []
+
+    def backend(graph, inputs):
+        return graph.forward
+
+    @torch.compile(backend=backend, fullgraph=True, dynamic=True)
+    def function(x):
+        if _torch.is_static(x.shape[0]):
+            return x + 1.0
+        return x + 2.0
+
+    seen = [function(torch.zeros(n))[0].item() for n in (3, 4, 5)]
+    assert seen == [2.0, 2.0, 2.0]
+    assert _torch.is_static(3)
+    assert _torch.is_static(0.5)
+
+
+def test_assertions_of_compiled_code() -> None:
+    _torch.assert_while_running(torch.tensor(True), "never said")
+    with pytest.raises(RuntimeError, match="said"):
+        _torch.assert_while_running(torch.tensor(False), "said")
+
+
+def test_generators_are_remembered_as_long_as_they_live() -> None:
+    generator = torch.Generator()
+    number = _torch.remember_generator(generator)
+    assert _torch.remembered_generator(number) is generator
+    del generator
+    gc.collect()
+    with pytest.raises(KeyError):
+        _torch.remembered_generator(number)
