@@ -176,6 +176,12 @@ def test_differentiating_a_schedule_gives_its_closed_derivative_up_to_the_ends(p
             torch.testing.assert_close(forward[1], slope)
 
 
+def test_a_second_derivative_without_limit_is_held_at_a_distance_from_the_end() -> None:
+    t = torch.tensor([0.0, 1e-6, 1e-4, 0.3], dtype=torch.float64, requires_grad=True)
+    (second,) = torch.autograd.grad(Polynomial(1.5).d_alpha(t).sum(), t)
+    torch.testing.assert_close(second, 0.75 * t.detach().clamp(min=1e-4) ** -0.5)
+
+
 @pytest.mark.parametrize("path", EXACT, ids=repr)
 def test_learnable_times_at_the_ends_have_finite_gradients(path: Path) -> None:
     x_1, x_0 = torch.randn(2, 3), torch.randn(2, 3)

@@ -139,13 +139,13 @@ def derivative(owner: Any, name: str, t: Tensor) -> Tensor:
         _check_differentiable(owner, name, value, t)
         if not isinstance(value, Tensor) or not value.requires_grad:  # a constant
             return torch.zeros_like(t)
-        keep = wanted and (t.requires_grad or _has_other_leaf(value, leaf))
+        keep = wanted and _has_other_leaf(value, leaf)
         (slope,) = torch.autograd.grad(as_tensor(value, leaf).sum(), leaf, create_graph=keep, allow_unused=True)
     return torch.zeros_like(t) if slope is None else slope
 
 
 def _has_other_leaf(value: Tensor, leaf: Tensor) -> bool:
-    """Whether a graph ends in a tensor besides the leaf: a learnable parameter."""
+    """Whether a graph ends in a tensor besides the leaf: a learnable parameter, or the times of which leaf is a view."""
     seen: set[Any] = set()
     stack = [value.grad_fn]
     while stack:
