@@ -135,12 +135,6 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
         "tests/test_ops_random.py::test_regression_loss",
     ),
     (
-        "fmkernels/ops/regression_loss/op.py",
-        "(entries * per_entry).clamp(min=1)",
-        "entries * per_entry",
-        (OPS_CASES, PATHS_TESTS),
-    ),
-    (
         "fmkernels/ops/row_dots/op.py",
         "shift = factors.pop(ONES, None)",
         "factors.pop(ONES, None); shift = None",
@@ -185,22 +179,10 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
     ("csrc/common/philox.h", "stream >> 32", "stream >> 31", f"{NOISE}::test_known_answers"),
     # ------------------------------------------------------------------ leaves
     (
-        "fmkernels/_dispatch.py",
-        "or forward_ad._current_level >= 0",
-        "",
-        "tests/test_integration.py::test_forward_mode_dual_numbers_take_the_reference",
-    ),
-    (
         "fmkernels/_memory.py",
         'torch.empty_like(data, device="meta").stride()',
         'torch.empty(data.shape, device="meta").stride()',
         "tests/test_ops.py::test_large_outputs_keep_their_memory_format",
-    ),
-    (
-        "fmkernels/_checks.py",
-        "if not (finite and low <= value <= high and value > above)",
-        "if not (finite and low <= value <= high)",
-        ("tests/test_paths.py::test_bad_input", f"{WEIGHTS}::test_bad_input"),
     ),
     (
         "fmkernels/_checks.py",

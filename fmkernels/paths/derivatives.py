@@ -145,7 +145,7 @@ def derivative(owner: Any, name: str, t: Tensor) -> Tensor:
 
 
 def _has_other_leaf(value: Tensor, leaf: Tensor) -> bool:
-    """Whether a graph ends in a tensor besides the leaf: a learnable parameter, or the times of which leaf is a view."""
+    """Whether a graph ends in a tensor besides the leaf: a learnable parameter, or times that leaf is a view of."""
     seen: set[Any] = set()
     stack = [value.grad_fn]
     while stack:
