@@ -85,7 +85,8 @@ def _cases() -> list[Case]:
 def _settings(task: Task) -> dict[str, Any]:
     guidance = fm.guidance.CFG(GUIDANCE_SCALE, negative={"label": 0.0}) if task.guided else None
     tolerances = {"rtol": task.tolerance, "atol": task.tolerance}
-    return {"method": task.method, "steps": task.steps, "guidance": guidance, **tolerances}
+    said = {"batched": ("label",)}  # one call for both branches of guidance; labels leave with finished samples
+    return {"method": task.method, "steps": task.steps, "guidance": guidance, **tolerances, **said}
 
 
 def _sample(task: Task) -> Run:

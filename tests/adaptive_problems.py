@@ -18,7 +18,8 @@ DOPRI5 = TABLEAUS["dopri5"]
 
 
 def solve(func: Any, y0: Tensor, t0: Any, t1: Any, tableau: Tableau = DOPRI5, **options: Any) -> AdaptiveResult:
-    outer = {k: options.pop(k) for k in ("t_eval", "model_kwargs", "on_step", "norm", "graph") if k in options}
+    outer = {k: options.pop(k) for k in ("t_eval", "arguments", "follow", "on_step", "norm", "graph") if k in options}
+    outer.setdefault("follow", tuple(outer.get("arguments", ())))
     if "tol" in options:
         options["rtol"] = options["atol"] = options.pop("tol")
     return solve_adaptive(func, y0, t0, t1, tableau, AdaptiveOptions(**options), **outer)
@@ -45,4 +46,4 @@ class Prothero:
         return (self.y0 - 1.0) * torch.exp(-self.rate * t)[:, None] + math.cos(t)
 
     def solve(self, t1: float = 2.0, tableau: Tableau = DOPRI5, **options: Any) -> AdaptiveResult:
-        return solve(self, self.y0, 0.0, t1, tableau, model_kwargs={"rate": self.rate}, **options)
+        return solve(self, self.y0, 0.0, t1, tableau, arguments={"rate": self.rate}, **options)

@@ -50,7 +50,7 @@ def test_error_follows_the_tolerance(tableau: Tableau, controller: Controller, i
 def test_backward_time(shared: bool, impl: str) -> None:
     problem = Prothero([0.5, 1.0])
     end = problem.solve(tol=1e-10, impl=impl, shared=shared)
-    back = solve(problem, end.y, 2.0, 0.0, tol=1e-10, impl=impl, shared=shared, model_kwargs={"rate": problem.rate})
+    back = solve(problem, end.y, 2.0, 0.0, tol=1e-10, impl=impl, shared=shared, arguments={"rate": problem.rate})
     torch.testing.assert_close(back.y, problem.y0, rtol=0.0, atol=1e-8)
     assert (back.t == 0.0).all()
 
@@ -116,7 +116,7 @@ def test_values_that_are_not_finite_end_in_a_status(bad: float, first_step: floa
             1.0,
             tol=1e-6,
             first_step=first_step,
-            model_kwargs={"poison": poison},
+            arguments={"poison": poison},
             t_eval=torch.tensor([0.0, 0.25, 1.0]),
             impl=impl,
         )
@@ -210,7 +210,7 @@ def test_requested_times(shared: bool, backward: bool, impl: str) -> None:
     mild.y0 = problem.y0
     forward = mild.solve(tol=1e-10)
     own = torch.stack([times.flip(0), times.flip(0) * 0.5 + 0.5, torch.linspace(2, 0, 7, dtype=torch.float64)])
-    back = solve(mild, forward.y, 2.0, 0.0, tol=1e-9, t_eval=own, model_kwargs={"rate": mild.rate}, impl=impl)
+    back = solve(mild, forward.y, 2.0, 0.0, tol=1e-9, t_eval=own, arguments={"rate": mild.rate}, impl=impl)
     want = torch.stack([torch.stack([mild.exact(float(t))[i] for i, t in enumerate(column)]) for column in own.t()])
     torch.testing.assert_close(back.ys, want, rtol=0, atol=1e-6)
 

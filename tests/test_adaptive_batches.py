@@ -30,7 +30,7 @@ def test_a_stiff_sample_changes_nobody(compact: bool | float) -> None:
     assert together.n_steps[1] > 4 * together.n_steps[0]
     for i in range(7):
         rate, y0 = problem.rate[i : i + 1], problem.y0[i : i + 1]
-        alone = solve(problem, y0, 0.0, 2.0, tol=1e-4, model_kwargs={"rate": rate}, t_eval=torch.linspace(0, 2, 5))
+        alone = solve(problem, y0, 0.0, 2.0, tol=1e-4, arguments={"rate": rate}, t_eval=torch.linspace(0, 2, 5))
         assert torch.equal(alone.y[0], together.y[i]), i
         assert torch.equal(alone.ys[:, 0], together.ys[:, i])
         assert alone.n_steps[0] == together.n_steps[i]
@@ -228,7 +228,7 @@ def test_only_what_belongs_to_samples_follows_them(impl: str) -> None:
 
     kwargs = {"condition": {"deep": [rates], "name": "x"}, "shared": shared}
     y0 = torch.rand(8, 3, dtype=torch.float64)
-    result = solve(func, y0, 0.0, 1.0, tol=1e-6, model_kwargs=kwargs, impl=impl)
+    result = solve(func, y0, 0.0, 1.0, tol=1e-6, arguments=kwargs, follow=["condition"], impl=impl)
     torch.testing.assert_close(result.y, 1 + (y0 - 1) * torch.exp(-rates)[:, None], rtol=0, atol=1e-5)
 
 

@@ -33,13 +33,7 @@ def test_keyword_arguments_of_all_kinds() -> None:
         return solve(guidance, Model(), x, y=y, extra=extra, flag=True, **kwargs)
 
     for kwargs in ({"table": table}, {"table": square}, {"table": None}):
-        close(solved(True, **kwargs), solved(False, **kwargs), 0.0)
-    # without `shared` the rows of a table of B rows are taken as the samples'
-    looks = CFG(3.0, negative={"y": NULL})
-    assert not torch.allclose(
-        solve(looks, Model(), x, y=y, table=square),
-        solve(CFG(3.0, negative={"y": NULL}, batched=False), Model(), x, y=y, table=square),
-    )
+        close(solved(("extra",), **kwargs), solved(False, **kwargs), 0.0)
     # a scalar time, and a tensor for the null label
     guidance = CFG(3.0, negative={"y": torch.tensor([NULL])})
     t = torch.tensor(0.3, dtype=torch.float64)
@@ -49,23 +43,34 @@ def test_keyword_arguments_of_all_kinds() -> None:
 
 def test_what_cannot_be_batched_is_told() -> None:
     x, y = data()
+    named = ("y", "extra")
     cases = [
-        ({"y": y, "flag": "a cat"}, {"flag": ""}, "flag: expected tensors, or equal values"),
-        ({"y": y}, {"y": None}, "y: expected tensors, or equal values"),
-        ({"y": y}, {"extra": {}}, "extra: expected the same keyword arguments"),
-        ({"extra": {"shift": y}}, {"extra": {"other": y}}, "extra: expected the same structure"),
-        ({"y": y}, {"y": torch.zeros(2)}, r"y: expected tensors with a row for each of 3 samples"),
-        ({"y": torch.tensor(1)}, {"y": torch.tensor(2)}, r"y: expected tensors with a row for each of 3 samples"),
+        ({"y": y, "flag": "a cat"}, {"flag": ""}, named, "flag: expected tensors with a row .*, or equal values"),
+        ({"y": y}, {"y": None}, named, "y: expected tensors, or equal values"),
+        ({"y": y}, {"extra": {}}, named, "extra: expected the same keyword arguments"),
+        ({"extra": {"shift": y}}, {"extra": {"other": y}}, named, "extra: expected the same structure"),
+        ({"y": torch.tensor(1)}, {"y": torch.tensor(2)}, True, r"y: expected tensors with a row for each of 3 samples"),
+        ({"y": y.double()}, {"y": NULL}, True, "y: expected to be named in batched=, as .*, or in shared="),
+        ({"y": y, "table": torch.zeros(B, 2)}, {"y": NULL}, True, "table: expected to be named in batched="),
+        ({"y": y, "flag": Model()}, {"y": NULL}, True, "flag: expected to be named in batched="),
     ]
-    for kwargs, negative, message in cases:
+    for kwargs, negative, batched, message in cases:
         with pytest.raises(ValueError, match=message) as error:
-            solve(CFG(2.0, negative=negative), Model(), x, **kwargs)
+            solve(CFG(2.0, negative=negative, batched=batched), Model(), x, **kwargs)
         assert "batched=False" in str(error.value)
+        # by itself it makes two calls of it
+        if "extra" not in negative:
+            model = Model()
+            got = solve(CFG(2.0, negative=negative), model, x, **kwargs)
+            assert set(model.rows) == {B}
+            close(got, solve(CFG(2.0, negative=negative, batched=False), Model(), x, **kwargs), 0.0)
+    with pytest.raises(ValueError, match=r"batched: expected y to have an entry for each of 3 samples, got .*\(2,\)"):
+        solve(CFG(2.0, negative={"y": torch.zeros(2)}, batched=("y",)), Model(), x, y=y)
     # and works in two calls
     got = solve(CFG(2.0, negative={"y": None}, batched=False), Model(), x, y=y)
     close(got, euler(lambda x, t, i: 2.0 * Model()(x, t, y=y) - Model()(x, t), x))
     with pytest.raises(ValueError, match="y: expected tensors with a row"):
-        solve(CFG(2.0, negative={"y": NULL}, shared=("y",)), Model(), x, y=y)
+        solve(CFG(2.0, negative={"y": NULL}, shared=("y",), batched=True), Model(), x, y=y)
 
 
 def test_wrong_arguments_are_told() -> None:
@@ -85,6 +90,14 @@ def test_wrong_arguments_are_told() -> None:
         (lambda: CFG(3.0, negative=null, rescale=2.0), ValueError, "rescale"),
         (lambda: CFG(3.0, negative=null, zero_init=-1), ValueError, "zero_init"),
         (lambda: CFG(3.0, negative=null, shared="y"), TypeError, "shared"),
+        (lambda: CFG(3.0, negative=null, shared=3), TypeError, "shared: expected a sequence of names"),
+        (lambda: CFG(3.0, negative=null, batched="y"), ValueError, "batched: expected True, False, 'auto' or a seq"),
+        (lambda: CFG(3.0, negative=null, batched=3), TypeError, "batched: expected a sequence of names"),
+        (lambda: CFG(3.0, negative=null, batched=(3,)), TypeError, "batched: expected names"),
+        (lambda: CFG(3.0, negative={3: 4}), TypeError, "negative: expected a dict of keyword arguments"),
+        (lambda: AutoGuidance(Model(), 2.0, weak_kwargs=3), TypeError, "weak_kwargs: expected a dict"),
+        (lambda: ClassifierGuidance(Model(), 2.0, gradient_kwargs=3), TypeError, "gradient_kwargs: expected a dict"),
+        (lambda: MultiCondition({"y": 3}), TypeError, "conditions: expected a list of pairs"),
         (lambda: APG(3.0, negative=null, base="u"), ValueError, "base"),
         (lambda: APG(3.0, negative=null, target="u"), ValueError, "target"),
         (lambda: APG(3.0, negative=null, threshold=-1.0), ValueError, "threshold"),

@@ -256,9 +256,10 @@ def test_autoguidance() -> None:
 def test_several_conditions(batched: bool) -> None:
     x, y = data()
     z = torch.tensor([5, 6, 7])
+    joined = ("y",) if batched else False
     for weights in ((2.0, -0.5), (W, 1.5), (lambda t: 2.0 * t, W)):
         guidance = MultiCondition(
-            [({"y": y}, weights[0]), ({"y": z}, weights[1])], negative={"y": NULL}, batched=batched
+            [({"y": y}, weights[0]), ({"y": z}, weights[1])], negative={"y": NULL}, batched=joined
         )
 
         def guided(x, t, i=0, weights=weights):
@@ -278,7 +279,7 @@ def test_several_conditions(batched: bool) -> None:
     # without negative the caller's arguments are unconditional; weights that add up to 1 leave that branch out
     model = Model()
     close(solve(MultiCondition([({"y": y}, 1.0)]), model, x), euler(lambda x, t, i: pair(y)(x, t)[0], x))
-    solve(MultiCondition([({"y": y}, 0.25), ({"y": z}, 0.75)], batched=batched), model, x)
+    solve(MultiCondition([({"y": y}, 0.25), ({"y": z}, 0.75)], batched=joined), model, x)
     assert sum(model.rows) == 4 * B + 4 * 2 * B
 
 

@@ -19,11 +19,14 @@ from fmkernels.guidance import (
     MultiCondition,
     RectifiedCFGPlusPlus,
 )
+from fmkernels.paths import CondOT
+from fmkernels.solvers.adaptive.compaction import select_rows
 from fmkernels.solvers.adaptive.options import AdaptiveOptions
 from fmkernels.solvers.adaptive.solve import solve_adaptive
 from fmkernels.solvers.methods.registry import METHODS, resolve
 from fmkernels.solvers.methods.tableaus import TABLEAUS
 from fmkernels.solvers.programs.captures import held_object, network_fields
+from fmkernels.solvers.sampling.velocity import FOLLOW, Velocity
 
 
 @pytest.mark.parametrize("method", ["euler", "heun2"])
@@ -66,14 +69,16 @@ def test_gradient_of_a_guided_solve(method: str) -> None:
 def test_per_sample_parts_follow_their_samples(rule: str) -> None:
     make, formula = RULES[rule]
     x, y = data()
-    guidance = make(negative={"y": torch.full((B,), NULL)}, interval=(0.0, 0.5))
-    kwargs = guidance.per_sample({"y": y}, x)
+    guidance = make(negative={"y": torch.full((B,), NULL)}, interval=(0.0, 0.5), batched=("y",))
+    velocity = Velocity(Model(), guidance, CondOT(), "velocity")
+    arguments = velocity.arguments({"y": y}, x)
+    assert not velocity.unknown
     keep = torch.tensor([2, 0])
-    kept = {name: value[keep] for name, value in kwargs.items()}
+    kept = select_rows(arguments, FOLLOW, keep, B)
     t = torch.tensor([0.1, 0.3, 0.9], dtype=torch.float64)
-    whole = guidance.at(Model(), kwargs)(x, t)
+    whole = velocity(t, x, **arguments)
     close(whole, guidance.at(Model(), {"y": y})(x, t))
-    close(guidance.at(Model(), kept)(x[keep], t[keep]), whole[keep])
+    close(velocity(t[keep], x[keep], **kept), whole[keep])
     close(whole[:2], formula(*pair(y)(x, t))[:2])
 
 
@@ -127,17 +132,13 @@ def test_adaptive_solve_drops_finished_samples(rule: str) -> None:
     """Rows end at different times and the batch shrinks: scales, null labels and labels follow their samples."""
     make, _ = RULES[rule]
     x, y = data()
-    guidance = make(negative={"y": torch.full((B,), NULL)})
+    guidance = make(negative={"y": torch.full((B,), NULL)}, batched=("y",))
     end = torch.tensor([0.3, 1.0, 0.05], dtype=torch.float64)
     model = Model()
-
-    def field(t, x, **kwargs):
-        return guidance.at(model, kwargs)(x, t)
-
+    velocity = Velocity(model, guidance, CondOT(), "velocity")
     options = AdaptiveOptions(rtol=1e-9, atol=1e-9, compact=1.0, impl="reference")
-    got = solve_adaptive(
-        field, x, 0.0, end, TABLEAUS["dopri5"], options, model_kwargs=guidance.per_sample({"y": y}, x)
-    ).y
+    arguments = velocity.arguments({"y": y}, x)
+    got = solve_adaptive(velocity, x, 0.0, end, TABLEAUS["dopri5"], options, arguments=arguments, follow=FOLLOW).y
     assert {2 * B, 2} <= set(model.rows)
     times = end[:, None] * torch.linspace(0.0, 1.0, 201, dtype=torch.float64)
     wanted = solve(guidance, Model(), x, resolve("rk4"), grid=times.T.numpy(), y=y)

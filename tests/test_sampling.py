@@ -430,7 +430,7 @@ def test_graphs_replay_with_new_data_and_numbers(recorder: Recorder) -> None:
         samples, result = fm.sample(network, x_0, steps=steps, schedule=schedule, method="heun2", shift=shift)
         eager = fm.Solver(network, steps=steps, schedule=schedule, method="heun2")
         with torch.no_grad():
-            expected, _ = eager._sample_fixed(eager.plan(), x_0, None, 0, False, None, {"shift": shift})
+            expected, _ = eager._sample_fixed(eager.plan(), x_0, None, 0, None, False, None, {"shift": shift})
         assert torch.allclose(samples, expected, atol=1e-6), call
         outputs.append(result.graph.split(":")[0])
     assert outputs == ["eager", "captured", "replayed", "replayed", "eager"]

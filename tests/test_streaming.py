@@ -47,7 +47,7 @@ def test_samples_are_those_of_single_solves(impl: str) -> None:
     for result in results:
         row = slice(result.request, result.request + 1)
         alone = solve_adaptive(
-            mixture, mixture.y0[row], 0.0, 1.0, DOPRI5, options, model_kwargs={"rate": mixture.rate[row]}
+            mixture, mixture.y0[row], 0.0, 1.0, DOPRI5, options, arguments={"rate": mixture.rate[row]}
         )
         assert result.status == Status.SUCCESS
         if impl == "auto":
@@ -67,7 +67,14 @@ def test_a_stream_evaluates_less_than_batches() -> None:
             rows = slice(i, i + 32)
             own = AdaptiveOptions(rtol=1e-5, atol=1e-5, compact=compact)
             result = solve_adaptive(
-                mixture, mixture.y0[rows], 0.0, 1.0, DOPRI5, own, model_kwargs={"rate": mixture.rate[rows]}
+                mixture,
+                mixture.y0[rows],
+                0.0,
+                1.0,
+                DOPRI5,
+                own,
+                arguments={"rate": mixture.rate[rows]},
+                follow=["rate"],
             )
             useful += int(6 * result.n_steps.sum() + 2 * 32) if compact else 0
         counts[name] = mixture.evaluations
@@ -128,14 +135,33 @@ def test_bad_requests() -> None:
     def run(requests: list, **options: object) -> list:
         return list(sample_stream(lambda x, t, **kwargs: -x, requests, **options))  # type: ignore[arg-type]
 
-    with pytest.raises(ValueError, match=r"requests\[1\]: expected the shape of requests\[0\], \(2,\)"):
-        run([torch.ones(2), torch.ones(3)])
-    with pytest.raises(ValueError, match=r"requests\[1\]: expected the keyword arguments of requests\[0\], \['a'\]"):
-        run([(torch.ones(2), {"a": 1}), torch.ones(2)])
-    with pytest.raises(TypeError, match=r"requests: expected tensors or pairs"):
-        run(["x"])
-    with pytest.raises(TypeError, match="requests: expected keyword arguments that are tensors or numbers"):
-        run([(torch.ones(2), {"a": "x"})])
+    x, y = torch.ones(2), torch.ones(3)
+    first = r"in requests\[0\]"
+    for requests, text in [
+        ([x, y], r"requests\[1\]: expected the shape of requests\[0\], \(2,\)"),
+        ([x, x.double()], r"requests\[1\]: expected the dtype of requests\[0\], torch.float32"),
+        ([(x, {"a": 1}), x], r"requests\[1\]: expected the keyword arguments of requests\[0\], \['a'\]"),
+        (
+            [(x, {"a": x}), (x, {"a": y})],
+            r"requests\[1\]: expected a of the shape that it has " + first,
+        ),
+        ([(x, {"a": [1]}), (x, {"a": 1})], r"requests\[1\]: expected a of the structure that it has " + first),
+        ([x, "x"], r"requests\[1\]: expected a tensor or a pair \(x_0, keyword arguments\), got 'x'"),
+        ([x, (x, None)], r"requests\[1\]: expected a tensor or a pair"),
+        ([x, torch.ones(2, dtype=torch.int32)], r"requests\[1\]: expected a float32"),
+        ([(x, {"a": 1}), (x, {"a": "x"})], r"requests\[1\]: expected keyword arguments that are tensors or numbers"),
+        ([(x, {"a": 1}), (x, {"a": x.to("meta")})], r"requests\[1\]: expected keyword arguments on the device of x_0"),
+    ]:
+        for capacity in (1, 2):  # beside others, and by itself
+            good, bad = sorted(run(requests, capacity=capacity), key=lambda r: r.request)
+            assert (good.status, good.error) == (Status.SUCCESS, None)
+            torch.testing.assert_close(good.x, x * math.exp(-1), rtol=1e-4, atol=1e-4)
+            assert (bad.sample, bad.status, bad.n_steps) == (None, None, 0)
+            with pytest.raises((TypeError, ValueError), match=text):
+                _ = bad.x
+    for requests in ("x", 3, None, {"x": 1}):
+        with pytest.raises(TypeError, match="requests: expected an iterable of tensors or pairs"):
+            run(requests)
     with pytest.raises(ValueError, match=r"method: expected one of 'heun_euler', .*'euler' is explicit, on a fixed"):
         run([], method="euler")
     with pytest.raises(ValueError, match="capacity: expected an int >= 1"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -18,14 +18,16 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .._checks import check_number, type_error, value_error
+from .._arguments import NOTHING, Named, all_kwargs, check_named, named, names_of
+from .._checks import check_choice, check_number, type_error, value_error
 from .._keys import attributes, is_ours, key_or_none
 from ..paths import CondOT, Path
+from ..paths.targets import TARGETS
 from ..solvers.programs.builder import Builder
 from ..solvers.programs.expressions import Expr, Number, as_number
 from ..solvers.programs.immediate import Immediate
 from ..solvers.programs.run import Call
-from .calls import Branches, Calls, Model, check_leads
+from .calls import Batched, Batching, Branches, Calls, Model, is_plain_number
 
 # A number, one for each sample (or token), or a function of the time, given as a tensor.
 Scale = float | Tensor | np.ndarray | Callable[[Tensor], Tensor | float]
@@ -58,6 +60,34 @@ def checked_scale(name: str, scale: Scale) -> Scale:
         raise type_error(name, "a number, a tensor with one for each sample, or a function of t", scale)
     check_number(name, scale)
     return float(scale)
+
+
+def check_batched(value: Batched) -> None:
+    if not isinstance(value, bool) and value != "auto":
+        if isinstance(value, str):
+            raise value_error("batched", "True, False, 'auto' or a sequence of names of keyword arguments", value)
+        names_of("batched", value)
+
+
+def said_of(batched: Batched, shared: Sequence[str], labels: Iterable[str] = ()) -> Named:
+    """What the fields ``batched`` and ``shared`` say."""
+    names = () if isinstance(batched, (bool, str)) else batched
+    return Named(frozenset(names), frozenset(shared), frozenset(labels))
+
+
+def batching_of(batched: Batched) -> Batching:
+    """Names ask for one call."""
+    return batched if isinstance(batched, bool) else "auto" if isinstance(batched, str) else True
+
+
+def labels_of(negative: Mapping[str, Any] | None) -> list[str]:
+    """Arguments in whose place a number stands, which are class labels if they look like them."""
+    return [name for name, value in (negative or {}).items() if is_plain_number(value)]
+
+
+def check_kwargs(name: str, value: Any) -> None:
+    if value is not None and not (isinstance(value, Mapping) and all(isinstance(key, str) for key in value)):
+        raise type_error(name, "a dict of keyword arguments", value)
 
 
 def checked_interval(interval: Interval) -> Interval:
@@ -121,20 +151,34 @@ class Guidance(ABC):
         """For each branch the network and its keyword arguments."""
 
     @property
-    def shared_names(self) -> Sequence[str]:
-        """Names of keyword arguments that have no entry for each sample, whatever their shape."""
-        return getattr(self, "shared", ())
+    def said(self) -> Named:
+        """What the guidance says of keyword arguments: which have an entry for each sample, and which have none."""
+        return Named(shared=frozenset(getattr(self, "shared", ())))
 
-    def calls(self, model: Model, model_kwargs: Mapping[str, Any]) -> dict[str, Call]:
-        """The network calls of the branches, for an executor of programs."""
-        return Calls(self.branches(model, model_kwargs), self.shared_names, list(self._leads()))
+    @property
+    def batching(self) -> Batching:
+        """Whether one network call serves all branches; "auto": where it is known how."""
+        return True
+
+    def joined(self, branches: Branches, said: Named = NOTHING) -> Mapping[str, Call]:
+        """The network calls of branches, for an executor of programs."""
+        return Calls(branches, self.said | said, self.batching, list(self._leads()))
+
+    def calls(self, model: Model, model_kwargs: Mapping[str, Any], said: Named = NOTHING) -> Mapping[str, Call]:
+        """The network calls of the branches."""
+        branches = self.branches(model, model_kwargs)
+        check_named(said, (name for _, kwargs in branches.values() for name in kwargs))
+        return self.joined(branches, said)
 
     def at(
         self,
         model: Model,
-        model_kwargs: Mapping[str, Any],
+        model_kwargs: Mapping[str, Any] | None = None,
         path: Path = _COND_OT,
         prediction: str = "velocity",
+        *,
+        batched: Sequence[str] = (),
+        shared: Sequence[str] = (),
     ) -> Callable[[Tensor, Tensor], Tensor]:
         """The guided velocity as a function of tensors (x, t), as adaptive solvers and likelihoods call it.
 
@@ -143,44 +187,44 @@ class Guidance(ABC):
         without its momentum, CFG-Zero* without its zero-init, and CFG++, which is defined by steps, raises.
 
         Args:
-            model_kwargs: of the model; those that :meth:`per_sample` added are taken as the guidance's own.
+            model: any callable model(x, t, **model_kwargs).
+            model_kwargs: of the model.
             path: for rules that need more than velocities.
             prediction: what the model returns, as in :func:`fmkernels.sample`.
+            batched, shared: names of keyword arguments, as in :func:`fmkernels.sample`.
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong type or value.
         """
-        guidance, kwargs = self._with_rows(model_kwargs)
-        calls = Calls(guidance.branches(model, kwargs), guidance.shared_names)
-        leads = list(guidance._leads())
+        if not callable(model):
+            raise type_error("model", "a callable model(x, t, **model_kwargs)", model)
+        if not isinstance(path, Path):
+            raise type_error("path", "a path of fm.paths", path)
+        check_choice("prediction", prediction, TARGETS)
+        calls = self.calls(model, all_kwargs({}, model_kwargs), named(batched, shared))
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
-            check_leads(leads, x)
             builder = Immediate(calls, x, t, path, prediction)
-            return builder.tensor(guidance.velocity(builder, builder.x, t))
+            return builder.tensor(self.velocity(builder, builder.x, t))
 
         return velocity
 
-    def per_sample(self, model_kwargs: Mapping[str, Any], x: Tensor) -> dict[str, Any]:
-        """model_kwargs and, beside them, what of the guidance has an entry for each sample of x.
+    def scales(self) -> dict[str, np.ndarray | Tensor]:
+        """The arrays with an entry for each sample (or token) among what the programs read."""
+        leaves = enumerate(self._flat(network=False)[0])
+        return {str(i): leaf for i, leaf in leaves if isinstance(leaf, (Tensor, np.ndarray)) and leaf.ndim}
 
-        So that it follows its sample where a solver reorders or drops samples; :meth:`at` takes it back.
-        """
-        rows = {
-            f"{_PREFIX}{i}": torch.as_tensor(leaf).to(x.device)
-            for i, leaf in enumerate(self._flat()[0])
-            if isinstance(leaf, (Tensor, np.ndarray)) and leaf.ndim and leaf.shape[0] == x.shape[0]
-        }
-        return {**model_kwargs, **rows}
-
-    def _with_rows(self, model_kwargs: Mapping[str, Any]) -> tuple[Guidance, Mapping[str, Any]]:
-        rows = {name: value for name, value in model_kwargs.items() if name.startswith(_PREFIX)}
-        if not rows:
-            return self, model_kwargs
-        leaves, spec = self._flat()
-        for name, value in rows.items():
-            leaves[int(name[len(_PREFIX) :])] = value
+    def with_scales(self, scales: Mapping[str, Tensor]) -> Guidance:
+        """The same guidance with other arrays, as :meth:`scales` names them."""
+        if not scales:
+            return self
+        leaves, spec = self._flat(network=False)
+        for name, value in scales.items():
+            leaves[int(name)] = value
         result = copy.copy(self)
         for name, value in pytree.tree_unflatten(leaves, spec).items():
             object.__setattr__(result, name, value)
-        return result, {name: value for name, value in model_kwargs.items() if name not in rows}
+        return result
 
     def _flat(self, network: bool | None = None) -> tuple[list[Any], Any]:
         """The fields, or those alone that the network calls or the programs read, as leaves."""
@@ -209,7 +253,7 @@ class Guidance(ABC):
         return key_or_none(*(pair for pair in held if pair[0] not in network))
 
 
-def outputs(builder: Builder, x: Expr, t: Number, names: Sequence[str], batched: bool) -> list[Expr]:
+def outputs(builder: Builder, x: Expr, t: Number, names: Sequence[str], batched: Batching) -> list[Expr]:
     """The velocities of branches, from one call of the network or from one each."""
     if batched and len(names) > 1:
         return builder.evaluate_all(x, t, "|".join(names), len(names))
@@ -220,7 +264,7 @@ def is_number(value: Number, number: float) -> bool:
     return isinstance(value, float) and value == number
 
 
-def mixture(builder: Builder, x: Expr, t: Number, weights: Mapping[str, Number], batched: bool) -> Expr:
+def mixture(builder: Builder, x: Expr, t: Number, weights: Mapping[str, Number], batched: Batching) -> Expr:
     """The weighted sum of the branches' velocities; a branch whose weight is the number 0 is not evaluated."""
     names = [name for name, weight in weights.items() if not is_number(weight, 0.0)]
     total = Expr({})

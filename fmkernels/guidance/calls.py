@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from .._checks import type_error, value_error
+from .._arguments import NOTHING, PLAIN, Kind, Named, kind_of, leaves, structure, tree_map
+from .._checks import describe, type_error, value_error
 from ..solvers.programs.run import Call
 
 Model = Callable[..., Any]
-Branches = dict[str, tuple[Model, Mapping[str, Any]]]
+# For each branch the network and its keyword arguments.
+Branches = Mapping[str, tuple[Model, Mapping[str, Any]]]
+Batching = bool | Literal["auto"]
+# The same with names of arguments that have an entry for each sample.
+Batched = Batching | Sequence[str]
+
+
+def is_plain_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def overridden(model_kwargs: Mapping[str, Any], other: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -21,24 +29,30 @@ def overridden(model_kwargs: Mapping[str, Any], other: Mapping[str, Any] | None)
     result = dict(model_kwargs)
     for name, value in (other or {}).items():
         old = result.get(name)
-        if isinstance(old, Tensor) and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if isinstance(old, Tensor) and is_plain_number(value):
             value = torch.full_like(old, value)
         result[name] = value
     return result
 
 
 class Calls(dict[str, Call]):
-    """The network call of each branch; of several, joined by "|", one call on a batch of all of them."""
+    """The network call of each branch; of several, joined by "|", one call on a batch of all of them, if it can be."""
 
-    def __init__(self, branches: Branches, shared: Sequence[str] = (), leads: Sequence[tuple[str, tuple]] = ()) -> None:
+    def __init__(
+        self,
+        branches: Branches,
+        said: Named = NOTHING,
+        batching: Batching = True,
+        leads: Sequence[tuple[str, tuple]] = (),
+    ) -> None:
         super().__init__()
-        self._branches, self._shared, self._leads = branches, shared, leads
+        self._branches, self._said, self._batching, self._leads = branches, said, batching, leads
 
     def __missing__(self, branch: str) -> Call:
         names = branch.split("|")
         models = [self._branches[name] for name in names]
         if len(names) > 1:
-            call: Call = _Batched(models[0][0], [kwargs for _, kwargs in models], self._shared)
+            call: Call = _Joined(models, self._said, self._batching)
         else:
             call = _bound(*models[0])
         self[branch] = call = _guarded(call, self._leads) if self._leads else call
@@ -65,64 +79,108 @@ def check_leads(leads: Sequence[tuple[str, tuple]], x: Tensor) -> None:
             )
 
 
-@final
-class _Batched:
-    """Several calls of a network as one, on their rows one after the other."""
+class _CannotJoin(ValueError):
+    """Why several calls cannot be one."""
 
-    def __init__(self, model: Model, kwargs: list[Mapping[str, Any]], shared: Sequence[str]) -> None:
-        self.model, self.kwargs, self.shared = model, kwargs, shared
-        self.merged: dict[int, dict[str, Any]] = {}  # for each number of rows
+
+@final
+class _Joined:
+    """Several calls of a network as one, on their rows one after the other; or apart, where it is not known how."""
+
+    def __init__(self, models: Sequence[tuple[Model, Mapping[str, Any]]], said: Named, batching: Batching) -> None:
+        self.model, self.kwargs = models[0][0], [kwargs for _, kwargs in models]
+        self.said, self.batching = said, batching
+        self.apart = [_bound(*pair) for pair in models]
+        # the joined arguments for a number of rows, None where they cannot be joined
+        self.joined: dict[int, dict[str, Any] | None] = {}
 
     def __call__(self, x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
         count, rows = len(self.kwargs), x.shape[0]
-        merged = self.merged.get(rows)
-        if merged is None:
-            self.merged[rows] = merged = merge_kwargs(self.kwargs, rows, self.shared)
-        v = self.model(torch.cat([x] * count), t if t.dim() == 0 else torch.cat([t] * count), **merged)
+        known = self.joined
+        if rows not in known:
+            self.joined = known = {rows: self._join(rows)}
+        kwargs = known[rows]
+        if kwargs is None:
+            return tuple(call(x, t) for call in self.apart)  # type: ignore[misc]  # one output each
+        v = self.model(torch.cat([x] * count), t if t.dim() == 0 else torch.cat([t] * count), **kwargs)
         if not isinstance(v, Tensor):
             raise type_error("model", "a tensor from model(x, t)", v)
         if v.dim() == 0 or v.shape[0] != count * rows:
             raise value_error("model", f"an output of {count * rows} rows for {count} branches of {rows}", v)
         return v.unflatten(0, (count, rows)).unbind(0)
 
+    def _join(self, rows: int) -> dict[str, Any] | None:
+        try:
+            return join_kwargs(self.kwargs, rows, self.said)
+        except _CannotJoin:
+            if self.batching is True:
+                raise
+            return None
 
-def merge_kwargs(kwargs: Sequence[Mapping[str, Any]], rows: int, shared: Sequence[str]) -> dict[str, Any]:
-    """The keyword arguments of one call in place of several: what differs is concatenated, samples are repeated."""
-    hint = "in one call for all branches; batched=False makes one call each"
+
+def join_kwargs(kwargs: Sequence[Mapping[str, Any]], rows: int, said: Named = NOTHING) -> dict[str, Any]:
+    """The keyword arguments of one call in place of several, the entries of batched ones one after the other.
+
+    Raises:
+        ValueError: an argument of which it is not known whether it has an entry for each sample, or that differs
+            between the calls and has none; or the calls have different ones.
+    """
     names = list(kwargs[0])
-    merged = {}
     for other in kwargs[1:]:
         if set(other) != set(names):
             odd = sorted(set(names) ^ set(other))
-            raise ValueError(f"{odd[0]}: expected the same keyword arguments {hint}; it is not given to all")
-    for name in names:
-        flat = [pytree.tree_flatten(k[name]) for k in kwargs]
-        if any(spec != flat[0][1] for _, spec in flat[1:]):
-            raise ValueError(f"{name}: expected the same structure {hint}")
-        leaves = [
-            _merge(name, values, rows, name in shared, hint)
-            for values in zip(*(leaves for leaves, _ in flat), strict=True)
-        ]
-        merged[name] = pytree.tree_unflatten(leaves, flat[0][1])
-    return merged
+            raise _CannotJoin(f"{odd[0]}: expected the same keyword arguments {_HINT}; it is not given to all")
+    return {name: _join(name, [k[name] for k in kwargs], rows, said) for name in names}
 
 
-def _merge(name: str, values: Sequence[Any], rows: int, shared: bool, hint: str) -> Any:
+_HINT = "in one call for all branches; batched=False makes one call each"
+
+
+def _join(name: str, values: Sequence[Any], rows: int, said: Named) -> Any:
+    kinds: set[Kind] = {kind_of(name, value, rows, said) for value in values}
+    first = values[0]
+    if "batched" in kinds and kinds <= {"batched", "shared"}:
+        if any(structure(value) != structure(first) for value in values[1:]):
+            raise _CannotJoin(f"{name}: expected the same structure {_HINT}")
+        return tree_map(lambda *leaves: _rows_of(name, leaves, rows), *values)
+    if "unknown" in kinds:
+        raise _CannotJoin(
+            f"{name}: expected to be named in batched=, as it has an entry for each of {rows} samples, or in shared=, "
+            f"as it has none, {_HINT}"
+        )
+    if not _same(values):
+        raise _CannotJoin(f"{name}: expected tensors with a row for each of {rows} samples, or equal values, {_HINT}")
+    return first
+
+
+def _rows_of(name: str, values: Sequence[Any], rows: int) -> Any:
+    """Leaves with an entry for each sample, or one for all, one after the other."""
+    first = values[0]
+    if _same(values) and not (isinstance(first, Tensor) and first.dim() and first.shape[0] == rows):
+        return first
+    if not all(isinstance(value, Tensor) for value in values):
+        raise _CannotJoin(f"{name}: expected tensors, or equal values, {_HINT}; got {describe(values[-1])}")
+    try:
+        if len({value.dim() for value in values if value.dim()}) > 1:
+            raise RuntimeError("a dimension more is not a dimension of size 1")
+        shape = torch.broadcast_shapes((rows,), *(value.shape[:1] for value in values))
+        inner = torch.broadcast_shapes(*(value.shape[1:] for value in values))
+    except RuntimeError:
+        shapes = " and ".join(str(tuple(value.shape)) for value in values)
+        raise _CannotJoin(
+            f"{name}: expected tensors with a row for each of {rows} samples {_HINT}; got shapes {shapes}"
+        ) from None
+    return torch.cat([value.expand(*shape, *inner) for value in values])
+
+
+def _same(values: Sequence[Any]) -> bool:
+    """Whether all are one object, or plain values that are equal."""
     first = values[0]
     if all(value is first for value in values):
-        per_sample = isinstance(first, Tensor) and first.dim() > 0 and first.shape[0] == rows and not shared
-        return torch.cat([first] * len(values)) if per_sample else first
-    if all(isinstance(value, Tensor) for value in values):
-        try:
-            shape = torch.broadcast_shapes(*(value.shape for value in values))
-        except RuntimeError:
-            shape = torch.Size()
-        if not shared and shape and shape[0] in (1, rows):
-            return torch.cat([value.expand(rows, *shape[1:]) for value in values])
-        shapes = " and ".join(str(tuple(value.shape)) for value in values)
-        raise ValueError(f"{name}: expected tensors with a row for each of {rows} samples {hint}; got shapes {shapes}")
-    if any(isinstance(value, Tensor) for value in values) or not all(
-        type(value) is type(first) and bool(value == first) for value in values
-    ):
-        raise ValueError(f"{name}: expected tensors, or equal values, {hint}; got {values[0]!r} and {values[-1]!r}")
-    return first
+        return True
+    if any(structure(value) != structure(first) for value in values):
+        return False
+    pairs = [zip(leaves(first), leaves(value), strict=True) for value in values[1:]]
+    return all(
+        a is b or (isinstance(a, PLAIN) and type(a) is type(b) and bool(a == b)) for pair in pairs for a, b in pair
+    )

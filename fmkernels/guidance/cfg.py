@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import check_choice, check_int, check_number, type_error, value_error
+from .._arguments import Named, names_of
+from .._checks import check_choice, check_int, check_number, value_error
 from ..ops.combine.op import combine
 from ..ops.row_dots.op import row_dots
 from ..paths.schedule import tensor_at
@@ -27,14 +28,19 @@ from .base import (
     Guidance,
     Interval,
     Scale,
+    batching_of,
+    check_batched,
+    check_kwargs,
     checked_interval,
     checked_scale,
     is_number,
+    labels_of,
     mixture,
     outputs,
+    said_of,
     scale_at,
 )
-from .calls import Branches, Model, overridden
+from .calls import Batched, Batching, Branches, Model, overridden
 from .linear import scale_of_weight, weight_of_scale
 
 CONVENTIONS = ("scale", "weight")
@@ -48,17 +54,16 @@ class ClassifierFree(Guidance):
 
     scale: Scale
     negative: Mapping[str, Any] | None = field(default=None, kw_only=True, metadata=NETWORK)
-    batched: bool = field(default=True, kw_only=True)
+    batched: Batched = field(default="auto", kw_only=True)
     interval: Interval = field(default=None, kw_only=True)
     shared: Sequence[str] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scale", checked_scale("scale", self.scale))
         object.__setattr__(self, "interval", checked_interval(self.interval))
-        if isinstance(self.shared, str):
-            raise type_error("shared", "a sequence of names", self.shared)
-        if self.negative is not None and not isinstance(self.negative, Mapping):
-            raise type_error("negative", "a dict of keyword arguments", self.negative)
+        check_batched(self.batched)
+        names_of("shared", self.shared)
+        check_kwargs("negative", self.negative)
         if not self.negative and self.needs_unconditional:
             raise value_error("negative", "the unconditional call's keyword arguments, e.g. {'y': null}", self.negative)
 
@@ -66,13 +71,21 @@ class ClassifierFree(Guidance):
     def needs_unconditional(self) -> bool:
         return not (isinstance(self.scale, float) and self.scale == 1.0)
 
+    @property
+    def said(self) -> Named:
+        return said_of(self.batched, self.shared, labels_of(self.negative))
+
+    @property
+    def batching(self) -> Batching:
+        return batching_of(self.batched)
+
     def branches(self, model: Model, model_kwargs: Mapping[str, Any]) -> Branches:
         unconditional = overridden(model_kwargs, self.negative)
         return {CONDITIONAL: (model, model_kwargs), UNCONDITIONAL: (model, unconditional)}
 
     def pair(self, builder: Builder, x: Expr, t: Number) -> list[Expr]:
         """The velocities c and u."""
-        return outputs(builder, x, t, _PAIR, self.batched)
+        return outputs(builder, x, t, _PAIR, self.batching)
 
 
 @final
@@ -101,8 +114,11 @@ class CFG(ClassifierFree):
             or a negative prompt. A number for a tensor's stands for a tensor full of it (a null class); a tensor that
             broadcasts against the conditional one is expanded.
         convention: of ``scale``: "scale" or "weight".
-        batched: one network call on both branches, x, t and keyword arguments concatenated; else two calls. A tensor
-            whose first dimension is the batch's is taken as having an entry for each sample.
+        batched: one network call on both branches, x, t and keyword arguments concatenated, or two. For one it must be
+            known which arguments have an entry for each sample, and a shape does not say: names of those that do,
+            ``batched=("y",)``, or True with names in :func:`fmkernels.sample`, ask for one call, and what is not known
+            is an error; "auto" takes one where all is known. Class labels (integers, (B,)) with a number in
+            ``negative`` are known, as is what no dimension of the batch's size has. False makes two calls.
         interval: times (low, high), both included, beyond which the scale is 1 (Kynkaanniemi et al. 2024) and, on a
             fixed grid, the unconditional branch is not evaluated.
         shared: names of keyword arguments that have no entry for each sample, whatever their shape.
@@ -154,7 +170,7 @@ class CFG(ClassifierFree):
         scale = self.scale if self.convention == "scale" else scale_of_weight(self.scale)
         w = scale_at(builder, scale, t, self.interval)
         if is_number(w, 1.0) or not (self.zero_star or self.rescale):
-            return mixture(builder, x, t, {CONDITIONAL: w, UNCONDITIONAL: 1.0 - w}, self.batched)
+            return mixture(builder, x, t, {CONDITIONAL: w, UNCONDITIONAL: 1.0 - w}, self.batching)
         c, u = self.pair(builder, x, t)
         if self.zero_star:
             (u,) = builder.compute(_scaled_to_match(), [c, u], 1)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._arguments import Named, names_of
 from .._checks import type_error, value_error
 from ..solvers.programs.builder import Builder
 from ..solvers.programs.expressions import Expr, Number, as_number
@@ -20,13 +21,18 @@ from .base import (
     Guidance,
     Interval,
     Scale,
+    batching_of,
+    check_batched,
+    check_kwargs,
     checked_interval,
     checked_scale,
     is_number,
+    labels_of,
     mixture,
+    said_of,
     scale_at,
 )
-from .calls import Branches, Model, overridden
+from .calls import Batched, Batching, Branches, Model, overridden
 
 
 @final
@@ -50,6 +56,7 @@ class AutoGuidance(Guidance):
     def __post_init__(self) -> None:
         if not callable(self.weak_model):
             raise type_error("weak_model", "a callable model(x, t, **model_kwargs)", self.weak_model)
+        check_kwargs("weak_kwargs", self.weak_kwargs)
         object.__setattr__(self, "scale", checked_scale("scale", self.scale))
         object.__setattr__(self, "interval", checked_interval(self.interval))
 
@@ -75,17 +82,22 @@ class MultiCondition(Guidance):
         conditions: pairs of the keyword arguments that the condition's call has in place of the caller's, and the
             weight: a number, a tensor with one for each sample, or a function of t.
         negative: the same for the unconditional call; None: the caller's own keyword arguments are unconditional.
-        batched: one network call for all branches.
+        batched: one network call for all branches, see :class:`fmkernels.guidance.CFG`.
         shared: names of keyword arguments that have no entry for each sample, whatever their shape.
     """
 
     conditions: Sequence[tuple[Mapping[str, Any], Scale]] = field(metadata=NETWORK)
     negative: Mapping[str, Any] | None = field(default=None, kw_only=True, metadata=NETWORK)
-    batched: bool = field(default=True, kw_only=True)
+    batched: Batched = field(default="auto", kw_only=True)
     shared: Sequence[str] = field(default=(), kw_only=True)
     weights: tuple[Scale, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        check_batched(self.batched)
+        names_of("shared", self.shared)
+        check_kwargs("negative", self.negative)
+        if not isinstance(self.conditions, (list, tuple)):
+            raise type_error("conditions", "a list of pairs (keyword arguments, weight)", self.conditions)
         if not self.conditions:
             raise value_error("conditions", "at least one pair (keyword arguments, weight)", self.conditions)
         weights = []
@@ -97,6 +109,15 @@ class MultiCondition(Guidance):
         object.__setattr__(self, "conditions", tuple((dict(kwargs), 0.0) for kwargs, _ in self.conditions))
         object.__setattr__(self, "weights", tuple(weights))
 
+    @property
+    def said(self) -> Named:
+        others = [self.negative, *(kwargs for kwargs, _ in self.conditions)]
+        return said_of(self.batched, self.shared, [name for other in others for name in labels_of(other)])
+
+    @property
+    def batching(self) -> Batching:
+        return batching_of(self.batched)
+
     def branches(self, model: Model, model_kwargs: Mapping[str, Any]) -> Branches:
         calls = {str(i): (model, overridden(model_kwargs, kwargs)) for i, (kwargs, _) in enumerate(self.conditions)}
         unconditional = overridden(model_kwargs, self.negative)
@@ -105,7 +126,7 @@ class MultiCondition(Guidance):
     def velocity(self, builder: Builder, x: Expr, t: Number) -> Expr:
         weights = {str(i): scale_at(builder, weight, t) for i, weight in enumerate(self.weights)}
         weights[UNCONDITIONAL] = 1.0 - sum(weights.values())
-        return mixture(builder, x, t, weights, self.batched)
+        return mixture(builder, x, t, weights, self.batching)
 
 
 @final
@@ -132,6 +153,7 @@ class ClassifierGuidance(Guidance):
     def __post_init__(self) -> None:
         if not callable(self.gradient):
             raise type_error("gradient", "a callable gradient(x, t, **gradient_kwargs)", self.gradient)
+        check_kwargs("gradient_kwargs", self.gradient_kwargs)
         object.__setattr__(self, "scale", checked_scale("scale", self.scale))
         object.__setattr__(self, "interval", checked_interval(self.interval))
 

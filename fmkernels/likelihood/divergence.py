@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
 
@@ -20,7 +20,18 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from .._checks import as_state, check_choice, check_float_tensor, check_int, check_like, type_error, value_error
+from .._arguments import all_kwargs, check_names, tree_map
+from .._checks import (
+    as_state,
+    check_choice,
+    check_float_tensor,
+    check_int,
+    check_like,
+    check_number,
+    check_same_device,
+    type_error,
+    value_error,
+)
 from ..ops._operands import compute_dtype
 from ..ops.random.op import randn, random_words
 from ..ops.row_dots.op import row_dots
@@ -62,6 +73,11 @@ def draw_probes(like: Tensor, noise: Noise, count: int, distribution: str, *, fi
 def streams_of(count: int, distribution: str) -> int:
     """How many streams ``count`` probes take."""
     return count if distribution == "gaussian" else -(-count // _BITS)
+
+
+def _ordinary(leaf: Any) -> Any:
+    """A tensor that autograd may save, in the place of one made in inference mode."""
+    return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf
 
 
 def _no_derivative() -> ValueError:
@@ -184,6 +200,7 @@ class Divergence:
                 stack.enter_context(torch.inference_mode(False))
                 x, t = x.clone(), t.clone()
                 probes = [e.clone() for e in probes]
+                kwargs = tree_map(_ordinary, kwargs or {})
             jacobian = (_Reverse if self.mode == "reverse" else _Forward)(func, t, x, kwargs or {}, gradient)
             stack.enter_context(torch.set_grad_enabled(gradient))
             div = self._exact(jacobian, x) if self.method == "exact" else self._estimate(jacobian, x, probes)
@@ -276,6 +293,8 @@ def divergence(
     mode: str = "reverse",
     chunk: int | None = None,
     gradient: bool = False,
+    model_kwargs: Mapping[str, Any] | None = None,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
     r"""A velocity field and its divergence, sum_d dv_d / dx_d of each sample.
 
@@ -285,7 +304,7 @@ def divergence(
     ones; p probes divide it by p.
 
     Args:
-        func: func(t, x) -> velocity of x's shape; samples must not depend on each other.
+        func: func(t, x, **model_kwargs) -> velocity of x's shape; samples must not depend on each other.
         t: a number, or a tensor of any shape that func takes.
         x: states (B, ...), floating.
         method: "exact" or "hutchinson".
@@ -300,6 +319,7 @@ def divergence(
             the model does not allow more.
         gradient: keep the graph, so that v and the divergence can be differentiated (to x where it requires a
             gradient, and to the model's parameters).
+        model_kwargs: keyword arguments of func; those that have none of our names may stand by themselves.
 
     Returns:
         (v, div): x's shape and dtype; (B,), float32 (float64 for float64 data).
@@ -312,8 +332,19 @@ def divergence(
         raise value_error("x", "at least one dimension, of samples", x)
     if not callable(func):
         raise type_error("func", "a callable func(t, x)", func)
+    check_choice("method", method, METHODS)
+    if not isinstance(gradient, bool):
+        raise type_error("gradient", "True or False", gradient)
     how = Divergence(method, probes, distribution, mode, chunk)
-    time = t if isinstance(t, Tensor) else torch.full((), float(t), dtype=compute_dtype(x), device=x.device)
+    if isinstance(t, Tensor):
+        check_float_tensor("t", t)
+        check_same_device("t", t, "x", x)
+        time = t
+    else:
+        check_number("t", t)
+        time = torch.full((), float(t), dtype=compute_dtype(x), device=x.device)
+    check_names(kwargs, (divergence,), (func,))
+    given = all_kwargs(kwargs, model_kwargs)
     directions: Sequence[Tensor] = ()
     if method == "hutchinson":
         if noise is None:
@@ -327,4 +358,4 @@ def divergence(
                 raise value_error("noise", "at least one probe", noise)
             for p, probe in enumerate(directions):
                 check_like(f"noise[{p}]", probe, "x", x)
-    return how(func, time, x, directions, gradient)
+    return how(func, time, x, directions, gradient, given)

@@ -8,21 +8,21 @@ integral as one more column of the state, so that its error is controlled too.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, final
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .._cache import Cache
-from .._checks import value_error
+from .._checks import as_state, value_error
 from ..ops._operands import compute_dtype
 from ..ops.step_control.op import Status
-from ..paths import CondOT, Path
-from ..paths.targets import TARGETS, conversion_coefficients
+from ..paths import CondOT
+from ..paths.targets import conversion_coefficients
 from ..random import Noise
 from ..solvers.adaptive.options import AdaptiveOptions
 from ..solvers.adaptive.solve import solve_adaptive
@@ -33,9 +33,10 @@ from ..solvers.programs.expressions import Number
 from ..solvers.programs.program import Compute, EndStep, Evaluate, Program
 from ..solvers.programs.run import Run
 from ..solvers.programs.tables import for_program, numbers_for, place
+from ..solvers.sampling.settings import FlowSettings
+from ..solvers.sampling.velocity import FOLLOW, Model, Velocity
 from .divergence import Divergence
 
-Model = Callable[..., Tensor]
 _COND_OT = CondOT()
 
 
@@ -105,44 +106,102 @@ def plan(method: Method, grid: list[Number]) -> Program:
     return Builder(grid, _COND_OT).plan(method)
 
 
-@dataclass
+@final
 class Flow:
-    """The velocity and divergence of a model's prediction, and the probes of a solve."""
+    """The velocity and divergence of a (guided) model's prediction, and the probes of a solve.
 
-    model: Model
-    path: Path
-    prediction: str
-    how: Divergence
-    noise: Noise | None
-    fresh: bool
-    gradient: bool
-    kwargs: dict[str, Any]
-    evaluations: int = 0
+    Args:
+        settings: whose model, guidance, path and prediction they are.
+        noise: of the probes; None where the divergence is exact.
+        fresh: whether each evaluation has probes of its own.
+        mask: of x's number of dimensions, True for what moves and counts.
+        kwargs: of the model.
+    """
+
+    def __init__(
+        self,
+        settings: FlowSettings,
+        how: Divergence,
+        noise: Noise | None,
+        fresh: bool,
+        gradient: bool,
+        mask: Tensor | None,
+        kwargs: Mapping[str, Any],
+        x: Tensor,
+    ) -> None:
+        self.how, self.noise, self.fresh, self.gradient = how, noise, fresh, gradient
+        self.path, self.prediction = settings.path, settings.prediction
+        # Without guidance the divergence of the network's output is enough: the velocity is affine in it.
+        self.affine = settings.guidance is None and self.prediction != "velocity"
+        prediction = "velocity" if self.affine else self.prediction
+        self.velocity = Velocity(settings.model, settings.guidance, settings.path, prediction, settings.said)
+        self.arguments = self.velocity.arguments(kwargs, x)
+        if settings.guidance is not None and how.mode == "reverse":
+            self.velocity.wrap(_recorded)
+        if mask is not None:
+            self.arguments["mask"] = mask
+        self.evaluations = 0
 
     @property
     def fixed(self) -> bool:
         """Whether all evaluations share their probes."""
         return self.noise is not None and not self.fresh
 
-    def probes(self, x: Tensor) -> list[Tensor]:
+    def probes(self, x: Tensor, mask: Tensor | None = None) -> list[Tensor]:
         """The probes of the next evaluation."""
-        return [] if self.noise is None else self.how.draw(x, self.noise, self.evaluations if self.fresh else 0)
+        if self.noise is None:
+            return []
+        probes = self.how.draw(x, self.noise, self.evaluations if self.fresh else 0)
+        return probes if mask is None else [torch.where(mask, probe, 0.0) for probe in probes]
 
-    def __call__(self, t: Tensor, x: Tensor, probes: Sequence[Tensor], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, t: Tensor, x: Tensor, probes: Sequence[Tensor], /, mask: Tensor | None = None, **arguments: Any
+    ) -> tuple[Tensor, Tensor]:
         if self.fresh:
-            probes = self.probes(x)
+            probes = self.probes(x, mask)
         self.evaluations += 1
-        output, div = self.how(self._at, t, x, probes, self.gradient, kwargs)
-        if TARGETS[self.prediction] is TARGETS["velocity"]:
+        field = self.velocity if mask is None else _Masked(self.velocity, mask)
+        output, div = self.how(field, t, x, probes, self.gradient, arguments)
+        if not self.affine:
             return output, div
         # v = a x + b output, so that div v = a D + b div output
         times = t.to(div.dtype)
         a, b = conversion_coefficients(self.path, times, self.prediction, "velocity")
         v = self.path.convert(output, x, t, self.prediction, "velocity")
-        return v, a * math.prod(x.shape[1:]) + b * div
+        if mask is None:
+            return v, a * math.prod(x.shape[1:]) + b * div
+        return torch.where(mask, v, 0.0), a * elements_of(mask, x) + b * div
 
-    def _at(self, t: Tensor, x: Tensor, **kwargs: Any) -> Tensor:
-        return self.model(x, t, **kwargs)
+
+class _Masked:
+    """A field that is 0 where a mask is False."""
+
+    def __init__(self, field: Callable[..., Tensor], mask: Tensor) -> None:
+        self.field, self.mask = field, mask
+
+    def __call__(self, t: Tensor, x: Tensor, /, **arguments: Any) -> Tensor:
+        return torch.where(self.mask, as_state("model", self.field(t, x, **arguments), x), 0.0)
+
+
+def _recorded(model: Model) -> Model:
+    """The same network; an output whose derivative is not recorded is an error."""
+
+    def call(x: Tensor, t: Tensor, /, **kwargs: Any) -> Tensor:
+        v = model(x, t, **kwargs)
+        if x.requires_grad and torch.is_grad_enabled() and isinstance(v, Tensor) and not v.requires_grad:
+            raise ValueError(
+                "guidance: expected networks whose outputs depend on x by differentiable operations, got one whose "
+                "derivative is not recorded (a classifier's gradient needs create_graph=True; add 0 * x to a field "
+                "that does not depend on x)"
+            )
+        return v
+
+    return call
+
+
+def elements_of(mask: Tensor, x: Tensor) -> Tensor:
+    """(B,) elements of each sample that a mask keeps."""
+    return mask.expand(x.shape).reshape(x.shape[0], math.prod(x.shape[1:])).sum(1)
 
 
 class Solution(NamedTuple):
@@ -162,10 +221,11 @@ def solve_fixed(
     like = torch.zeros(0, dtype=compute_dtype(x), device=x.device)
     weights = weight_table(program, like)
     divergences: list[Tensor] = []
-    probes = flow.probes(x) if flow.fixed else []
+    mask = flow.arguments.get("mask")
+    probes = flow.probes(x, mask) if flow.fixed else []
 
     def call(state: Tensor, t: Tensor) -> Tensor:
-        v, div = flow(t, state, probes, flow.kwargs)
+        v, div = flow(t, state, probes, **flow.arguments)
         divergences.append(div)
         return v
 
@@ -182,17 +242,15 @@ def solve_fixed(
     else:
         table = torch.stack(divergences)
         end, integral = run.result, (table * (weights if weights.dim() == 2 else weights[:, None])).sum(0)
-    return Solution(end, integral, program.evaluations, status_of(end, integral))
+    return Solution(end, integral, program.evaluations, status_of(end, integral, mask))
 
 
-def status_of(x: Tensor, integral: Tensor) -> Tensor:
+def status_of(x: Tensor, integral: Tensor, mask: Tensor | None = None) -> Tensor:
     """SUCCESS, or NON_FINITE where a sample's state or integral is not: int32 (B,)."""
-    states = x.detach().reshape(x.shape[0], math.prod(x.shape[1:]))
+    x = x.detach() if mask is None else torch.where(mask, x.detach(), 0.0)
+    states = x.reshape(x.shape[0], math.prod(x.shape[1:]))
     finite = torch.isfinite(integral.detach()) & torch.isfinite(states).all(1)
     return torch.where(finite, int(Status.SUCCESS), int(Status.NON_FINITE)).to(torch.int32)
-
-
-_PROBE = "fmkernels_probe_"  # keyword arguments that follow their samples when a batch shrinks
 
 
 def solve_adaptively(
@@ -206,18 +264,26 @@ def solve_adaptively(
     shape, dims = x.shape[1:], math.prod(x.shape[1:])
     dtype = compute_dtype(x)
 
-    def func(t: Tensor, y: Tensor, **kwargs: Any) -> Tensor:
-        probes = [kwargs.pop(name) for name in [name for name in kwargs if name.startswith(_PROBE)]]
+    plain = copy.copy(flow)
+    plain.gradient = False
+    norm = _JointNorm()
+
+    def func(
+        t: Tensor, y: Tensor, /, *, probes: Sequence[Tensor] = (), mask: Tensor | None = None, **arguments: Any
+    ) -> Tensor:
         state = y[:, :dims].to(x.dtype).contiguous().view(-1, *shape)
-        v, div = plain(t, state, probes, kwargs)
+        if mask is not None:
+            norm.share = (elements_of(mask, state) / max(dims, 1)).clamp(min=1.0 / max(dims, 1))
+        v, div = plain(t, state, probes, mask, **arguments)
         return torch.cat([v.reshape(-1, dims).to(dtype), div[:, None].to(dtype)], 1)
 
-    plain = replace(flow, gradient=False)
-    probes = flow.probes(x.detach()) if flow.fixed else []
-    kwargs = flow.kwargs | {f"{_PROBE}{p}": probe for p, probe in enumerate(probes)}
+    arguments = dict(flow.arguments)
+    if flow.fixed:
+        arguments["probes"] = flow.probes(x.detach(), arguments.get("mask"))
     y0 = torch.cat([x.detach().reshape(-1, dims).to(dtype), x.new_zeros(x.shape[0], 1, dtype=dtype)], 1)
     t0, t1 = (torch.from_numpy(t) if isinstance(t, np.ndarray) else t for t in (start, end))
-    result = solve_adaptive(func, y0, t0, t1, tableau, options, model_kwargs=kwargs, norm=_joint_norm)
+    follow = (*FOLLOW, "probes", "mask")
+    result = solve_adaptive(func, y0, t0, t1, tableau, options, arguments=arguments, follow=follow, norm=norm)
     if flow.gradient:
         assert result.steps is not None
         grid = _grid_of(result.steps, start, x.shape[0])
@@ -227,9 +293,22 @@ def solve_adaptively(
     return Solution(state, result.y[:, dims].clone(), result.n_f_evals, result.status)
 
 
-def _joint_norm(ratio: Tensor) -> Tensor:
-    """The larger one of the state's root mean square and the integral: no number of dimensions hides its error."""
-    return torch.maximum(ratio[:, :-1].square().mean(1).sqrt(), ratio[:, -1].abs())
+@final
+class _JointNorm:
+    """The larger one of the state's root mean square and the integral: no number of dimensions hides its error.
+
+    Attributes:
+        share: (R,) of the elements of each sample that count, of the rows that the field saw last; None: all.
+    """
+
+    def __init__(self) -> None:
+        self.share: Tensor | None = None
+
+    def __call__(self, ratio: Tensor) -> Tensor:
+        square = ratio[:, :-1].square().mean(1)
+        if self.share is not None:
+            square = square / self.share
+        return torch.maximum(square.sqrt(), ratio[:, -1].abs())
 
 
 def _grid_of(steps: list[tuple[Tensor, Tensor]], start: Number, batch: int) -> list[Number]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._arguments import all_kwargs, check_names
 from .._checks import (
     as_state,
     check_choice,
@@ -42,7 +43,8 @@ def sde_step_log_prob(
     last: bool | None = None,
     noise_transform: Transform | None = None,
     return_count: bool = False,
-    **model_kwargs: Any,
+    model_kwargs: Mapping[str, Any] | None = None,
+    **kwargs: Any,
 ) -> Any:
     r"""The log-density log N(x_next; mean(x, t), std^2) of a sampling step, differentiable in the model and in x.
 
@@ -67,7 +69,7 @@ def sde_step_log_prob(
         noise_transform: of the solve, see :mod:`fmkernels.solvers.methods.noise_transforms`: the density is that on the
             subspace, in which x and x_next are taken to be.
         return_count: also return the degrees of freedom of each sample's noise, (B,): elements that got noise.
-        model_kwargs: for the model.
+        model_kwargs: keyword arguments of the model; those that have none of our names may stand by themselves.
 
     Returns:
         (B,), or x's shape for "none", float32 (float64 for float64 x); with ``return_count`` a pair. 0 for a step,
@@ -93,6 +95,8 @@ def sde_step_log_prob(
         raise value_error("sde", "method 'euler' or 'exponential': the others' steps are not Gaussian", sde)
     if x.dim() == 0:
         raise value_error("x", "at least one dimension, of samples", x)
+    check_names(kwargs, (sde_step_log_prob,), (model,))
+    given = all_kwargs(kwargs, model_kwargs)
     dtype = compute_dtype(x)
     start, end = (_times(name, value, x) for name, value in (("t", t), ("t_next", t_next)))
     if last and sde.last_step != "none":
@@ -101,7 +105,7 @@ def sde_step_log_prob(
     if last is False:
         sde = replace(sde, last_step="none")
     times = start.to(dtype)
-    output = as_state("model", model(x, times.expand(x.shape[0]) if times.dim() == 0 else times, **model_kwargs), x)
+    output = as_state("model", model(x, times.expand(x.shape[0]) if times.dim() == 0 else times, **given), x)
     if start.dim() and end.dim() and start.shape != end.shape:
         raise value_error("t_next", f"a number, or the shape of t, {tuple(start.shape)}", t_next)
     start, end = torch.broadcast_tensors(start.double(), end.double())

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..._arguments import take_rows
 from ...ops.step_control.op import Count
 from .rows import Batch, Dense, own_copy
 
@@ -56,12 +57,6 @@ def gather(batch: Batch, keep: Tensor, places: Tensor, kwargs: Mapping[str, Any]
     )
 
 
-def select_rows(value: Any, keep: Tensor, size: int) -> Any:
-    """Tensors with an entry for each of ``size`` samples, also in lists, tuples and dictionaries, for those kept."""
-    if isinstance(value, Tensor):
-        return value.index_select(0, keep.to(value.device)) if value.dim() and value.shape[0] == size else value
-    if isinstance(value, dict):
-        return {name: select_rows(entry, keep, size) for name, entry in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(select_rows(entry, keep, size) for entry in value)
-    return value
+def select_rows(kwargs: Mapping[str, Any], follow: Collection[str], keep: Tensor, size: int) -> dict[str, Any]:
+    """Arguments of which those named have an entry for each of ``size`` samples, for the samples kept."""
+    return {name: take_rows(value, keep, size) if name in follow else value for name, value in kwargs.items()}

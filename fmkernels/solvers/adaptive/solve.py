@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -70,12 +70,13 @@ def solve_adaptive(
     options: AdaptiveOptions,
     *,
     t_eval: Tensor | None = None,
-    model_kwargs: Mapping[str, Any] | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    follow: Collection[str] = (),
     on_step: OnStep | None = None,
     norm: Norm | None = None,
     graph: StepGraph | None = None,
 ) -> AdaptiveResult:
-    """Solves dy/dt = func(t, y, **model_kwargs) from y0 at t0 to t1, without gradients.
+    """Solves dy/dt = func(t, y, **arguments) from y0 at t0 to t1, without gradients.
 
     Args:
         func: returns a tensor of y's shape and dtype. y is a buffer that is written again later.
@@ -83,8 +84,9 @@ def solve_adaptive(
         t0, t1: numbers, or (B,) tensors (not where shared); forward and backward samples may stand in one batch.
         tableau: with an error estimate.
         t_eval: times of ``ys`` in the order of the solve, from t0 to t1 each: (T,), or (B, T).
-        model_kwargs: handed to func; tensors whose first dimension is B follow their samples, also those within lists,
-            tuples and dictionaries.
+        arguments: handed to func.
+        follow: names of those that have an entry for each sample: their tensors, also those within lists, tuples,
+            dictionaries and dataclasses, follow the samples where finished ones leave the batch.
         on_step: called with an :class:`AdaptiveStep` after each step was judged; a true answer ends the solve. Rows
             then keep their places.
         norm: of the tensor of error ratios, to () where shared, else (B,); None for the root mean square.
@@ -98,13 +100,13 @@ def solve_adaptive(
         raise value_error("y0", "at least one dimension, of samples", y0)
     with torch.no_grad():
         rows = 1 if options.shared else y0.shape[0]
-        problem, kwargs = options.problem(func, tableau, y0.dtype, norm), dict(model_kwargs or {})
+        problem, kwargs = options.problem(func, tableau, y0.dtype, norm), dict(arguments or {})
         key = None
         if t_eval is None and type(t0) is float and type(t1) is float:
             key = idle.key_of(problem, y0, rows)
             kept = idle.take(key, problem, y0, (t0, t1), kwargs)
             if kept is not None:
-                return _Solve(problem, options, kept.batch, on_step, key, kept).run(graph)
+                return _Solve(problem, options, kept.batch, follow, on_step, key, kept).run(graph)
         start, end = (_times(name, t, rows, y0.device) for name, t in (("t0", t0), ("t1", t1)))
         y = own_copy(y0)
         dense = None if t_eval is None else _dense(t_eval, start, end, y)
@@ -113,7 +115,7 @@ def solve_adaptive(
         if key is not None:
             stepper = make_stepper(problem, batch)
             kept = idle.Kept(stepper, batch, (float(t0), float(t1)), batch.clock.clone())
-        return _Solve(problem, options, batch, on_step, key, kept).run(graph)
+        return _Solve(problem, options, batch, follow, on_step, key, kept).run(graph)
 
 
 def _times(name: str, t: float | Tensor, rows: int, device: torch.device) -> Tensor:
@@ -167,11 +169,13 @@ class _Solve:
         problem: Problem,
         options: AdaptiveOptions,
         batch: Batch,
+        follow: Collection[str],
         on_step: OnStep | None,
         key: Hashable = None,
         kept: idle.Kept | None = None,
     ) -> None:
         self.problem, self.options, self.batch, self.on_step = problem, options, batch, on_step
+        self.follow = follow
         self.key, self.kept = key, kept  # the stepper, and under what it goes to the next solve
         self.whole = batch
         self.size = batch.y.shape[0] if batch.y.dim() else 1
@@ -258,7 +262,7 @@ class _Solve:
         keep = to_device(keep, self.batch.y.device)
         self._scatter()
         self.places = keep if self.places is None else self.places.index_select(0, keep)
-        kwargs = select_rows(self.whole.kwargs, self.places, self.size)
+        kwargs = select_rows(self.whole.kwargs, self.follow, self.places, self.size)
         self.batch = gather(self.batch, keep, self.places, kwargs)
         smaller = make_stepper(self.problem, self.batch, copy=stepper.copies_outputs)
         smaller.resume(stepper, keep)

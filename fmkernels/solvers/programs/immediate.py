@@ -28,6 +28,7 @@ class Immediate(Builder):
         super().__init__([t, t], path, prediction)
         self._calls, self._tensors = calls, [x]
         self._look = is_plain_context()
+        self.evaluations = 0  # network outputs
 
     def register(self, x: Expr) -> int:
         terms = {base: c for base, c in x.terms.items() if not (isinstance(c, float) and c == 0.0)} or {0: 0.0}
@@ -59,6 +60,7 @@ class Immediate(Builder):
         results = []
         for v in outputs:
             kept = Expr({self._append(as_state("model", v, x_t)): 1.0})
+            self.evaluations += 1
             results.append(self.convert(state, kept, t, "velocity", prediction or self.prediction))
         return results
 

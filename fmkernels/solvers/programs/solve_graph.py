@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -49,8 +49,9 @@ class Wanted(NamedTuple):
     """What a captured solve takes from its solver: the model, its owner, its network calls, how it is captured."""
 
     model: Any
-    calls: Callable[[dict[str, Any]], dict[str, Call]]
+    calls: Callable[[dict[str, Any]], Mapping[str, Call]]
     guidance: Any
+    said: Hashable
     time_dtype: torch.dtype
     time_shape: str
     mode: bool | Literal["auto"]
@@ -120,6 +121,7 @@ def replayed(
             (x.shape, x.dtype, x.device, x.stride()),
             signature(model_kwargs, owners),
             held_object(wanted.guidance, owners, network_fields(wanted.guidance)),
+            (wanted.said, getattr(wanted.guidance, "said", None), getattr(wanted.guidance, "batching", None)),
             (None if generator is None else id(generator), row_offset, wanted.time_shape, wanted.time_dtype),
             state_of(wanted.model),
             surroundings(x.device),

@@ -165,6 +165,9 @@ def times_of(schedule: str | Shift | Schedule, steps: int) -> np.ndarray:
     return times
 
 
+_BEYOND = 1e-6  # what rounding may put a time beyond its interval
+
+
 def make_grid(
     steps: int,
     schedule: str | Shift | Schedule,
@@ -172,5 +175,27 @@ def make_grid(
     *,
     waiting: bool = False,
 ) -> list[Number]:
-    """The times of a solve: given, or of a schedule. With ``waiting`` a sample's or token's own may stay the same."""
-    return as_grid(times_of(schedule, steps) if time_grid is None else time_grid, waiting=waiting)
+    """The times of a solve, within [0, 1]: given, or of a schedule.
+
+    Args:
+        waiting: a sample's or token's own times may stay the same.
+    """
+    grid = as_grid(times_of(schedule, steps) if time_grid is None else time_grid, waiting=waiting)
+    ends = [np.asarray(end) for end in (grid[0], grid[-1])]  # times are monotone
+    low, high = (float(extreme([extreme(end) for end in ends])) for extreme in (np.min, np.max))
+    if low < -_BEYOND or high > 1.0 + _BEYOND:
+        raise ValueError(
+            f"{'schedule' if time_grid is None else 'time_grid'}: expected times in [0, 1], from noise (t = 0) to data "
+            f"(t = 1), got times from {low:g} to {high:g}{times_hint(low, high)}"
+        )
+    return grid
+
+
+def times_hint(low: float, high: float) -> str:
+    """What to do about times outside [0, 1]."""
+    if low < 0.0 or high <= 2.0:
+        return ""
+    return (
+        f"; for a network whose times run to {high:g}, divide them here and multiply them there: "
+        f"lambda x, t: net(x, {high:g} * t)"
+    )

@@ -22,6 +22,8 @@ class SampleResult:
         log_prob: log-probability of each step of an SDE, if asked for: (steps, B), or (steps, B, ...) of each element.
         log_prob_count: int64 (steps, B), degrees of freedom of the steps' noise: how many elements got some. Sums
             divided by it are means.
+        compaction: of an adaptive solve: "on" where finished samples leave the batch, or "off: " and why not; None for
+            a fixed grid.
         graph: how the solve ran: "eager", "captured", "replayed", or "eager: " and why no graph was used.
     """
 
@@ -33,3 +35,4 @@ class SampleResult:
     log_prob: Tensor | None = None
     log_prob_count: Tensor | None = None
     graph: str = "eager"
+    compaction: str | None = None

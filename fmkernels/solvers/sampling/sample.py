@@ -2,55 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...paths import CondOT, Path
+from ...paths import Path
 from ...times import Shift
-from ..adaptive.controllers import Controller, IController
+from ..adaptive.controllers import Controller
+from ..methods.sde import SDE
 from ..programs.builder import Method
 from ..programs.draws import Transform
 from . import grids
 from .result import SampleResult
+from .settings import Compact, network_kwargs
 from .solver import Callback, Solver
-from .velocity import Model
-
-_COND_OT, _I_CONTROLLER = CondOT(), IController()
+from .velocity import Model, Rule
 
 
 def sample(
     model: Model,
     x_0: Tensor | Sequence[int],
     *,
-    steps: int | None = None,
-    method: str | Method = "euler",
-    path: Path | None = None,
-    prediction: str = "velocity",
-    guidance: Any = None,
-    sde: Any = None,
-    schedule: str | Shift | grids.Schedule = "uniform",
-    time_grid: Tensor | np.ndarray | Sequence[float] | None = None,
-    rtol: float = 1e-5,
-    atol: float = 1e-5,
-    controller: Controller | None = None,
-    max_steps: int = 10_000,
+    steps: int | None = Solver.steps,
+    method: str | Method = Solver.method,
+    path: Path | None = Solver.path,
+    prediction: str = Solver.prediction,
+    guidance: Rule | None = Solver.guidance,
+    sde: SDE | None = Solver.sde,
+    schedule: str | Shift | grids.Schedule = Solver.schedule,
+    time_grid: Tensor | np.ndarray | Sequence[float] | None = Solver.time_grid,
+    rtol: float = Solver.rtol,
+    atol: float = Solver.atol,
+    controller: Controller | None = Solver.controller,
+    max_steps: int = Solver.max_steps,
+    compact: Compact = Solver.compact,
     generator: torch.Generator | None = None,
     row_offset: int = 0,
     noise_transform: Transform | None = None,
     return_trajectory: bool = False,
     callback: Callback | None = None,
     progress: bool = False,
-    cuda_graph: bool | Literal["auto"] = "auto",
-    gradient: str = "none",
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-    time_shape: str = "batch",
-    time_dtype: torch.dtype | None = None,
-    **model_kwargs: Any,
+    cuda_graph: bool | Literal["auto"] = Solver.cuda_graph,
+    gradient: str = Solver.gradient,
+    dtype: torch.dtype | None = Solver.dtype,
+    device: torch.device | str | None = Solver.device,
+    time_shape: str = Solver.time_shape,
+    time_dtype: torch.dtype | None = Solver.time_dtype,
+    batched: Sequence[str] = Solver.batched,
+    shared: Sequence[str] = Solver.shared,
+    model_kwargs: Mapping[str, Any] | None = None,
+    **kwargs: Any,
 ) -> tuple[Tensor, SampleResult]:
     r"""Solves dx/dt = v(x, t) (or an SDE with the same marginals) from x_0 at t = 0, noise, to t = 1, data.
 
@@ -58,9 +62,10 @@ def sample(
     the device.
 
     Args:
-        model: any callable model(x, t, **model_kwargs) that returns a tensor of x's shape and dtype: a new one, its own
-            static buffer, x, a parameter. x is a buffer that later steps write to, unless gradients are recorded: a
-            model that keeps it must clone it. It must not write to x (an error); t is its own.
+        model: any callable model(x, t, **model_kwargs) that returns a tensor of x's shape, of any floating dtype (as
+            under autocast, it is taken in x's): a new one, its own static buffer, x, a parameter. x is a buffer that
+            later steps write to, unless gradients are recorded: a model that keeps it must clone it. It must not write
+            to x (an error); t is its own.
         x_0: initial states (B, ...), or a shape, for which standard normal noise is drawn.
         steps: steps of a fixed grid; 50 if None. An adaptive method takes adaptive steps where None.
         method: a name or a method object. Fixed grid: "euler", "midpoint", "heun2", "ralston", "heun3", "rk4",
@@ -100,29 +105,41 @@ def sample(
         dtype, device: of the state; x_0's, and for a shape float32 and the model's device, if None.
         time_shape: the shape of t for the model: "batch", (B,), or "scalar", ().
         time_dtype: of t; float32 (float64 for a float64 state) if None.
-        model_kwargs: handed to the model at each call. Those of an adaptive method whose first dimension is the batch
-            follow their samples when finished ones leave the batch.
+        compact: whether samples of an adaptive method leave the batch when they have finished: True (where a half has),
+            a share of the batch at which it shrinks, False, or "auto", for states of at least 1024 elements. It must
+            be known which keyword arguments follow their samples; else "auto" keeps the batch whole, ``True`` is an
+            error, and ``result.compaction`` says so.
+        batched, shared: names of the model's keyword arguments that have an entry for each sample, ``batched=("y",)``,
+            and of those that have none. A shape does not tell: a context of as many rows as there are samples looks
+            like an argument of theirs. Known without being named: what has no dimension of the batch's size, class
+            labels (integers, (B,)) that guidance sets to a number, and arrays of guidance scales.
+        model_kwargs: keyword arguments handed to the model at each call; those that have none of our names may stand
+            by themselves (``y=labels``).
 
     Returns:
         (samples, result): x at the last time, and a :class:`SampleResult`.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, shape or value; a model output unlike the state.
+        TypeError, ValueError: an argument of the wrong type, shape or value; a keyword argument that resembles one of
+            ours and that the model's signature has not; a model output unlike the state.
     """
     solver = Solver(
         model,
-        steps=steps,
-        method=method,
-        path=_COND_OT if path is None else path,
-        prediction=prediction,
-        guidance=guidance,
+        steps,
+        method,
+        path,  # type: ignore[arg-type]  # None is CondOT()
+        prediction,
+        guidance,
         sde=sde,
         schedule=schedule,
         time_grid=time_grid,
         rtol=rtol,
         atol=atol,
-        controller=_I_CONTROLLER if controller is None else controller,
+        controller=controller,  # type: ignore[arg-type]  # None is IController()
         max_steps=max_steps,
+        compact=compact,
+        batched=batched,
+        shared=shared,
         dtype=dtype,
         device=device,
         cuda_graph=cuda_graph,
@@ -130,13 +147,5 @@ def sample(
         time_shape=time_shape,
         time_dtype=time_dtype,
     )
-    return solver.sample(
-        x_0,
-        generator=generator,
-        row_offset=row_offset,
-        noise_transform=noise_transform,
-        return_trajectory=return_trajectory,
-        callback=callback,
-        progress=progress,
-        **model_kwargs,
-    )
+    given = network_kwargs((sample,), solver, kwargs, model_kwargs) if kwargs or model_kwargs is not None else kwargs
+    return solver.run(x_0, generator, row_offset, noise_transform, return_trajectory, callback, progress, given)

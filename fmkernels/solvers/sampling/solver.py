@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, fields
 from operator import attrgetter, is_
 from typing import Any, Literal
 
@@ -11,26 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..._checks import (
-    check_choice,
-    check_float_dtype,
-    check_float_tensor,
-    check_int,
-    check_number,
-    type_error,
-    value_error,
-)
-from ...ops.random.op import randn
-from ...paths import CondOT, Path
+from ..._arguments import check_named, leaves, unknown_reason
+from ..._checks import check_bool, check_choice, check_device, check_float_dtype, check_int, type_error, value_error
 from ...random import draw_seed
-from ...times import Shift
-from ..adaptive.controllers import Controller, IController
-from ..adaptive.options import AdaptiveOptions
 from ..adaptive.solve import solve_adaptive
-from ..methods import registry as methods
 from ..methods.reversible import Scheme, solve_reversible, tableau_of
+from ..methods.sde import SDE
 from ..methods.tableaus import Tableau
-from ..programs.builder import Method
 from ..programs.draws import Transform, check_transform, transformed
 from ..programs.expressions import Number
 from ..programs.program import Program
@@ -40,16 +27,21 @@ from ..programs.tables import numbers_for, table_of_numbers
 from . import grids
 from .plan import plan, plan_while_compiling
 from .result import SampleResult
-from .velocity import Model, Velocity
+from .settings import (
+    DEFAULT_STEPS,
+    FlowSettings,
+    check_generator,
+    network_kwargs,
+    start_state,
+)
+from .velocity import FOLLOW, Velocity
 
 Callback = Callable[[int, float, Tensor], object]
 GRADIENTS = ("none", "direct", "checkpoint", "reversible")
-DEFAULT_STEPS = 50
-_COND_OT, _I_CONTROLLER = CondOT(), IController()
 
 
-@dataclass
-class Solver:
+@dataclass(eq=False)
+class Solver(FlowSettings):
     """A model with a method, kept for repeated use: the plan, its tables and the captured graph stay between calls.
 
     All arguments are those of :func:`fmkernels.sample`. Each is an attribute: one that is changed is checked, and used
@@ -60,77 +52,46 @@ class Solver:
         >>> x_1, result = solver.sample((64, 2))
     """
 
-    model: Model
-    steps: int | None = None
-    method: str | Method = "euler"
-    path: Path = _COND_OT
-    prediction: str = "velocity"
-    guidance: Any = None
-    sde: Any = None
-    schedule: str | Shift | grids.Schedule = "uniform"
-    time_grid: Tensor | np.ndarray | Sequence[float] | None = None
-    rtol: float = 1e-5
-    atol: float = 1e-5
-    controller: Controller = _I_CONTROLLER
-    max_steps: int = 10_000
+    _: KW_ONLY
+    sde: SDE | None = None
     dtype: torch.dtype | None = None
     device: torch.device | str | None = None
     cuda_graph: bool | Literal["auto"] = "auto"
     gradient: str = "none"
-    time_shape: str = "batch"
-    time_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        self._check()
+        self.check()
+        self._checked: tuple[Any, ...] | None = None
 
-    def _check(self) -> None:
-        """Checks the settings, and what they are from which nothing has changed since."""
-        if not callable(self.model):
-            raise type_error("model", "a callable model(x, t, **model_kwargs)", self.model)
-        if not isinstance(self.path, Path):
-            raise type_error("path", "a path of fm.paths", self.path)
-        check_choice("time_shape", self.time_shape, ("batch", "scalar"))
+    def check(self) -> None:
+        super().check()
         check_choice("gradient", self.gradient, GRADIENTS)
         if self.cuda_graph not in (True, False, "auto"):
             raise value_error("cuda_graph", "True, False or 'auto'", self.cuda_graph)
-        check_int("max_steps", self.max_steps, low=1)
-        for name in ("dtype", "time_dtype"):
-            if getattr(self, name) is not None:
-                check_float_dtype(name, getattr(self, name))
-        for name in ("rtol", "atol"):
-            check_number(name, getattr(self, name), low=0.0)
-        if self.steps is not None:
-            check_int("steps", self.steps, low=0)
-            if self.time_grid is not None:
-                raise ValueError("steps, time_grid: expected at most one of them, got both")
-        if self.sde is not None and self.method != "euler":
-            raise value_error("method", "none beside sde=, which has its own", self.method)
-        self._adaptive = self._adaptive_tableau()
-        if self._adaptive is not None and self.gradient != "none":
+        if self.dtype is not None:
+            check_float_dtype("dtype", self.dtype)
+        if self.device is not None:
+            check_device("device", self.device)
+        if self.sde is not None:
+            if not isinstance(self.sde, SDE):
+                raise type_error("sde", "an fm.SDE", self.sde)
+            if self.method != "euler":
+                raise value_error("method", "none beside sde=, which has its own", self.method)
+        if torch.compiler.is_compiling():
+            return
+        if self.tableau() is None:
+            if self.sde is None:
+                self.fixed_method()  # a wrong name is told here
+        elif self.gradient != "none":
             raise value_error(
                 "gradient", "'none' with adaptive steps (fm.odeint has gradients), or steps=", self.gradient
             )
-        if self._adaptive is None and self.sde is None and not torch.compiler.is_compiling():
-            methods.resolve(self.method)  # a wrong name is told here
-        if not torch.compiler.is_compiling():
-            self._checked = _settings(self)
 
-    def _adaptive_tableau(self) -> Tableau | None:
-        if self.sde is not None or self.steps is not None:
-            return None
-        return methods.adaptive_tableau(self.method)
+    def _unchanged(self) -> bool:
+        return self._checked is not None and all(map(is_, _settings(self), self._checked))
 
-    def _start(self, x_0: Tensor | Sequence[int], generator: torch.Generator | None) -> Tensor:
-        if not isinstance(x_0, Tensor):
-            if not isinstance(x_0, Sequence) or not all(isinstance(n, int) for n in x_0):
-                raise type_error("x_0", "a tensor or a shape", x_0)
-            device = self.device
-            if device is None:
-                parameter = next(self.model.parameters(), None) if isinstance(self.model, torch.nn.Module) else None
-                device = parameter.device if parameter is not None else getattr(generator, "device", None)
-            return randn(x_0, dtype=self.dtype or torch.float32, device=device, generator=generator)
-        check_float_tensor("x_0", x_0)
-        return x_0.to(device=self.device, dtype=self.dtype)
+    def tableau(self) -> Tableau | None:
+        return None if self.sde is not None else super().tableau()
 
     def sample(
         self,
@@ -142,40 +103,62 @@ class Solver:
         return_trajectory: bool = False,
         callback: Callback | None = None,
         progress: bool = False,
-        **model_kwargs: Any,
+        model_kwargs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
     ) -> tuple[Tensor, SampleResult]:
         """Samples: see :func:`fmkernels.sample`."""
+        if not torch.compiler.is_compiling() and not self._unchanged():
+            self.check()  # settings may have changed since
+            self._checked = _settings(self)
+        given = network_kwargs((Solver.sample, Solver), self, kwargs, model_kwargs)
+        return self.run(x_0, generator, row_offset, noise_transform, return_trajectory, callback, progress, given)
+
+    def run(
+        self,
+        x_0: Tensor | Sequence[int],
+        generator: torch.Generator | None,
+        row_offset: int,
+        noise_transform: Transform | None,
+        return_trajectory: bool,
+        callback: Callback | None,
+        progress: bool,
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, SampleResult]:
+        """Samples with settings that are checked, and keyword arguments that are the model's."""
+        if row_offset != 0:
+            check_int("row_offset", row_offset, low=0)
+        if generator is not None:
+            check_generator(generator)
+        if return_trajectory is not False:
+            check_bool("return_trajectory", return_trajectory)
+        if progress is not False:
+            check_bool("progress", progress)
+        if callback is not None and not callable(callback):
+            raise type_error("callback", "a function callback(step, t, x)", callback)
         check_transform(noise_transform)
-        if torch.compiler.is_compiling():
-            adaptive = self._adaptive_tableau()
-        else:
-            if not all(map(is_, _settings(self), self._checked)):
-                self._check()
-            adaptive = self._adaptive
-        x = self._start(x_0, generator)
+        x = start_state(x_0, self.model, generator, row_offset, self.dtype, self.device)
         if not isinstance(x_0, Tensor):
             x = transformed(noise_transform, x)
-        if x.dim() == 0:
-            raise value_error("x_0", "at least one dimension, of samples", x)
         if self.gradient == "reversible":
-            return self._sample_reversible(x, return_trajectory, callback is not None or progress, model_kwargs)
-        if adaptive is not None:
-            return self._sample_adaptive(adaptive, x, return_trajectory, callback, progress, model_kwargs)
+            return self._sample_reversible(x, return_trajectory, callback is not None or progress, kwargs)
+        tableau = self.tableau()
+        if tableau is not None:
+            return self._sample_adaptive(tableau, x, return_trajectory, callback, progress, kwargs)
         program = self.plan()
         watcher = _watcher(program, callback, progress)
         if self.gradient != "none" and torch.is_grad_enabled():
             return self._sample_fixed(
-                program, x, generator, row_offset, noise_transform, return_trajectory, watcher, model_kwargs
+                program, x, generator, row_offset, noise_transform, return_trajectory, watcher, kwargs
             )
         with torch.no_grad():
             graph = self._graph_refusal(x, noise_transform, return_trajectory, watcher, program)
             if graph is None:
-                samples, how = replayed(self._wanted(x), program, x, generator, row_offset, model_kwargs)
+                samples, how = replayed(self._wanted(x), program, x, generator, row_offset, kwargs)
                 if samples is not None:
                     return samples, SampleResult(program.evaluations, program.steps, graph=how)
                 graph = how
             return self._sample_fixed(
-                program, x, generator, row_offset, noise_transform, return_trajectory, watcher, model_kwargs, graph
+                program, x, generator, row_offset, noise_transform, return_trajectory, watcher, kwargs, graph
             )
 
     def grid(self) -> list[Number]:
@@ -189,18 +172,18 @@ class Solver:
         make = plan_while_compiling if torch.compiler.is_compiling() else plan
         return make(method, steps, self.schedule, self.time_grid, self.path, self.prediction, self.guidance)
 
-    def calls(self, model_kwargs: dict[str, Any]) -> dict[str, Call]:
+    def calls(self, model_kwargs: dict[str, Any]) -> Mapping[str, Call]:
         """The network calls of each branch."""
         if self.guidance is not None:
-            return self.guidance.calls(self.model, model_kwargs)
+            return self.guidance.calls(self.model, model_kwargs, self.said)
+        check_named(self.said, model_kwargs)
         model = self.model
         return {"": (lambda x, t: model(x, t, **model_kwargs)) if model_kwargs else model}
 
     def _wanted(self, x: Tensor) -> Wanted:
-        return Wanted(self.model, self.calls, self.guidance, self.time_dtype_of(x), self.time_shape, self.cuda_graph)
-
-    def time_dtype_of(self, x: Tensor) -> torch.dtype:
-        return self.time_dtype or (torch.float64 if x.dtype == torch.float64 else torch.float32)
+        return Wanted(
+            self.model, self.calls, self.guidance, self.said, self.time_dtype_of(x), self.time_shape, self.cuda_graph
+        )
 
     def _graph_refusal(self, x: Tensor, transform: Any, trajectory: bool, watcher: Any, program: Program) -> str | None:
         """Why no graph is used, or None where one may be."""
@@ -286,51 +269,76 @@ class Solver:
         return_trajectory: bool,
         callback: Callback | None,
         progress: bool,
-        model_kwargs: dict[str, Any],
+        kwargs: dict[str, Any],
     ) -> tuple[Tensor, SampleResult]:
         if callback is not None or progress:
-            raise value_error("callback", "none with adaptive steps, which differ between samples", callback)
+            name, value = ("callback", callback) if callback is not None else ("progress", progress)
+            raise value_error(name, "none with adaptive steps, which differ between samples", value)
         grid = grids.make_grid(1, "uniform", self.time_grid)
-        options = AdaptiveOptions(
-            rtol=self.rtol,
-            atol=self.atol,
-            controller=self.controller,
-            max_steps=self.max_steps,
-            time_shape=self.time_shape,
-            time_dtype=self.time_dtype,
-        )
+        velocity = Velocity(self.model, self.guidance, self.path, self.prediction, self.said)
+        arguments = velocity.arguments(kwargs, x)
+        options, compaction = adaptive_options(self, x, velocity.unknown)
         t_eval = torch.as_tensor(np.asarray(grid)).to(x.device, non_blocking=True) if return_trajectory else None
-        if self.guidance is not None:
-            model_kwargs = self.guidance.per_sample(model_kwargs, x)
-        velocity = Velocity(self.model, self.guidance, self.path, self.prediction)
         graph = None if self.cuda_graph is False else velocity.graph(self.cuda_graph)
         result = solve_adaptive(
-            velocity, x, grid[0], grid[-1], tableau, options, t_eval=t_eval, model_kwargs=model_kwargs, graph=graph
+            velocity,
+            x,
+            grid[0],
+            grid[-1],
+            tableau,
+            options,
+            t_eval=t_eval,
+            arguments=arguments,
+            follow=FOLLOW,
+            graph=graph,
         )
-        nfe = round(result.n_f_evals * velocity.branches)
-        return result.y, SampleResult(nfe, result.n_steps, result.status, t_eval, result.ys, graph=result.graph)
+        if not result.graph.startswith("eager"):
+            compaction = "off: the steps are a captured graph"
+        nfe = round(result.n_f_evals * velocity.evaluations_each(x))
+        return result.y, SampleResult(
+            nfe, result.n_steps, result.status, t_eval, result.ys, graph=result.graph, compaction=compaction
+        )
 
     def _sample_reversible(
-        self, x: Tensor, return_trajectory: bool, watched: bool, model_kwargs: dict[str, Any]
+        self, x: Tensor, return_trajectory: bool, watched: bool, kwargs: dict[str, Any]
     ) -> tuple[Tensor, SampleResult]:
         """The same scheme with and without gradients."""
         if watched:
             raise value_error("gradient", "no callback or progress bar beside 'reversible'", self.gradient)
-        tableau = tableau_of(methods.resolve(self.method) if self.sde is None else self.sde)
+        tableau = tableau_of(self.fixed_method() if self.sde is None else self.sde)
         grid = [torch.as_tensor(t, dtype=torch.float64) for t in self.grid()]
         times = torch.stack(grid).to(x.device)
         steps, dtype = len(grid) - 1, self.time_dtype_of(x)
-        field = Velocity(self.model, self.guidance, self.path, self.prediction)
+        velocity = Velocity(self.model, self.guidance, self.path, self.prediction, self.said)
+        arguments = velocity.arguments(kwargs, x)
 
         def time(t: Tensor) -> Tensor:
             t = t.to(dtype)
             return t.expand(x.shape[0]) if t.dim() == 0 and self.time_shape == "batch" else t
 
         kept = range(steps + 1) if return_trajectory else [steps]
-        scheme = Scheme(lambda t, y: field(t, y, **model_kwargs), tableau, kept, time=time, name="model")
-        states = solve_reversible(scheme, x, times, [self.model], list(model_kwargs.values()))
+        scheme = Scheme(lambda t, y: velocity(t, y, **arguments), tableau, kept, time=time, name="model")
+        states = solve_reversible(scheme, x, times, velocity.modules, list(leaves(arguments)))
         where, trajectory = (times, states) if return_trajectory else (None, None)
-        return states[-1], SampleResult(round(field.evaluations), steps, None, where, trajectory)
+        return states[-1], SampleResult(velocity.evaluations, steps, None, where, trajectory)
+
+
+def adaptive_options(settings: FlowSettings, x: Tensor, unknown: Sequence[str], **more: Any) -> tuple[Any, str]:
+    """How an adaptive solve is controlled, and whether finished samples leave the batch: in words, for a result."""
+    if settings.compact is False:
+        return settings.options(**more), "off: compact=False"
+    options = settings.options(**more)
+    if options.record:
+        return options, "off: steps are recorded"
+    if options.compact_below(x) == 0.0:
+        return options, "off: a small state (compact='auto')"
+    if len(x) == 1:
+        return options, "off: one sample"
+    if not unknown:
+        return options, "on"
+    if settings.compact != "auto":
+        raise value_error("compact", f"batched= or shared= to name {', '.join(unknown)} beside it", settings.compact)
+    return settings.options(compact=False, **more), unknown_reason(unknown)
 
 
 _settings = attrgetter(*(f.name for f in fields(Solver)))
