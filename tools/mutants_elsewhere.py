@@ -16,7 +16,6 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
     # ------------------------------------------------------------------ guidance
     ("fmkernels/guidance/base.py", "low <= float(t) <= high", "low <= float(t) < high", LINEAR),
     ("fmkernels/guidance/base.py", "(t >= low) & (t <= high)", "(t > low) & (t <= high)", LINEAR),
-    ("fmkernels/guidance/calls.py", "and not shared\n", "\n", "tests/test_guidance_arguments.py"),
     ("fmkernels/guidance/cfg.py", "(square + 1e-8)", "(square + 1e-2)", LINEAR),
     ("fmkernels/guidance/cfg.py", "v_variance = (v_square - v_sum.square() / size)", "v_variance = v_square", LINEAR),
     ("fmkernels/guidance/cfg.py", "builder.step.number < self.zero_steps", "builder.step.number < 1", LINEAR),
@@ -43,18 +42,6 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
         "tests/test_likelihood_adaptive.py",
     ),
     ("fmkernels/likelihood/density.py", "+ math.log2(scale)", "- math.log2(scale)", "tests/test_likelihood.py"),
-    (
-        "fmkernels/likelihood/density.py",
-        "                max_steps=self.max_steps,\n",
-        "",
-        "tests/test_likelihood_adaptive.py",
-    ),
-    (
-        "fmkernels/likelihood/log_det.py",
-        "torch.maximum(ratio[:, :-1].square().mean(1).sqrt(), ratio[:, -1].abs())",
-        "ratio.square().mean(1).sqrt()",
-        "tests/test_likelihood_adaptive.py",
-    ),
     (
         "fmkernels/likelihood/log_det.py",
         "a * math.prod(x.shape[1:]) + b * div",
