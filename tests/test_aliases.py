@@ -178,6 +178,7 @@ def test_guided_calls_of_one_buffer(method: str, batched: bool) -> None:
     options: dict[str, Any] = {} if method == "dopri5" else {"steps": 5}
     for columns in (2, 1400):
         x = torch.linspace(-1.0, 1.0, 4 * columns).reshape(4, columns)
+        options["batched"] = ("y",)
         got, wanted = (
             fm.sample(m, x, method=method, guidance=guidance, y=torch.arange(4.0), **options)[0] for m in (model, plain)
         )

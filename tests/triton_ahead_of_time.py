@@ -68,7 +68,7 @@ def loss(
     regression_loss.run(
         empty(dtype, ROWS, inner), *operands(dtype, inner, 2, noise), [None, None], [1.0, -1.0], dtype,
         empty(double, ROWS) if rows else None, None, 1.0, empty(torch.bool, ROWS, inner) if rows else None,
-        KINDS[kind], 0.1, rows, True, True,
+        KINDS[kind], 0.1, rows, True,
     )  # fmt: skip
 
 

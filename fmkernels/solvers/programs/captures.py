@@ -56,9 +56,14 @@ def signature(arguments: Mapping[str, Any], owners: list[Any]) -> Hashable:
     for name, argument in arguments.items():
         leaves, spec = pytree.tree_flatten(argument)
         kinds.append((name, repr(spec)))
-        for v in leaves:
+        for i, v in enumerate(leaves):
             plain = isinstance(v, Tensor)
-            kinds.append((v.shape, v.dtype, v.device, v.stride()) if plain else held(v, owners, name))
+            try:
+                kinds.append((v.shape, v.dtype, v.device, v.stride()) if plain else held(v, owners, name))
+            except NoKey:  # told by the caller's name, where ours group what callers name
+                where = [str(k.key) for k in pytree.tree_flatten_with_path(argument)[0][i][0] if hasattr(k, "key")]
+                held(v, owners, where[-1] if where else name)
+                raise
     return tuple(kinds)
 
 
