@@ -31,8 +31,8 @@ FM_HOST_DEVICE void penalty(T d, T delta, T& value, T& derivative) {
     value = inside ? T(0.5) * d * d : delta * (magnitude - T(0.5) * delta);
     derivative = inside ? d : (d < T(0) ? -delta : (d > T(0) ? delta : d));  // a NaN stays one
   } else if constexpr (kind == Penalty::pseudo_huber) {
-    // sqrt(d^2 + delta^2) - delta = d^2 / (sqrt(d^2 + delta^2) + delta), without the cancellation next to 0; d and delta
-    // are measured by the larger of them, so that no square overflows and not both vanish
+    // sqrt(d^2 + delta^2) - delta = d^2 / (sqrt(d^2 + delta^2) + delta), without the cancellation next to 0; d and
+    // delta are measured by the larger of them, so that no square overflows and not both vanish
     const T magnitude = d < T(0) ? -d : d;
     const T unit = magnitude > delta ? magnitude : delta;
     const T x = d / unit, b = delta / unit;
