@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -16,6 +17,14 @@ from torch import Tensor
 
 LARGEST = sys.float_info.max
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def warn(message: str) -> None:
+    """Warns at the line of the user's code that called: the nearest one outside this package and torch."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("fmkernels", "torch"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def describe(value: Any) -> str:

@@ -88,7 +88,7 @@ def _plain_library() -> ModuleType | None:
 
 
 def plain_library(impl: str) -> ModuleType | None:
-    """The compiled library where its calls on plain CPU tensors may be tried first: see python/plain_call.h."""
+    """The compiled library where its calls on plain CPU tensors may be tried first: see python/plain.h."""
     if impl != "auto" or _torch.intercepted():
         return None
     return _plain_library()

@@ -75,7 +75,7 @@ def test_tuple_tolerances_are_of_each_tensor() -> None:
     loose = calls(rtol=(1e-1, 1e-6), atol=(1e-1, 1e-6))
     assert loose < calls(rtol=1e-6, atol=1e-6) / 2
     assert loose == calls(rtol=torch.tensor([1e-1, 1e-6], dtype=D), atol=torch.tensor([1e-1, 1e-6], dtype=D))
-    with pytest.raises(ValueError, match="rtol: expected a number, or 2 numbers"):
+    with pytest.raises(ValueError, match="rtol: expected a number, or 2 of them"):
         calls(rtol=(1e-3,) * 3)
 
 

@@ -46,7 +46,7 @@ MAX_OPERANDS = 3
 def _plain_loss(
     library: Any, pred: Tensor, operands: Any, coefficients: Any, reduction: str, kind: str, delta: float
 ) -> Tensor | None:
-    """The loss by python/plain_call.h, or None where the call is not plain enough (or wrong)."""
+    """The loss by python/plain.h, or None where the call is not plain enough (or wrong)."""
     if type(kind) is not str or kind not in KINDS or type(delta) is not float or not 0.0 < delta < math.inf:
         return None
     mean = reduction != "sum"

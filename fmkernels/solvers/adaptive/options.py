@@ -126,21 +126,30 @@ STEP_CONTROL = (
     "controller",
     "norm",
 )
+_FACTORS = ("safety", "ifactor", "dfactor")
 MOST_STEPS = 2**31 - 1
+
+
+def number_option(name: str, value: Any, **bounds: float) -> float:
+    """A number among options: an int, a float or a 0-dim tensor."""
+    if isinstance(value, Tensor) and value.dim() == 0 and not value.is_complex() and value.dtype != torch.bool:
+        value = value.item()
+    check_number(f"options: {name}", value, **bounds)
+    return float(value)
 
 
 def step_control_arguments(options: dict[str, Any]) -> dict[str, Any]:
     """The arguments of :class:`AdaptiveOptions` that they mean."""
-    first = options.get("first_step")
+    numbers = {name: number_option(name, options[name]) for name in _FACTORS if options.get(name) is not None}
+    controller = options.get("controller")
+    if controller is not None and numbers:
+        raise ValueError(f"options: expected a controller or {', '.join(numbers)}, which it has itself, got both")
+    first, least = options.get("first_step"), options.get("min_step")
+    most, steps = options.get("max_step"), options.get("max_num_steps")
     return {
-        "controller": options.get("controller")
-        or IController(
-            safety=float(options.get("safety", 0.9)),
-            ifactor=float(options.get("ifactor", 10.0)),
-            dfactor=float(options.get("dfactor", 0.2)),
-        ),
-        "first_step": None if first is None else abs(float(first)),
-        "min_step": float(options.get("min_step", 0.0)),
-        "max_step": float(options.get("max_step", math.inf)),
-        "max_steps": min(int(options.get("max_num_steps", MOST_STEPS)), MOST_STEPS),
+        "controller": IController(**numbers) if controller is None else controller,
+        "first_step": None if first is None else abs(number_option("first_step", first)),
+        "min_step": 0.0 if least is None else number_option("min_step", least, low=0.0),
+        "max_step": math.inf if most is None or most == math.inf else number_option("max_step", most, above=0.0),
+        "max_steps": MOST_STEPS if steps is None else min(int(number_option("max_num_steps", steps)), MOST_STEPS),
     }

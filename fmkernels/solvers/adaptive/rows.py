@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..._checks import describe
-from ...ops.step_control.op import Rules
+from ...ops.step_control.op import Clock, Rules
 from ..methods.tableaus import Tableau
 
 Field = Callable[..., Tensor]
@@ -98,6 +98,16 @@ class Batch:
     @property
     def rows(self) -> int:
         return self.clock.shape[1]
+
+    @property
+    def time(self) -> Tensor:
+        """(R,) float64, the times reached."""
+        return self.clock[Clock.T]
+
+    @property
+    def next_size(self) -> Tensor:
+        """(R,) float64, the signed sizes of the next steps; 0 for a finished row."""
+        return self.clock[Clock.H]
 
 
 def to_device(value: Tensor, device: torch.device) -> Tensor:

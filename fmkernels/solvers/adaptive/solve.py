@@ -9,14 +9,13 @@ host learns who has finished from a copy of the statuses that it looks at later,
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Collection, Hashable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..._checks import check_float_tensor, check_number, type_error, value_error
+from ..._checks import check_float_tensor, check_number, type_error, value_error, warn
 from ...ops.step_control.op import Clock, Count, Status, new_state
 from ..methods.tableaus import Tableau
 from . import kept_steppers as idle
@@ -28,6 +27,7 @@ from .step_graph import CapturedSteps, StepGraph, captured_steps
 from .stepper import AdaptiveStep, Stepper
 
 OnStep = Callable[[AdaptiveStep], Any]
+BeforeStep = Callable[[Batch], object]
 
 
 class AdaptiveResult(NamedTuple):
@@ -75,6 +75,8 @@ def solve_adaptive(
     on_step: OnStep | None = None,
     norm: Norm | None = None,
     graph: StepGraph | None = None,
+    before_step: BeforeStep | None = None,
+    enable_grad: bool = False,
 ) -> AdaptiveResult:
     """Solves dy/dt = func(t, y, **arguments) from y0 at t0 to t1, without gradients.
 
@@ -91,6 +93,8 @@ def solve_adaptive(
             then keep their places.
         norm: of the tensor of error ratios, to () where shared, else (B,); None for the root mean square.
         graph: asks for steps captured as a CUDA graph. Rows then keep their places too.
+        before_step: called with the :class:`Batch` before each step is tried.
+        enable_grad: calls func as the caller has set gradients, not without them; nothing of it is recorded.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or value; an output of func unlike y.
@@ -98,7 +102,7 @@ def solve_adaptive(
     check_float_tensor("y0", y0)
     if not options.shared and y0.dim() == 0:
         raise value_error("y0", "at least one dimension, of samples", y0)
-    with torch.no_grad():
+    with torch.set_grad_enabled(enable_grad and torch.is_grad_enabled()):
         rows = 1 if options.shared else y0.shape[0]
         problem, kwargs = options.problem(func, tableau, y0.dtype, norm), dict(arguments or {})
         key = None
@@ -106,7 +110,7 @@ def solve_adaptive(
             key = idle.key_of(problem, y0, rows)
             kept = idle.take(key, problem, y0, (t0, t1), kwargs)
             if kept is not None:
-                return _Solve(problem, options, kept.batch, follow, on_step, key, kept).run(graph)
+                return _Solve(problem, options, kept.batch, follow, on_step, before_step, key, kept).run(graph)
         start, end = (_times(name, t, rows, y0.device) for name, t in (("t0", t0), ("t1", t1)))
         y = own_copy(y0)
         dense = None if t_eval is None else _dense(t_eval, start, end, y)
@@ -115,7 +119,7 @@ def solve_adaptive(
         if key is not None:
             stepper = make_stepper(problem, batch)
             kept = idle.Kept(stepper, batch, (float(t0), float(t1)), batch.clock.clone())
-        return _Solve(problem, options, batch, follow, on_step, key, kept).run(graph)
+        return _Solve(problem, options, batch, follow, on_step, before_step, key, kept).run(graph)
 
 
 def _times(name: str, t: float | Tensor, rows: int, device: torch.device) -> Tensor:
@@ -171,11 +175,12 @@ class _Solve:
         batch: Batch,
         follow: Collection[str],
         on_step: OnStep | None,
+        before_step: BeforeStep | None = None,
         key: Hashable = None,
         kept: idle.Kept | None = None,
     ) -> None:
-        self.problem, self.options, self.batch, self.on_step = problem, options, batch, on_step
-        self.follow = follow
+        self.problem, self.options, self.batch = problem, options, batch
+        self.follow, self.on_step, self.before_step = follow, on_step, before_step
         self.key, self.kept = key, kept  # the stepper, and under what it goes to the next solve
         self.whole = batch
         self.size = batch.y.shape[0] if batch.y.dim() else 1
@@ -195,7 +200,7 @@ class _Solve:
             self.host_status = torch.full(batch.count.shape[1:], Status.SUCCESS, dtype=torch.int32)
             return self.result()
         entry = None
-        if graph is not None and self.on_step is None and not options.record:
+        if graph is not None and self.on_step is None and self.before_step is None and not options.record:
             entry, self.graph = captured_steps(graph, self.problem, batch, options.first_step, options.chunk)
         if entry is None:
             self._run()
@@ -223,6 +228,8 @@ class _Solve:
                     stepper = self._compact(stepper, (status == Status.RUNNING).nonzero()[:, 0])
                     watch.forget()
             for _ in range(options.chunk):
+                if self.before_step is not None:
+                    self.before_step(self.batch)
                 answer = stepper.step(self.on_step)
                 self._count(self.problem.tableau.stages - 1)
                 if options.record:
@@ -339,4 +346,4 @@ def warn_of_failures(status: Tensor, options: AdaptiveOptions) -> None:
     ]
     if parts:
         text = ", ".join(parts)
-        warnings.warn(f"fmkernels: adaptive solve: {text}; they are returned as they are", stacklevel=4)
+        warn(f"fmkernels: adaptive solve: {text}; they are returned as they are")

@@ -13,7 +13,6 @@ output's gradient.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,9 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .events import EventFn, solve_event
+from ..._checks import type_error, warn
+from .callbacks import CALLBACKS
+from .events import EventFn, event_time, solve_event
 from .odeint import odeint
-from .options import CALLBACKS, check_times
+from .options import Settings, check_func, check_times, settings_of
 from .packed import Field, Packed, State
 from .solves import solve
 
@@ -34,21 +35,11 @@ _FORWARD_ONLY = ("norm", "per_sample", "checkpoint", "reversible")
 
 
 @dataclass(frozen=True, eq=False)
-class _Settings:
-    """Arguments of a solve."""
-
-    rtol: Any
-    atol: Any
-    method: Any
-    options: dict[str, Any]
-
-
-@dataclass(frozen=True, eq=False)
 class _Problem:
     packed: Packed
     event_fn: EventFn | None
-    forward: _Settings
-    backward: _Settings
+    forward: Settings
+    backward: Settings
 
 
 class _Adjoint(torch.autograd.Function):
@@ -59,18 +50,10 @@ class _Adjoint(torch.autograd.Function):
         packed, ahead = problem.packed.part(y0.detach()), problem.forward
         ctx.problem = problem
         if problem.event_fn is None:
-            ys = solve(packed, t.detach(), ahead.rtol, ahead.atol, ahead.method, dict(ahead.options))
-            event_t = t.new_zeros(())
+            event_t, ys = t.new_zeros(()), solve(packed, t.detach(), ahead)
         else:
-            event_t, ys = solve_event(
-                packed,
-                t.detach(),
-                problem.event_fn,
-                rtol=ahead.rtol,
-                atol=ahead.atol,
-                method=ahead.method,
-                options=dict(ahead.options),
-            )
+            event_t, ys = solve_event(packed, t.detach(), problem.event_fn, ahead)
+        ctx.adjoint_options = problem.backward.options  # which torchdiffeq's own tests read and change
         ctx.save_for_backward(t, event_t, ys, *params)
         ctx.mark_non_differentiable(event_t)
         return event_t, ys
@@ -203,7 +186,7 @@ def odeint_adjoint(
 
     Args:
         func, y0, t, rtol, atol, method, options: as in :func:`fmkernels.odeint`.
-        event_fn: as there; the event time has no gradient by itself, :func:`fmkernels.odeint_event` adds it.
+        event_fn: as there.
         adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options: of the backward solve; by default those of the
             forward one (of tolerances for each tensor of a tuple the smallest). ``adjoint_options`` must be given where
             ``options`` are and the method differs. Its "norm" is by default the largest of those of t's gradient, y,
@@ -217,8 +200,10 @@ def odeint_adjoint(
         TypeError, ValueError: an argument of the wrong type, shape or value; func is no module and no
             ``adjoint_params`` are given.
     """
-    packed = Packed(func, y0)
-    t = check_times(t, packed.y0)
+    check_func(func)
+    packed, forward = Packed(func, y0), settings_of(rtol, atol, method, options)
+    given_back = settings_of(adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options, prefix="adjoint_")
+    t = check_times(t)
     if adjoint_params is None:
         if not isinstance(func, nn.Module):
             raise ValueError(
@@ -228,28 +213,42 @@ def odeint_adjoint(
         adjoint_params = _parameters(func)
     if adjoint_options is None and options is not None and adjoint_method not in (None, method):
         raise ValueError("adjoint_options: expected a dict beside options where adjoint_method is another, got None")
-    given = tuple(adjoint_params)
+    given = _tensors(adjoint_params)
     params = tuple(p for p in given if p.requires_grad)
-    options = dict(options or {})
-    back = {k: v for k, v in options.items() if k not in _FORWARD_ONLY}
-    back = back if adjoint_options is None else dict(adjoint_options)
+    back = {k: v for k, v in forward.options.items() if k not in _FORWARD_ONLY}
+    back = back if adjoint_options is None else given_back.options
     if callable(back.get("norm")) and len(params) < len(given):
-        warnings.warn("adjoint_params: those without gradient are left out of the adjoint norm's tuple", stacklevel=2)
-    back["norm"] = _norm(packed, options, back.get("norm"))
+        warn("adjoint_params: those without gradient are left out of the adjoint norm's tuple")
+    back["norm"] = _norm(packed, forward.options, back.get("norm"))
     problem = _Problem(
         packed,
         event_fn,
-        _Settings(rtol, atol, "dopri5" if method is None else method, options),
-        _Settings(
+        forward,
+        Settings(
             _smallest(rtol) if adjoint_rtol is None else adjoint_rtol,
             _smallest(atol) if adjoint_atol is None else adjoint_atol,
-            adjoint_method or method,
+            method if adjoint_method is None else adjoint_method,
             back,
         ),
     )
     event_t, ys = _Adjoint.apply(problem, packed.y0, t, *params)  # type: ignore[no-untyped-call]
     solution = packed.unpack(ys, lead=1)
-    return solution if event_fn is None else (event_t, solution)
+    if event_fn is None:
+        return solution
+    return event_time(packed, event_fn, t[0], event_t.detach(), ys[-1]), solution
+
+
+def _tensors(params: Any) -> tuple[Tensor, ...]:
+    if isinstance(params, Tensor):
+        raise type_error("adjoint_params", "a sequence of tensors", params)
+    try:
+        given = tuple(params)
+    except TypeError:
+        raise type_error("adjoint_params", "a sequence of tensors", params) from None
+    for i, p in enumerate(given):
+        if not isinstance(p, Tensor):
+            raise type_error(f"adjoint_params[{i}]", "a tensor", p)
+    return given
 
 
 def _smallest(tolerance: Any) -> float:

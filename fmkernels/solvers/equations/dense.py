@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from ..._checks import check_number, value_error
+from ..._checks import check_number, type_error, value_error
 from ...ops.combine.op import combine
 from ...ops.step_control.op import Status
-from ..adaptive.solve import solve_adaptive
 from ..methods import registry as methods
 from ..methods.runge_kutta import take_stages
 from ..methods.tableaus import Tableau
-from .options import adaptive_options, check_options, segments
+from .controlled import Control
+from .options import ADAPTIVE_OPTIONS, adaptive_options, check_func, check_options, segments, settings_of
 from .packed import Field, Packed, State
-from .solves import watcher
 
 
 @final
@@ -34,12 +32,15 @@ class DenseSolution:
         self._packed, self.times, self._coefficients = packed, times, coefficients
 
     def __call__(self, t: Tensor | float) -> Any:
-        t = torch.as_tensor(t, dtype=torch.float64, device="cpu").detach()
+        """With gradients to t too."""
+        if isinstance(t, Tensor) and (t.is_complex() or t.dtype == torch.bool):
+            raise type_error("t", "real times", t)
+        t = torch.as_tensor(t, dtype=torch.float64, device="cpu")
         sign = 1.0 if bool(self.times[-1] >= self.times[0]) else -1.0
         flat, times = sign * t.reshape(-1), sign * self.times
         if not bool(((flat >= times[0]) & (flat <= times[-1])).all()):
             raise value_error("t", f"times from {float(self.times[0])} to {float(self.times[-1])}", t)
-        step = torch.searchsorted(times, flat, side="right").sub_(1).clamp_(0, times.shape[0] - 2)
+        step = torch.searchsorted(times, flat.detach(), side="right").sub_(1).clamp_(0, times.shape[0] - 2)
         share = (flat - times[step]) / (times[step + 1] - times[step])
         chosen = self._coefficients[step.to(self._coefficients.device)]
         share = share.to(chosen).reshape(-1, *[1] * (chosen.dim() - 2))
@@ -74,34 +75,39 @@ def odeint_dense(
         TypeError, ValueError: an argument of the wrong type, shape or value.
         RuntimeError: a solve that does not reach t1.
     """
-    packed, options = Packed(func, y0), dict(options or {})
-    tableau = methods.adaptive_tableau(method or "dopri5", methods.DENSE)
-    if tableau is None or options.get("per_sample"):
+    check_func(func)
+    packed, settings = Packed(func, y0), settings_of(rtol, atol, method, options)
+    tableau = methods.adaptive_tableau(settings.method, methods.DENSE)
+    if tableau is None or settings.options.get("per_sample"):
         raise value_error("method", "an adaptive one, with a step size for all samples", method)
-    check_options(packed, tableau.name, options, adaptive=True)
-    first, last = (float(t.detach()) if isinstance(t, Tensor) else float(t) for t in (t0, t1))
-    for name, number in (("t0", first), ("t1", last)):
-        check_number(name, number)
+    check_options(packed, settings, ADAPTIVE_OPTIONS, judges=True)
+    first, last = (_time(name, value) for name, value in (("t0", t0), ("t1", t1)))
     if first == last:
         raise value_error("t1", "a time other than t0", t1)
-    engine = adaptive_options(packed, rtol, atol, options, record=True)
-    norm, watch, tableau = packed.norm(options.get("norm")), watcher(packed), tableau.adaptive()
+    control = Control(packed, tableau, settings, adaptive_options(packed, settings, record=True), gradient=True)
     y, ends, coefficients = packed.y0, [first], []
-    for segment in segments(options, first, last, y.dtype):
+    for segment in segments(settings.options, first, last, y.dtype):
         here = packed.part(y, segment.limits)
-        result = solve_adaptive(
-            here.field, y.detach(), segment.start, segment.end, tableau, engine, norm=norm, on_step=watch
-        )
-        engine = replace(engine, first_step=None)
+        result = control.part(here, segment)
         if bool((result.status != Status.SUCCESS).any()):
             raise RuntimeError("odeint_dense: expected a solve that reaches t1; see the warning")
         starts = [float(t) for t, _ in result.steps or []]
         ends += [*starts[1:], segment.end]
         k: Tensor | None = None
         for start, end in zip(starts, ends[-len(starts) :], strict=True):
-            y, k, rows = _step(here, tableau, y, k, start, end)
+            y, k, rows = _step(here, tableau.adaptive(), y, k, start, end)
             coefficients.append(rows)
-    return DenseSolution(packed, torch.tensor(ends, dtype=torch.float64), torch.stack(coefficients))
+    times = torch.tensor(ends, dtype=torch.float64, device="cpu")
+    return DenseSolution(packed, times, torch.stack(coefficients))
+
+
+def _time(name: str, value: Any) -> float:
+    if isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point():
+        if value.requires_grad and torch.is_grad_enabled():
+            raise value_error(name, "a time without gradient", value)
+        value = value.item()
+    check_number(name, value)
+    return float(value)
 
 
 def _step(

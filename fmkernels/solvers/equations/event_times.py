@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .events import Crossing, EventFn
+from ..._checks import check_number, type_error, value_error
+from .events import EventFn, event_time
 from .odeint import odeint
+from .options import check_func
 from .packed import Field, Packed, State
 
 
@@ -48,43 +50,34 @@ def odeint_event(
     Raises:
         RuntimeError: the solve came to its end without an event.
     """
+    check_func(func)
     packed = Packed(func, y0)
     if not isinstance(t0, Tensor):
-        t0 = torch.tensor(float(t0), dtype=packed.y0.dtype, device=packed.y0.device)
+        check_number("t0", t0)
+        # what half precision resolves is no time
+        dtype = torch.promote_types(packed.y0.dtype, torch.float32)
+        t0 = torch.tensor(float(t0), dtype=dtype, device=packed.y0.device)
+    if not t0.is_floating_point():
+        raise type_error("t0", "a number or a floating tensor", t0)
+    if t0.numel() != 1:
+        raise value_error("t0", "one number", t0)
+    if not isinstance(reverse_time, bool):
+        raise type_error("reverse_time", "a bool", reverse_time)
     t0 = t0.reshape(-1)
     t = torch.cat([t0, t0.detach() + (-1.0 if reverse_time else 1.0)])
     event_t, solution = odeint_interface(func, y0, t, event_fn=event_fn, **kwargs)
-    event_t = event_t.detach()
     if not torch.is_grad_enabled():
-        return event_t, solution
+        return event_t.detach(), solution
     parts = (solution,) if isinstance(solution, Tensor) else solution
     last = tuple(part[-1] for part in parts)
     y = packed.pack(last if packed.is_tuple else last[0])
-    crossing = Crossing(packed, event_fn, t0[0].detach().double())
-    value = crossing(event_t, y)
-    if not value.requires_grad and not y.requires_grad:
+    event_t = event_time(packed, event_fn, t0[0], event_t.detach(), y)
+    if not event_t.requires_grad:
         return event_t, solution
-    speed, rate = _rate(packed, crossing, event_t, y.detach())
-    # event_t's value stays as it is, and its gradient comes in
-    event_t = event_t - ((value - value.detach()) / rate).to(event_t.dtype)
+    with torch.no_grad():
+        speed = packed.field(event_t.to(y.dtype), y)
     y = y + speed * (event_t - event_t.detach()).to(y.dtype)
     ends = packed.unpack(y)
     ends = (ends,) if isinstance(ends, Tensor) else ends
     joined = tuple(torch.cat([part[:-1], end[None]]) for part, end in zip(parts, ends, strict=True))
     return event_t, joined if packed.is_tuple else joined[0]
-
-
-def _rate(packed: Packed, crossing: Crossing, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """dy/dt, and the total derivative of the event function in time."""
-    with torch.no_grad():
-        speed = packed.field(t.to(y.dtype), y)
-    with torch.enable_grad():
-        inputs = (t.detach().requires_grad_(), y.detach().requires_grad_())
-        value = crossing(*inputs)
-        grads = torch.autograd.grad(value, inputs, allow_unused=True) if value.requires_grad else (None, None)
-    rate = torch.zeros((), dtype=y.dtype, device=y.device)
-    if grads[0] is not None:
-        rate = rate + grads[0].to(y.dtype)
-    if grads[1] is not None:
-        rate = rate + (grads[1] * speed).sum()
-    return speed, torch.where(rate == 0.0, 1e-12, rate)

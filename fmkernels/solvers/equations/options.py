@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from operator import gt, lt
 from typing import Any, NamedTuple
@@ -13,20 +12,58 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..._checks import type_error, value_error
-from ..adaptive.options import STEP_CONTROL, AdaptiveOptions, step_control_arguments
+from ..._checks import check_choice, type_error, value_error, warn
+from ..adaptive.options import STEP_CONTROL, AdaptiveOptions, number_option, step_control_arguments
 from ..methods import registry as methods
 from ..methods.adams import MAX_ORDER, AdamsBashforth, AdamsMoulton
+from ..methods.runge_kutta import inside
 from ..programs.builder import Method
+from .callbacks import Callbacks
 from .packed import Packed
 
-_FIXED_OPTIONS = ("step_size", "grid_constructor", "interp", "checkpoint", "max_order", "reversible")
-_ADAPTIVE_OPTIONS = (*STEP_CONTROL, "step_t", "jump_t", "per_sample", "checkpoint")
-_IGNORED_OPTIONS = ("dtype", "norm", "perturb", "max_iters")  # torchdiffeq's, without a meaning here
-CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
+FIXED_OPTIONS = ("step_size", "grid_constructor", "interp", "perturb", "checkpoint", "max_order", "reversible")
+ADAPTIVE_OPTIONS = (*STEP_CONTROL, "step_t", "jump_t", "per_sample", "checkpoint")
+_IGNORED_OPTIONS = ("dtype", "norm", "perturb", "max_iters")  # torchdiffeq's, where they have no meaning
 
 
-def check_times(t: Any, y0: Tensor) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class Settings:
+    """How an equation is solved: the arguments of :func:`fmkernels.odeint` of these names."""
+
+    rtol: Any
+    atol: Any
+    method: Any
+    options: dict[str, Any]
+
+
+def settings_of(rtol: Any, atol: Any, method: Any, options: Any, prefix: str = "") -> Settings:
+    """The arguments as settings, as far as they can be checked without a problem; ``prefix`` is of their names."""
+    if options is not None and not isinstance(options, dict):
+        raise type_error(f"{prefix}options", "a dict", options)
+    if method is not None and not isinstance(method, str) and (isinstance(method, type) or not callable(method)):
+        raise type_error(f"{prefix}method", "a name, or a method of fixed steps", method)
+    options = dict(options or {})
+    for name in options:
+        if not isinstance(name, str):
+            raise type_error(f"{prefix}options", "names as keys", name)
+    for name, kind in (("norm", Callable), ("grid_constructor", Callable), ("dtype", torch.dtype)):
+        value = options.get(name)
+        if value is not None and not isinstance(value, kind) and (name, value) != ("norm", "seminorm"):  # type: ignore[arg-type]
+            expected = "a torch.dtype" if name == "dtype" else "a callable"
+            raise type_error(f"{prefix}options: {name}", expected, value)
+    for name in ("perturb", "per_sample", "checkpoint"):
+        value = options.get(name)
+        if value is not None and not isinstance(value, bool):
+            raise type_error(f"{prefix}options: {name}", "a bool", value)
+    return Settings(rtol, atol, "dopri5" if method is None else method, options)
+
+
+def check_func(func: Any) -> None:
+    if not callable(func):
+        raise type_error("func", "a callable func(t, y)", func)
+
+
+def check_times(t: Any) -> Tensor:
     """Times as torchdiffeq takes them: (T,) and strictly monotone."""
     if not isinstance(t, Tensor) or not t.is_floating_point():
         raise type_error("t", "a floating tensor", t)
@@ -39,51 +76,57 @@ def check_times(t: Any, y0: Tensor) -> Tensor:
     return t
 
 
-def check_options(packed: Packed, method: Any, options: dict[str, Any], *, adaptive: bool) -> None:
-    """Warns of options and callbacks that the method does not have."""
-    _warn_unknown(method, options, _ADAPTIVE_OPTIONS if adaptive else _FIXED_OPTIONS)
-    if not adaptive:
-        unused = [name for name in CALLBACKS[1:] if getattr(packed.func, name, None) is not None]
-        if unused:
-            warnings.warn(f"func: method {method!r} does not call {', '.join(unused)}", stacklevel=4)
+def check_options(packed: Packed, settings: Settings, known: Sequence[str], *, judges: bool) -> None:
+    """Warns of options, and of callbacks, that the method does not have.
 
-
-def _warn_unknown(method: Any, options: dict[str, Any], known: Sequence[str]) -> None:
+    Args:
+        known: the names of its options.
+        judges: whether it accepts and rejects steps.
+    """
+    method, options = settings.method, settings.options
     unknown = [name for name in options if name not in known and name not in _IGNORED_OPTIONS]
     if unknown:
-        warnings.warn(f"options: method {method!r} has no {', '.join(map(repr, unknown))}", stacklevel=5)
+        warn(f"options: method {method!r} has no {', '.join(map(repr, unknown))}")
+    unused = Callbacks(packed).without(judges)
+    if unused:
+        warn(f"func: method {method!r} does not call {', '.join(unused)}")
 
 
 def named_method(method: Any, options: dict[str, Any]) -> Method:
     """A method of fixed steps by its name in torchdiffeq or here, or as it is given."""
     found, order = methods.resolve(method, methods.ODEINT), options.get("max_order")
     if order is not None and isinstance(found, (AdamsBashforth, AdamsMoulton)):
+        order = int(number_option("max_order", order, low=1.0))
         least = 1 if isinstance(found, AdamsBashforth) else 2
-        return replace(found, order=min(max(int(order), least), MAX_ORDER))
+        return replace(found, order=min(max(order, least), MAX_ORDER))
     return found
 
 
 def interp_of(options: dict[str, Any]) -> str:
     interp = options.get("interp", "linear")
-    if interp not in ("linear", "cubic"):
-        raise value_error("interp", "'linear' or 'cubic'", interp)
+    check_choice("interp", interp, ("linear", "cubic"))
     return str(interp)
 
 
-def _per_sample(packed: Packed, options: dict[str, Any]) -> bool:
+def step_size_of(options: Any) -> float | None:
+    size = options.get("step_size")
+    return None if size is None else number_option("step_size", size, above=0.0)
+
+
+def per_sample_of(packed: Packed, options: dict[str, Any]) -> bool:
     per_sample = bool(options.get("per_sample", False))
     if per_sample and packed.is_tuple:
         raise value_error("options: per_sample", "a tensor y0, whose dimension 0 is the batch", packed.shapes)
     return per_sample
 
 
-def adaptive_options(packed: Packed, rtol: Any, atol: Any, options: dict[str, Any], record: bool) -> AdaptiveOptions:
-    """The options in the engine's words."""
-    per_sample = _per_sample(packed, options)
+def adaptive_options(packed: Packed, settings: Settings, record: bool) -> AdaptiveOptions:
+    """The settings in the engine's words."""
+    per_sample = per_sample_of(packed, settings.options)
     return AdaptiveOptions(
-        **step_control_arguments(options),
-        rtol=packed.tolerance("rtol", rtol),
-        atol=packed.tolerance("atol", atol),
+        **step_control_arguments(settings.options),
+        rtol=packed.tolerance("rtol", settings.rtol),
+        atol=packed.tolerance("atol", settings.atol),
         shared=not per_sample,
         compact=False,  # func may hold what belongs to the samples
         force_min_step=True,
@@ -109,16 +152,11 @@ def segments(options: dict[str, Any], first: float, last: float, dtype: torch.dt
     low, high = min(first, last), max(first, last)
     points: dict[float, bool] = {}
     for name in ("step_t", "jump_t"):
-        given = options.get(name)
-        if given is not None:
-            points.update((x, name == "jump_t") for x in torch.as_tensor(given).double().reshape(-1).tolist())
+        points.update((x, name == "jump_t") for x in _points(name, options.get(name)))
     inner = sorted((x for x in points if low < x < high), reverse=last < first)
-    info = torch.finfo(dtype)
 
     def beside(time: float, towards: float) -> float:
-        if not points.get(time, False) or time in (first, last):
-            return time
-        return time + math.copysign(max(abs(time) * info.eps, info.tiny), towards - time)
+        return inside(time, towards, dtype) if points.get(time, False) and low < time < high else time
 
     parts = []
     for start, end in pairwise([first, *inner, last]):
@@ -126,3 +164,20 @@ def segments(options: dict[str, Any], first: float, last: float, dtype: torch.dt
         plain = limits == sorted((start, end))
         parts.append(Segment(start, end, None if plain else (limits[0], limits[1])))
     return parts
+
+
+def _points(name: str, given: Any) -> list[float]:
+    if given is None:
+        return []
+    try:
+        points = torch.as_tensor(given, device=None if isinstance(given, Tensor) else "cpu")
+    except (TypeError, ValueError, RuntimeError):
+        raise type_error(f"options: {name}", "a tensor of times", given) from None
+    if points.is_complex() or points.dtype == torch.bool:
+        raise type_error(f"options: {name}", "a tensor of times", given)
+    if points.requires_grad:
+        raise value_error(f"options: {name}", "times without gradient", given)
+    numbers: list[float] = points.double().reshape(-1).tolist()
+    if any(map(math.isnan, numbers)):
+        raise value_error(f"options: {name}", "times that are numbers", given)
+    return numbers

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..._keys import NoKey
 from ...ops.combine.op import combine
 from ...paths import CondOT
-from ..methods.runge_kutta import combination, take_stages
+from ..methods.runge_kutta import combination, inside, take_stages
 from ..methods.tableaus import Tableau
 from ..programs.builder import Builder, grid_key
 from ..programs.expressions import ZERO, Expr, Number
+from ..programs.tables import accumulator
 
 
 def value_of(time: Number) -> float:
@@ -38,16 +40,43 @@ def hermite_weights(s: Number, h: Number) -> tuple[Number, Number, Number, Numbe
 
 
 def linear_or_hermite(
-    y0: Tensor, y1: Tensor, slopes: Sequence[Tensor] | None, start: float, end: float, time: float
+    y0: Tensor, y1: Tensor, slopes: Sequence[Tensor] | None, start: Number, end: Number, time: Number
 ) -> Tensor:
     """The state at a time within a step: on the line, or with the slopes at both ends on the Hermite polynomial."""
     s = (time - start) / (end - start)
     if slopes is None:
-        return combine([y0, y1], [1.0 - s, s])
-    return combine([y0, y1, *slopes], list(hermite_weights(s, end - start)))
+        operands, weights = [y0, y1], [1.0 - s, s]
+    else:
+        operands, weights = [y0, y1, *slopes], list(hermite_weights(s, end - start))
+    return combine(operands, [w.to(accumulator(y0)) if isinstance(w, Tensor) else w for w in weights])
 
 
-class DenseBuilder(Builder):
+class GridBuilder(Builder):
+    """A builder for a right-hand side.
+
+    Args:
+        perturb: the state's dtype, where the ends of a step are evaluated inside the step, at the dtype's next number;
+            None leaves them where they are.
+    """
+
+    def __init__(self, grid: Sequence[Number], perturb: torch.dtype | None = None) -> None:
+        super().__init__(grid, CondOT())
+        self.perturb = perturb
+
+    def _settings(self) -> Hashable:
+        return self.perturb
+
+    def evaluate_all(self, x: Expr, t: Number, branch: str, count: int, prediction: str | None = None) -> list[Expr]:
+        if self.perturb is not None:
+            _, *ends = self.step
+            for start, end in (ends, ends[::-1]):
+                if value_of(t) == value_of(start):
+                    t = inside(t, end, self.perturb)
+                    break
+        return super().evaluate_all(x, t, branch, count, prediction)
+
+
+class DenseBuilder(GridBuilder):
     """A builder that also puts out the state at given times between the grid's.
 
     Args:
@@ -55,19 +84,22 @@ class DenseBuilder(Builder):
         interp: "linear" or "cubic" (Hermite, with one more network call where the next step does not make it).
     """
 
-    def __init__(self, grid: Sequence[Number], wanted: Sequence[Number], interp: str) -> None:
-        super().__init__(grid, CondOT())
+    def __init__(
+        self, grid: Sequence[Number], wanted: Sequence[Number], interp: str, perturb: torch.dtype | None = None
+    ) -> None:
+        super().__init__(grid, perturb)
         self.wanted, self.interp, self.reached = list(wanted), interp, 1
-        self._values: dict[tuple[int, float], list[Expr]] = {}
+        self._values: dict[tuple[int, float, int], list[Expr]] = {}
 
     def _settings(self) -> Hashable:
         wanted = grid_key(self.wanted)
         if wanted is None:
             raise NoKey
-        return self.interp, wanted
+        return self.perturb, self.interp, wanted
 
     def evaluate_all(self, x: Expr, t: Number, branch: str, count: int, prediction: str | None = None) -> list[Expr]:
-        key = (self.register(x), value_of(t))
+        # a perturbed time belongs to its step
+        key = (self.register(x), value_of(t), 0 if self.perturb is None else self.step.number)
         if key not in self._values:
             self._values[key] = super().evaluate_all(x, t, branch, count, prediction)
         return self._values[key]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._checks import FLOATING, type_error, value_error
+from ..._checks import FLOATING, check_same_device, type_error, value_error
 
 Field = Callable[[Tensor, Any], Any]
 State = Tensor | tuple[Tensor, ...]
@@ -23,8 +23,12 @@ class Packed:
         if not isinstance(parts, (tuple, list)) or not parts or not all(isinstance(p, Tensor) for p in parts):
             raise type_error("y0", "a tensor or a tuple of tensors", y0)
         for i, part in enumerate(parts):
+            name = "y0" if isinstance(y0, Tensor) else f"y0[{i}]"
             if part.dtype not in FLOATING and not part.is_complex():
-                raise type_error("y0" if isinstance(y0, Tensor) else f"y0[{i}]", "a floating or complex tensor", part)
+                raise type_error(name, "a floating or complex tensor", part)
+            if part.layout is not torch.strided:
+                raise type_error(name, "a dense tensor", part)
+            check_same_device(name, part, "y0[0]", parts[0])
         self.func, self.is_tuple = func, not isinstance(y0, Tensor)
         self.complex = any(p.is_complex() for p in parts)
         self.dtype = parts[0].dtype
@@ -46,7 +50,7 @@ class Packed:
         if self.plain:
             return y  # type: ignore[return-value]
         parts = (y,) if isinstance(y, Tensor) else y
-        flat = parts[0] if len(parts) == 1 else torch.cat([p.reshape(-1).to(self.dtype) for p in parts])
+        flat = parts[0].to(self.dtype) if len(parts) == 1 else torch.cat([p.reshape(-1).to(self.dtype) for p in parts])
         return torch.view_as_real(flat) if self.complex else flat.reshape(-1) if self.is_tuple else flat
 
     def unpack(self, y: Tensor, lead: int = 0) -> State:
@@ -63,18 +67,29 @@ class Packed:
 
     def tolerance(self, name: str, value: Any) -> float | Tensor:
         """A tolerance for the packed state: a number, or one for each tensor of a tuple, or a tensor like y0."""
-        if isinstance(value, Tensor) and value.dim() == 1 and self.is_tuple:
-            value = value.tolist()
-        if isinstance(value, (tuple, list)):
-            if not self.is_tuple or len(value) != len(self.sizes):
-                raise value_error(name, f"a number, or {len(self.sizes)} numbers for a tuple y0", value)
-            parts = [
-                torch.full((size,), float(v), device=self.y0.device) for v, size in zip(value, self.sizes, strict=True)
-            ]
+        if isinstance(value, Tensor) and value.requires_grad:
+            raise value_error(name, "a tolerance without gradient", value)
+        if isinstance(value, (tuple, list)) or (isinstance(value, Tensor) and value.dim() == 1 and self.is_tuple):
+            if len(value) != len(self.sizes):
+                raise value_error(name, f"a number, or {len(self.sizes)} of them, one for each tensor of y0", value)
+            numbers = [_number(f"{name}[{i}]", x) for i, x in enumerate(value)]
+            if len(numbers) == 1:
+                return numbers[0]
+            parts = [torch.full((n,), x, device=self.y0.device) for x, n in zip(numbers, self.sizes, strict=True)]
             flat = torch.cat(parts).to(self.y0.dtype)
             return flat[:, None] if self.complex else flat
         if not isinstance(value, Tensor) or value.dim() == 0:
-            return float(value)
+            return _number(name, value)
+        if value.is_complex() or value.dtype == torch.bool:
+            raise type_error(name, "real numbers", value)
+        shape = self.y0.shape[:-1] if self.complex else self.y0.shape
+        if value.dim() > len(shape) or any(
+            a not in (1, b) for a, b in zip(value.shape[::-1], shape[::-1], strict=False)
+        ):
+            raise value_error(name, f"a number, or a tensor that broadcasts to y0's shape, {tuple(shape)}", value)
+        if not bool((value >= 0.0).all()):
+            raise value_error(name, "numbers >= 0", value)
+        value = value.to(self.y0.device, self.y0.dtype)
         return value[..., None] if self.complex else value
 
     def norm(self, given: Callable[[Any], Tensor] | None) -> Callable[[Tensor], Tensor] | None:
@@ -87,6 +102,11 @@ class Packed:
             [part.abs().square().mean().sqrt() for part in self.unpack(ratio) if part.numel()]  # type: ignore[union-attr]
         ).max()
 
+    @property
+    def call(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """The right-hand side on the packed state, in the quickest form."""
+        return self.func if self.plain and self.limits is None else self.field
+
     def field(self, t: Tensor, y: Tensor) -> Tensor:
         """The right-hand side on the packed state."""
         if self.limits is not None:
@@ -98,8 +118,19 @@ class Packed:
         if len(parts) != len(self.shapes):
             raise value_error("func", f"{len(self.shapes)} tensors like y0", len(parts))
         for i, (part, shape) in enumerate(zip(parts, self.shapes, strict=True)):
+            name = f"func: output {i}" if self.is_tuple else "func"
             if not isinstance(part, Tensor):
-                raise type_error("func", "tensors like y0", part)
+                raise type_error(name, "a tensor like y0", part)
             if part.shape != shape:
-                raise value_error(f"func: output {i}", f"y0's shape, {tuple(shape)}", part)
+                raise value_error(name, f"y0's shape, {tuple(shape)}", part)
+            if part.dtype not in FLOATING and not (part.is_complex() and self.complex):
+                raise type_error(name, f"a floating output, as the state is {self.dtype}", part)
         return self.pack(tuple(parts) if self.is_tuple else parts[0])
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, Tensor) and value.dim() == 0 and not value.is_complex() and value.dtype != torch.bool:
+        return float(value)
+    if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)):
+        raise type_error(name, "a number, or one for each tensor of y0", value)
+    return float(value)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..methods.implicit_tableaus import ImplicitTableau
-from ..methods.runge_kutta import combination, stage_time
+from ..methods.runge_kutta import combination, inside, stage_time
 from .system import Factors, Stage, System, factorise, linear_solve, rms
 
 _NEWTON_TOLERANCE = 0.01  # of the error tolerance
@@ -236,10 +236,3 @@ class Stepper:
             solved = Stage.apply(torch.cat([f for f, _ in parts], 1), torch.cat(found, 1), matrix)
             ks += solved.split(point.y.shape[1], 1)
         return combination(point.y, h, tableau.b, ks), ks
-
-
-def inside(t: Tensor, u: Tensor, dtype: torch.dtype) -> Tensor:
-    """The next number of the dtype after t, towards u, with t's gradient; t itself where u is t."""
-    rounded = t.detach().to(dtype)
-    towards = torch.where(u == t, rounded, torch.where(u > t, math.inf, -math.inf).to(dtype))
-    return t + (torch.nextafter(rounded, towards).to(t.dtype) - t.detach())

@@ -28,6 +28,7 @@ KINDS = {
     "adaptive": "explicit, with step control where no number of steps is given, else on a fixed grid",
     "implicit": "implicit, for stiff fields of small states",
     "sde": "with noise, on a fixed grid",
+    "scipy": "SciPy's, on the host, without gradients",
 }
 
 
@@ -94,7 +95,7 @@ class Interface:
 
 SAMPLE = Interface("fm.sample", ("fixed", "adaptive", "sde"), has=("path",))
 STREAM = Interface("fm.sample_stream", ("adaptive",), has=("path",))
-ODEINT = Interface("fm.odeint", ("fixed", "adaptive", "implicit"), peer=True)
+ODEINT = Interface("fm.odeint", ("fixed", "adaptive", "implicit", "scipy"), peer=True)
 DENSE = Interface("fm.odeint_dense", ("adaptive",), peer=True)
 LOG_PROB = Interface("fm.log_prob", ("fixed", "adaptive"))
 
@@ -178,6 +179,7 @@ def _collected() -> Iterator[Entry]:
     yield from _adams()
     yield from _on_paths()
     yield from map(_implicit, implicit_tableaus.IMPLICIT_TABLEAUS.values())
+    yield Entry("scipy_solver", "scipy", None, 0, note='`options={"solver": ...}` of `scipy.integrate.solve_ivp`')
 
 
 def _by_name() -> tuple[dict[str, Entry], dict[str, Entry], dict[str, Entry]]:

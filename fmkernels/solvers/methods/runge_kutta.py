@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar, final
+
+import torch
+from torch import Tensor
 
 from ..._checks import type_error
 from ..programs.builder import Builder
@@ -18,6 +22,16 @@ Y = TypeVar("Y", bound=Any)
 def stage_time(t: Number, u: Number, c: float) -> Number:
     """t + c (u - t), and exactly t and u at the ends, where schedules may be singular."""
     return t if c == 0.0 else u if c == 1.0 else t + c * (u - t)
+
+
+def inside(t: Number, u: Number, dtype: torch.dtype) -> Number:
+    """The next number of the dtype after t, towards u, with t's gradient; t itself where u is t."""
+    if not isinstance(t, Tensor):
+        start, end = (torch.tensor(float(x), dtype=torch.float64, device="cpu") for x in (t, u))
+        return float(inside(start, end, dtype))
+    rounded = t.detach().to(dtype)
+    towards = torch.where(u == t, rounded, torch.where(u > t, math.inf, -math.inf).to(dtype))
+    return t + (torch.nextafter(rounded, towards).to(t.dtype) - t.detach())
 
 
 def combination(y: Y, h: Number, weights: Sequence[Number], ks: Sequence[Y]) -> Y:
