@@ -11,6 +11,9 @@ OPS_CASES = "tests/test_ops.py::test_case"
 NOISE = "tests/test_noise.py"
 
 CACHES = "tests/test_caches.py"
+BATCHES = "tests/test_batch.py"
+SCHEDULES = "tests/test_schedules.py"
+ARGUMENTS = "tests/test_wrong_arguments.py"
 
 MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
     # ------------------------------------------------------------------ guidance
@@ -75,7 +78,59 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
         "prediction.dtype",
         (PATHS_TESTS, TARGETS),
     ),
-    ("fmkernels/paths/batch.py", "((t >= 0) & (t <= 1)).all()", "(t <= 1).all()", "tests/test_wrong_arguments.py"),
+    ("fmkernels/paths/batch.py", "((t >= 0) & (t <= 1)).all()", "(t <= 1).all()", ARGUMENTS),
+    (
+        "fmkernels/paths/batch.py",
+        "Noise(operand.seed, operand.stream, operand.row_offset + first)",
+        "Noise(operand.seed, operand.stream, operand.row_offset)",
+        BATCHES,
+    ),
+    (
+        "fmkernels/paths/batch.py",
+        "source, TIME_STREAM, row_offset, torch.float32",
+        "source, 2, 0, torch.float32",
+        BATCHES,
+    ),
+    ("fmkernels/paths/batch.py", "source, TIME_STREAM, row_offset", "source, X_0_STREAM, row_offset", BATCHES),
+    ("fmkernels/paths/batch.py", "elif not drawn and (seed is not None", "elif not drawn and (False", ARGUMENTS),
+    (
+        "fmkernels/paths/batch.py",
+        "if self.t.dim() == 0 else self.t[index]",
+        "if self.t.dim() != 1 else self.t[index]",
+        BATCHES,
+    ),
+    ("fmkernels/paths/derivatives.py", "wanted and _has_other_leaf(value, leaf)", "False", SCHEDULES),
+    ("fmkernels/paths/derivatives.py", "if facts(owner, name, t)[0]:", "if True:", SCHEDULES),
+    (
+        "fmkernels/paths/derivatives.py",
+        "slope is not None and bool((slope != 0).any())",
+        "slope is not None",
+        SCHEDULES,
+    ),
+    ("fmkernels/paths/derivatives.py", "low = x < SMALL * SMALL", "low = x < SMALL", SCHEDULES),
+    ("fmkernels/paths/derivatives.py", "SMALL ** (exponent - 1.0) * (x", "SMALL**exponent * (x", SCHEDULES),
+    ("fmkernels/paths/schedule.py", 'or base.__dict__.get("__slots__")', "", SCHEDULES),
+    ("fmkernels/paths/schedule.py", "(name, type(values[name]), values[name])", "(name, values[name])", SCHEDULES),
+    ("fmkernels/paths/targets.py", "            times = times.double()\n", "            pass\n", TARGETS),
+    (
+        "fmkernels/losses.py",
+        ".floor().clamp(0, self.bins - 1)",
+        ".floor().clamp(0, self.bins)",
+        "tests/test_loss_bins.py",
+    ),
+    ("fmkernels/losses.py", "return self._held()[0].clone()", "return self._held()[0]", "tests/test_loss_bins.py"),
+    ("fmkernels/losses.py", "if z is not None and path.gamma(times) is None:", "if False:", ARGUMENTS),
+    (
+        "fmkernels/weightings.py",
+        "    _check(path, t)\n    if isinstance(weight, str):",
+        "    if isinstance(weight, str):",
+        ARGUMENTS,
+    ),
+    ("fmkernels/times.py", "first + count > whole", "first > whole", WEIGHTS),
+    ("fmkernels/times.py", "[first : first + count]", "[:count]", BATCHES),
+    ("fmkernels/times.py", "d = (a + 1.0 if a < 1.0 else a) - 1.0 / 3.0", "d = a", WEIGHTS),
+    ("fmkernels/times.py", "value + boost / a if a < 1.0 else value", "value", WEIGHTS),
+    ("fmkernels/times.py", "(log_u < 0.5 * z.square() + d", "(log_u < z.square() + d", WEIGHTS),
     ("fmkernels/weightings.py", "1.0 - 2.0 * sigma + 2.0", "1.0 - 2.0 * sigma + 1.0", WEIGHTS),
     ("fmkernels/weightings.py", "(1.0 - t).clamp(min=SMALL)", "(1.0 - t).clamp(min=1e-8)", WEIGHTS),
     (
