@@ -144,7 +144,7 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
         "fmkernels/losses.py",
         "noise_dtype=x_1.dtype",
         "noise_dtype=pred.dtype",
-        (PATHS_TESTS, "tests/test_plain_calls.py"),
+        BATCHES,
     ),
     (
         "fmkernels/times.py",
