@@ -30,7 +30,10 @@ def warn(message: str) -> None:
 def describe(value: Any) -> str:
     """A short description of a value for an error message."""
     if isinstance(value, Tensor):
-        return f"a {value.dtype} tensor of shape {tuple(value.shape)} on {value.device}"
+        if value.is_nested:
+            return f"a nested {value.dtype} tensor on {value.device}"
+        kind = "" if value.layout is torch.strided else f" {value.layout}"
+        return f"a {value.dtype}{kind} tensor of shape {tuple(value.shape)} on {value.device}"
     if isinstance(value, np.ndarray):
         return f"a {value.dtype} array of shape {value.shape}"
     return f"{value!r} of type {type(value).__name__}"
@@ -45,8 +48,15 @@ def value_error(name: str, expected: str, value: Any) -> ValueError:
 
 
 def check_tensor(name: str, value: Any) -> None:
+    """A tensor that lies in memory by strides: not a sparse, nested or mkldnn one."""
     if not isinstance(value, Tensor):
         raise type_error(name, "a torch.Tensor", value)
+    check_dense(name, value)
+
+
+def check_dense(name: str, value: Tensor) -> None:
+    if value.layout is not torch.strided or value.is_nested:
+        raise type_error(name, "a dense tensor (torch.strided)", value)
 
 
 def check_float_tensor(name: str, value: Any) -> None:
@@ -98,6 +108,7 @@ def as_state(name: str, value: Any, state: Tensor) -> Tensor:
 
 def leading_shape(name: str, value: Tensor, data_name: str, data: Tensor) -> None:
     """Checks that value's shape is a leading part of data's, and its device data's."""
+    check_dense(name, value)
     lead, shape = value.shape, data.shape
     if lead != shape[: len(lead)]:
         raise value_error(

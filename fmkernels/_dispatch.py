@@ -45,6 +45,8 @@ def backward_impl(impl: str, grad: Tensor) -> str:
 
 def wanted(impl: str) -> str:
     """The implementation a call asks for, after the environment variable; "reference" where a transform is active."""
+    if type(impl) is not str:
+        check_choice("impl", impl, IMPLS)
     if impl == "auto":
         impl = _ENVIRONMENT
     elif impl not in IMPLS:
@@ -89,7 +91,7 @@ def _plain_library() -> ModuleType | None:
 
 def plain_library(impl: str) -> ModuleType | None:
     """The compiled library where its calls on plain CPU tensors may be tried first: see python/plain.h."""
-    if impl != "auto" or _torch.intercepted():
+    if type(impl) is not str or impl != "auto" or _torch.intercepted():
         return None
     return _plain_library()
 

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from . import weightings
-from ._checks import check_bool, check_device, check_float_tensor, check_int, check_like, type_error, value_error
+from ._checks import (
+    check_bool,
+    check_device,
+    check_float_tensor,
+    check_int,
+    check_like,
+    check_tensor,
+    type_error,
+    value_error,
+)
 from .ops._operands import Operand
 from .ops.regression_loss.op import regression_loss
 from .paths.batch import Batch, as_times, check_times, target_terms
@@ -185,8 +194,7 @@ class LossBins:
         check_float_tensor("t", t)
         check_like("loss", loss, "t", t, dtype=False)
         if weight is not None:
-            if not isinstance(weight, Tensor):
-                raise type_error("weight", "a tensor", weight)
+            check_tensor("weight", weight)
             if weight.shape != t.shape or weight.device != t.device:
                 raise value_error("weight", f"the shape and device of t, {tuple(t.shape)} on {t.device}", weight)
         if self._sums is None:

@@ -44,6 +44,7 @@ def as_seed(seed: Tensor | int | None, device: torch.device | None, generator: t
     if generator is not None:
         raise ValueError("seed, generator: expected at most one of them, got both")
     if isinstance(seed, Tensor):
+        check_tensor("seed", seed)
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise value_error("seed", "an int64 tensor with one element", seed)
         if device is not None and (seed.device.type != device.type or device.index not in (None, seed.device.index)):

@@ -101,7 +101,7 @@ def test_bins_within_a_compiled_step() -> None:
         (lambda b: b.update(torch.ones(2, dtype=torch.int64), torch.ones(2)), TypeError, "t: expected a float32"),
         (lambda b: b.update(torch.ones(2), 1.0), TypeError, "loss: expected a torch.Tensor"),
         (lambda b: b.update(torch.ones(2), torch.ones(())), ValueError, r"loss: expected the shape of t, \(2,\)"),
-        (lambda b: b.update(torch.ones(2), torch.ones(2), 2.0), TypeError, "weight: expected a tensor"),
+        (lambda b: b.update(torch.ones(2), torch.ones(2), 2.0), TypeError, "weight: expected a torch.Tensor"),
         (lambda b: b.update(torch.ones(2), torch.ones(2), torch.ones(3)), ValueError, "weight: expected the shape"),
         (lambda b: b.update(*torch.ones(2, 2, device="meta")), ValueError, "t: expected a tensor on cpu"),
         (lambda b: b.load_state_dict({"total": torch.ones(2)}), TypeError, "state: expected a mapping with total"),

@@ -169,7 +169,7 @@ def test_gradients_through_a_seeded_draw_are_those_of_plain_pytorch(path: Path) 
     def plain(w):
         return (batch.x_t * w - batch.target()).square().mean()
 
-    for transform in (torch.func.grad, torch.func.jacrev, torch.func.hessian):
+    for transform in (torch.func.grad, torch.func.jacrev, torch.func.jacfwd, torch.func.hessian):
         torch.testing.assert_close(transform(ours)(w), transform(plain)(w), rtol=1e-4, atol=1e-5)
 
 

@@ -62,6 +62,10 @@ VALUES: dict[str, Any] = {
     "empty": torch.empty(0),
     "other device": torch.rand(4, 3, device="meta"),
     "other device's times": torch.rand(4, device="meta"),
+    "sparse": torch.eye(4)[:, :3].to_sparse(),
+    "nested": torch.nested.nested_tensor([torch.ones(3), torch.ones(2)]),
+    "mkldnn": torch.rand(4, 3).to_mkldnn() if torch.backends.mkldnn.is_available() else torch.eye(4).to_sparse_csr(),
+    "quantized": torch.quantize_per_tensor(torch.rand(4, 3), 0.1, 0, torch.qint8),
 }
 FLOATING = ["double tensor", "scalar tensor", "column", "other shape", "empty", "other device", "other device's times"]
 NUMBERS = ["int", "negative int", "float", "negative float"]
@@ -84,6 +88,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, list[str]]]
             "row_offset": ["int"],
             "store_noise": ["none", "bool"],
             "checks": ["bool"],
+            "impl": [],
         },
     ),
     "path.sample of a bridge": (
@@ -113,6 +118,10 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, list[str]]]
             "t": OPTIONAL,
             "path": OPTIONAL,
             "checks": ["bool"],
+            "impl": [],
+            "reduction": [],
+            "count": ["none", *POSITIVE, "scalar tensor"],
+            "kind": [],
         },
     ),
     "cfm_loss for edm": (

@@ -61,6 +61,8 @@ def loss(
         w = expand_leading(weight, pred)
         rho = rho * (w if kept is None else torch.where(kept, w, 0.0))
     total = sum_trailing(rho, 1) if per_sample else rho.sum()
+    if scale is None and total.dim() == 0:  # of a 0-dim tensor times a number forward mode makes float64
+        return (total[None] * scale_value)[0]
     return total * (scale_value if scale is None else scale)
 
 
