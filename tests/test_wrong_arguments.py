@@ -65,7 +65,6 @@ VALUES: dict[str, Any] = {
     "sparse": torch.eye(4)[:, :3].to_sparse(),
     "nested": torch.nested.nested_tensor([torch.ones(3), torch.ones(2)]),
     "mkldnn": torch.rand(4, 3).to_mkldnn() if torch.backends.mkldnn.is_available() else torch.eye(4).to_sparse_csr(),
-    "quantized": torch.quantize_per_tensor(torch.rand(4, 3), 0.1, 0, torch.qint8),
 }
 FLOATING = ["double tensor", "scalar tensor", "column", "other shape", "empty", "other device", "other device's times"]
 NUMBERS = ["int", "negative int", "float", "negative float"]
