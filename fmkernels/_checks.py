@@ -57,6 +57,8 @@ def check_tensor(name: str, value: Any) -> None:
 def check_dense(name: str, value: Tensor) -> None:
     if value.layout is not torch.strided or value.is_nested:
         raise type_error(name, "a dense tensor (torch.strided)", value)
+    if not torch.compiler.is_compiling() and isinstance(value, torch.masked.MaskedTensor):
+        raise type_error(name, "a dense tensor, not a masked one", value)
 
 
 def check_float_tensor(name: str, value: Any) -> None:
@@ -179,9 +181,12 @@ def check_device(name: str, value: Any) -> torch.device:
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         raise type_error(name, "a torch.device, its name or its index", value)
     try:
-        return torch.device(value)
+        device = torch.device(value)
     except (RuntimeError, ValueError, OverflowError) as error:
         raise value_error(name, "the name or index of a device", value) from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise value_error(name, f"one of the {torch.cuda.device_count()} CUDA devices here", value)
+    return device
 
 
 def check_generator(name: str, value: Any, device: torch.device | str | None) -> None:

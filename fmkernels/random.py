@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import _torch
-from ._checks import check_generator, check_int, check_same_device, check_tensor, type_error, value_error
+from ._checks import check_device, check_generator, check_int, check_same_device, check_tensor, type_error, value_error
 
 MASK = 0xFFFFFFFF
 MAX_STREAM = 2**63 - 1
@@ -34,6 +34,8 @@ def draw_seed(device: torch.device | str | None = None, generator: torch.Generat
         return torch.ops.fmkernels.draw_seed(number, generator.device if device is None else device)
     if generator is not None:
         check_generator("generator", generator, device)
+    if device is not None and not isinstance(device, torch.device):
+        device = check_device("device", device)
     return torch.randint(-(2**63), 2**63 - 1, (), generator=generator, device=device)
 
 
@@ -42,6 +44,8 @@ def as_seed(seed: Tensor | int | None, device: torch.device | None, generator: t
     if seed is None:
         return draw_seed(device, generator)
     if generator is not None:
+        if not isinstance(generator, torch.Generator):
+            raise type_error("generator", "a torch.Generator", generator)
         raise ValueError("seed, generator: expected at most one of them, got both")
     if isinstance(seed, Tensor):
         check_tensor("seed", seed)
@@ -77,7 +81,7 @@ class Noise:
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise value_error("seed", "an int64 tensor with one element", seed)
         check_int("stream", stream, low=0, high=MAX_STREAM)
-        check_int("row_offset", row_offset, low=0)
+        check_int("row_offset", row_offset, low=0, high=MAX_ELEMENTS)
         self.seed, self.stream, self.row_offset = seed, stream, row_offset
 
     def __repr__(self) -> str:

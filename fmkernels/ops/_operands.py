@@ -96,8 +96,7 @@ def pack_coefficient(name: str, value: Coefficient, data: Tensor, dtype: torch.d
     if isinstance(value, Affine):
         value = value.value()
     if isinstance(value, Tensor):
-        if value.dtype is not dtype:
-            check_float_tensor(name, value)
+        check_float_tensor(name, value)
         leading_shape(name, value, "the data", data)
         return (value if value.dtype is dtype else value.to(dtype)), 0.0
     if torch.compiler.is_compiling() and isinstance(value, (int, float)) and not is_static(value):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ... import _dispatch
-from ..._checks import check_bool, check_float_tensor
+from ..._checks import check_bool, check_float_tensor, check_int, type_error, value_error
 from ...random import Noise, draw_seed
 from .._operands import Coefficient, Operand, compute_dtype, pack_coefficients, pack_operands
 from ..combine.op import combine_packed
@@ -23,6 +23,15 @@ class Interpolation(NamedTuple):
     x_t: Tensor
     x_0: Operand
     z: Operand | None
+
+
+def _check_drawing(generator: Any, row_offset: Any) -> None:
+    """What is for drawn noise, where all is given: a generator may stand beside, an offset has no meaning."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise type_error("generator", "a torch.Generator", generator)
+    if type(row_offset) is not int or row_offset != 0:
+        check_int("row_offset", row_offset, low=0)
+        raise value_error("row_offset", "0 where no noise is drawn (fm.Noise has its own)", row_offset)
 
 
 def interpolate(
@@ -64,10 +73,14 @@ def interpolate(
     """
     if not isinstance(x_1, Tensor):
         check_float_tensor("x_1", x_1)
+    if z is not None and gamma is None:
+        raise value_error("z", "None without gamma, its coefficient", z)
     if x_0 is None or (gamma is not None and z is None):
         seed = draw_seed(x_1.device, generator)
         x_0 = Noise(seed, X_0_STREAM, row_offset) if x_0 is None else x_0
         z = Noise(seed, Z_STREAM, row_offset) if gamma is not None and z is None else z
+    else:  # nothing is drawn
+        _check_drawing(generator, row_offset)
     operands: list[Operand] = [x_1, x_0]
     coefficients = [alpha, sigma]
     if gamma is not None and z is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ... import _dispatch
-from ..._checks import FLOATING, check_int, type_error, value_error
+from ..._checks import FLOATING, check_device, check_int, type_error, value_error
 from ..._torch import remembered_generator
-from ...random import MAX_STREAM, as_seed, draw_seed, first_element
+from ...random import MAX_ELEMENTS, MAX_STREAM, as_seed, draw_seed, first_element
 from ..library import LIBRARY
 from . import kinds, reference
 
@@ -54,6 +55,8 @@ def _shape(size: tuple[Any, ...]) -> tuple[int, ...]:
             raise type_error("size", "ints", length)
         if length < 0:
             raise value_error("size", "lengths >= 0", shape)
+    if not torch.compiler.is_compiling() and math.prod(max(length, 1) for length in shape) > MAX_ELEMENTS:
+        raise value_error("size", "at most 2^62 elements", shape)
     return shape
 
 
@@ -71,11 +74,11 @@ def _draw(
     shape = _shape(size)
     if kind != kinds.WORDS:
         dtype = torch.get_default_dtype() if dtype is None else dtype
-        if dtype not in FLOATING:
+        if not isinstance(dtype, torch.dtype) or dtype not in FLOATING:
             raise value_error("dtype", f"one of {', '.join(map(str, FLOATING))}", dtype)
     check_int("stream", stream, low=0, high=MAX_STREAM)
     check_int("row_offset", row_offset, low=0)
-    seed = as_seed(seed, None if device is None else torch.device(device), generator)
+    seed = as_seed(seed, None if device is None else check_device("device", device), generator)
     return draw(shape, kind, seed, stream, row_offset, torch.int64 if dtype is None else dtype, impl)
 
 
