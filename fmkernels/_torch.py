@@ -6,7 +6,7 @@ Nothing here is touched at import; tests/test_torch_hooks.py shows that each hoo
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
@@ -123,6 +123,13 @@ def same_memory(a: Tensor, b: Tensor) -> bool:
 def assert_while_running(condition: Tensor, message: str) -> None:
     """While compiling: the compiled code raises a RuntimeError where a condition does not hold."""
     torch._assert_async(condition, message)
+
+
+def first_local_row(shape: Sequence[int], mesh: Any, placements: Sequence[Any]) -> int:
+    """The index, in the whole, of the first row of this rank's part of a DTensor."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    return int(compute_local_shape_and_global_offset(tuple(shape), mesh, placements)[1][0])
 
 
 def is_static(number: float) -> bool:

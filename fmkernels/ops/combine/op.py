@@ -12,6 +12,7 @@ from torch.autograd.graph import increment_version
 
 from ... import _dispatch
 from ..._checks import check_float_tensor, check_like, check_number, type_error, value_error
+from .. import _sharded
 from .._operands import (
     IN_PLACE,
     MAX_TENSORS,
@@ -238,6 +239,8 @@ def combine(
     Any solver stage, multistep update, guidance rule, DDIM or Euler-Maruyama step is this with other coefficients.
     The sum is accumulated in float32 (float64 for float64 data) and rounded once.
 
+    Where the first operand is a DTensor so is the result, of the same placements (Partial sums are formed first).
+
     With ``atol`` or ``rtol`` the same pass returns, for each sample (index of dimension 0), the error norm of adaptive
     solvers (Hairer, Norsett, Wanner 1993, II.4.11),
 
@@ -271,6 +274,8 @@ def combine(
             return results[0]
     if not isinstance(operands, Sequence):
         raise type_error("operands", "a sequence of tensors and fm.Noise", operands)
+    if _sharded.is_sharded(*operands):
+        return _sharded.combine(combine, operands, coefficients, error_coefficients, atol, rtol, out, impl)
     if not operands or not isinstance(operands[0], Tensor):
         raise type_error("operands", "a tensor first", operands[0] if operands else operands)
     data = operands[0]

@@ -10,6 +10,7 @@ from torch import Tensor
 from ... import _dispatch
 from ..._checks import check_bool, check_float_tensor, check_int, type_error, value_error
 from ...random import Noise, draw_seed
+from .. import _sharded
 from .._operands import Coefficient, Operand, compute_dtype, pack_coefficients, pack_operands
 from ..combine.op import combine_packed
 
@@ -81,6 +82,10 @@ def interpolate(
         z = Noise(seed, Z_STREAM, row_offset) if gamma is not None and z is None else z
     else:  # nothing is drawn
         _check_drawing(generator, row_offset)
+    if _sharded.is_sharded(x_1, x_0, z):
+        check_bool("store_noise", store_noise)
+        given = (alpha, sigma, gamma)
+        return Interpolation(*_sharded.interpolate(interpolate, x_1, x_0, z, given, store_noise, impl))
     operands: list[Operand] = [x_1, x_0]
     coefficients = [alpha, sigma]
     if gamma is not None and z is not None:

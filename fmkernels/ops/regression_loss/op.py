@@ -23,6 +23,7 @@ from ..._checks import (
     value_error,
 )
 from ...random import check_noise
+from .. import _sharded
 from .._operands import (
     TENSOR,
     Coefficient,
@@ -128,6 +129,17 @@ def _whole(pred: Tensor, number: float, dtype: torch.dtype) -> tuple[Tensor | No
     return traced_number(number, dtype, pred.device).reciprocal(), 0.0
 
 
+def _divisor(elements: int, weight: Any, mask: Tensor | None, reduction: str) -> Tensor | int:
+    """What the means divide by: the number of elements, or of those unmasked, or the sum of their weights."""
+    counted = mask
+    if reduction == "weighted_mean" and isinstance(weight, Tensor):
+        counted = weight
+        if mask is not None:  # both over the leading dimensions that either has
+            wider = weight if weight.dim() > mask.dim() else mask
+            counted = torch.where(expand_leading(mask, wider), expand_leading(weight, wider), 0.0)
+    return elements if counted is None else counted.sum() * (elements // max(counted.numel(), 1))
+
+
 def _scale(
     pred: Tensor,
     weight: Tensor | None,
@@ -150,15 +162,8 @@ def _scale(
             return _whole(pred, covered, dtype)
         entries = sum_trailing(mask if mask.dim() else mask.expand(samples), 1)
         return _reciprocal(entries * (covered // max(math.prod(mask.shape[1:]), 1)), dtype), 0.0
-    counted = mask
-    if reduction == "weighted_mean" and weight is not None:
-        counted = weight
-        if mask is not None:  # both over the leading dimensions that either has
-            wider = weight if weight.dim() > mask.dim() else mask
-            counted = torch.where(expand_leading(mask, wider), expand_leading(weight, wider), 0.0)
-    if counted is None:
-        return _whole(pred, elements, dtype)
-    return _reciprocal(counted.sum() * (elements // max(counted.numel(), 1)), dtype), 0.0
+    total = _divisor(elements, weight, mask, reduction)
+    return (_reciprocal(total, dtype), 0.0) if isinstance(total, Tensor) else _whole(pred, total, dtype)
 
 
 def regression_loss(
@@ -181,6 +186,9 @@ def regression_loss(
     The target is never materialised: the kernel forms it from its operands (data, source samples, or noise that it
     draws again), and writes d loss / d pred in the same pass over memory. backward() multiplies that by grad_output on
     the device, without a host sync, and leaves at once where grad_output is 1.
+
+    A DTensor ``pred`` gives a DTensor: the whole's loss and gradients, however the batch is sharded; the other tensors
+    follow its placements, and plain ones must be the whole's, the same on all ranks.
 
     Derivatives of any order in pred are right, under torch.func as well (there "auto" takes the reference).
 
@@ -229,6 +237,12 @@ def regression_loss(
     check_choice("reduction", reduction, REDUCTIONS)
     if reduction == "none" and pred.dim() == 0:
         raise value_error("pred", "at least one dimension, of samples, for reduction='none'", pred)
+    if _sharded.is_sharded(pred, *(operands if isinstance(operands, Sequence) else ()), weight, mask):
+        _check_count(count, reduction, pred)
+        options = {"kind": kind, "delta": delta, "noise_dtype": noise_dtype, "impl": impl, "_names": _names}
+        names = _names or [f"operands[{i}]" for i in range(len(operands))]
+        of_pred = (pred, operands, names, coefficients, weight, mask, reduction, count, options)
+        return _sharded.regression_loss(regression_loss, _divisor, *of_pred)
     packed, noise_dtype = _check_operands(operands, _names, pred, noise_dtype)
     dtype = schema.loss_dtype(pred, noise_dtype)
     coefs, values = pack_coefficients("coefficients", coefficients, len(operands), pred, dtype)

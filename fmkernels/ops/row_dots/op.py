@@ -11,6 +11,7 @@ from torch.autograd import Function
 
 from ... import _dispatch
 from ..._checks import check_float_tensor, check_like, type_error, value_error
+from .. import _sharded
 from .._operands import compute_dtype, expand_leading
 from ..combine.op import combine, needs_grad
 from ..library import LIBRARY
@@ -133,6 +134,8 @@ def row_dots(tensors: Sequence[Tensor], pairs: Sequence[tuple[int, int]], *, imp
         result = library.row_dots_plain(tensors, pairs)
         if result is not None:
             return result
+    if isinstance(tensors, Sequence) and _sharded.is_sharded(*tensors):
+        return _sharded.row_dots(row_dots, tensors, pairs, impl)
     packed, first, second = _pack(tensors, pairs)
     impl = _dispatch.wanted(impl)
     if impl == "reference":
