@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .._arguments import NOTHING, Named, all_kwargs, check_named, named, names_of
+from .._arguments import NOTHING, PLAIN, Named, all_kwargs, check_named, named, names_of
 from .._checks import check_choice, check_number, type_error, value_error
 from .._keys import attributes, is_ours, key_or_none
 from ..paths import CondOT, Path
@@ -234,8 +234,9 @@ class Guidance(ABC):
     def _leads(self) -> Iterator[tuple[str, tuple]]:
         """Names and shapes of the arrays of scales."""
         for f in fields(self):
-            if not f.metadata.get("network"):
-                for leaf in pytree.tree_leaves(getattr(self, f.name)):
+            value = getattr(self, f.name)
+            if not (isinstance(value, PLAIN) or f.metadata.get("network")):
+                for leaf in pytree.tree_leaves(value):
                     if isinstance(leaf, (Tensor, np.ndarray)):
                         yield f.name, tuple(leaf.shape)
 

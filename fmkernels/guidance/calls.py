@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from .._arguments import NOTHING, PLAIN, Kind, Named, kind_of, leaves, structure, tree_map
+from .._cache import is_plain_context
 from .._checks import describe, type_error, value_error
-from ..solvers.programs.run import Call
+from ..solvers.programs.run import Call, JoinedCall
 
 Model = Callable[..., Any]
 # For each branch the network and its keyword arguments.
@@ -84,7 +85,7 @@ class _CannotJoin(ValueError):
 
 
 @final
-class _Joined:
+class _Joined(JoinedCall):
     """Several calls of a network as one, on their rows one after the other; or apart, where it is not known how."""
 
     def __init__(self, models: Sequence[tuple[Model, Mapping[str, Any]]], said: Named, batching: Batching) -> None:
@@ -93,21 +94,44 @@ class _Joined:
         self.apart = [_bound(*pair) for pair in models]
         # the joined arguments for a number of rows, None where they cannot be joined
         self.joined: dict[int, dict[str, Any] | None] = {}
+        self.looked = self.writes_to_input = False
 
     def __call__(self, x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
-        count, rows = len(self.kwargs), x.shape[0]
+        count = len(self.kwargs)
+        kwargs = self._kwargs(x.shape[0])
+        if kwargs is None:
+            return tuple(call(x, t) for call in self.apart)  # type: ignore[misc]  # one output each
+        every = torch.cat([x] * count)
+        v = self._output(every, t if t.dim() == 0 else torch.cat([t] * count), kwargs)
+        if not self.looked and is_plain_context():
+            self.looked = True
+            unchanged = torch.equal(every[: x.shape[0]], x) if every.is_inference() else every._version == 0
+            self.writes_to_input = not unchanged
+        return v.unflatten(0, (count, x.shape[0])).unbind(0)
+
+    def on_all(self, x: Tensor, t: Tensor) -> Tensor | None:
+        if self.writes_to_input:
+            return None
+        kwargs = self._kwargs(x.shape[0] // len(self.kwargs))
+        return None if kwargs is None else self._output(x, t, kwargs)
+
+    def _kwargs(self, rows: int) -> dict[str, Any] | None:
         known = self.joined
         if rows not in known:
             self.joined = known = {rows: self._join(rows)}
-        kwargs = known[rows]
-        if kwargs is None:
-            return tuple(call(x, t) for call in self.apart)  # type: ignore[misc]  # one output each
-        v = self.model(torch.cat([x] * count), t if t.dim() == 0 else torch.cat([t] * count), **kwargs)
+        return known[rows]
+
+    def _output(self, x: Tensor, t: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+        """The network's, at the rows of all branches."""
+        v = self.model(x, t, **kwargs)
         if not isinstance(v, Tensor):
             raise type_error("model", "a tensor from model(x, t)", v)
-        if v.dim() == 0 or v.shape[0] != count * rows:
-            raise value_error("model", f"an output of {count * rows} rows for {count} branches of {rows}", v)
-        return v.unflatten(0, (count, rows)).unbind(0)
+        if v.dim() == 0 or v.shape[0] != x.shape[0]:
+            count = len(self.kwargs)
+            raise value_error(
+                "model", f"an output of {x.shape[0]} rows for {count} branches of {x.shape[0] // count}", v
+            )
+        return v
 
     def _join(self, rows: int) -> dict[str, Any] | None:
         try:
@@ -156,6 +180,8 @@ def _join(name: str, values: Sequence[Any], rows: int, said: Named) -> Any:
 def _rows_of(name: str, values: Sequence[Any], rows: int) -> Any:
     """Leaves with an entry for each sample, or one for all, one after the other."""
     first = values[0]
+    if all(type(value) is Tensor and value.shape == first.shape for value in values) and first.shape[:1] == (rows,):
+        return torch.cat(list(values))
     if _same(values) and not (isinstance(first, Tensor) and first.dim() and first.shape[0] == rows):
         return first
     if not all(isinstance(value, Tensor) for value in values):

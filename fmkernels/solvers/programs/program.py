@@ -95,7 +95,8 @@ class Step(NamedTuple):
 # What the executor reads in its loop: index, kind and fields of an instruction, and registers that are free after it.
 # The kind is the instruction's name, but for network calls: "First" at a branch's first call, which is checked; "Held"
 # where an output is read later than by the next instruction, so that it must be nobody else's memory; "Beside" where
-# that instruction may write to the network's input, so that it must not be in that.
+# that instruction may write to the network's input, so that it must not be in that; "Doubled" where two branches are
+# called at a state that an update has written, and the next instruction is an update.
 Prepared = tuple[int, str, Any, tuple[int, ...]]
 
 
@@ -128,6 +129,8 @@ class Segment:
     written: frozenset[tuple[int, int]] = frozenset()
     outputs: frozenset[int] = frozenset()
     calls: int = 0
+    doubled: frozenset[int] = frozenset()  # states at which two branches are called
+    half_of: dict[int, int] = field(default_factory=dict)  # outputs of such calls, and which of the two they are
 
     def __post_init__(self) -> None:
         self._find_last_uses()
@@ -139,6 +142,9 @@ class Segment:
         ends = {i.state: i.number for i in reversed(self.instructions) if isinstance(i, EndStep)}
         self.state_rows = tuple((state, number) for state, number in ends.items() if state in self.slots and state)
         self.prepared = tuple(self._prepared(held))
+        joined = [i for _, kind, i, _ in self.prepared if kind == "Doubled"]
+        self.doubled = frozenset(source for _, source, _, _ in joined)
+        self.half_of = {r: half for *_, results in joined for half, r in enumerate(results)}
         # where nobody looks at the steps, their ends matter only for states that no update writes to their place
         self.written = frozenset((number, state) for state, number in self.state_rows)
         self.unwatched = tuple(p for p in self.prepared if p[1] != "EndStep" or p[2] not in self.written)
@@ -159,8 +165,13 @@ class Segment:
                     kind = "Held"
                 elif self.last_use[i.source] <= at:
                     kind = "Beside"
+                elif len(i.results) == 2 and i.source in self.slots and self._is_update(at + 1):
+                    kind = "Doubled"
                 seen.add(i.branch)
             yield at, kind, tuple(i), self.releases[at]  # a plain tuple is unpacked faster
+
+    def _is_update(self, at: int) -> bool:
+        return at < len(self.instructions) and isinstance(self.instructions[at], Update)
 
     def _find_last_uses(self) -> None:
         last = [-1] * self.registers
@@ -331,6 +342,7 @@ class Program:
         self.chunks = chunks
         self.slot_count = max(chunk.segment.slot_count for chunk in chunks)
         self.held_count = max(chunk.segment.held_count for chunk in chunks)
+        self.doubled = any(chunk.segment.doubled for chunk in chunks)
         self.calls = sum(chunk.segment.calls for chunk in chunks)
         self.evaluations = sum(len(chunk.segment.outputs) for chunk in chunks)
 

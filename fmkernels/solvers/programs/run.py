@@ -10,6 +10,7 @@ are taken as they come; the others are copied unless the run is their only owner
 from __future__ import annotations
 
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,19 @@ COPIED_BYTES = 1 << 14
 # A call of the network at a state and a time; one output, or several for guidance in one batch.
 Call = Callable[[Tensor, Tensor], Tensor | tuple[Tensor, ...]]
 OnStep = Callable[[int, Tensor], None]
+
+
+class JoinedCall(ABC):
+    """A call of several branches, which may be one call of the network on a batch of all."""
+
+    @abstractmethod
+    def __call__(self, x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+        """An output for each branch."""
+
+    @abstractmethod
+    def on_all(self, x: Tensor, t: Tensor) -> Tensor | None:
+        """The outputs one after the other, where x and t hold the state's rows once for each branch (t may be 0-dim);
+        None where it takes several calls, or the network writes to its input."""
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -152,10 +166,19 @@ class Run:
         # for copies of small outputs that are held: a copy costs no more than what it saves, as it has an address
         self.holders: list[Tensor] = []
         self.write: Callable[..., bool] | None = None  # combine into memory given by its address
+        # of buffers that hold a state twice, for a call of two branches: the whole
+        self.doubles: list[Tensor] = []
+        self.double_starts: set[int] = set()
         if reuse:
-            self.buffers = [torch.empty_like(x_0) for _ in range(program.slot_count)]
-            self.row_bytes = x_0.numel() * x_0.element_size() if program.held_count or trajectory is not None else 0
+            self.row_bytes = x_0.numel() * x_0.element_size()
             library = _dispatch.plain_library("auto") if x_0.device.type == "cpu" and _is_plain(x_0) else None
+            if library is not None and program.doubled and trajectory is None and x_0.dim():
+                shape = (2 * x_0.shape[0], *x_0.shape[1:])
+                self.doubles = [x_0.new_empty(shape) for _ in range(program.slot_count)]
+                self.double_starts = {double.data_ptr() for double in self.doubles}
+                self.buffers = [double[: x_0.shape[0]] for double in self.doubles]
+            else:
+                self.buffers = [torch.empty_like(x_0) for _ in range(program.slot_count)]
             if library is not None:
                 self.write = library.combine_into_buffer
                 self.kind = (_native.DTYPE_CODE[x_0.dtype], tuple(x_0.shape))
@@ -170,6 +193,7 @@ class Run:
         segment, self.first_step, _ = self.program.chunks[number]
         self.segment = segment
         self.times, self.coefficients = self.numbers.chunk(number)
+        self.doubled_times = self.numbers.doubled_times(number) if self.doubles else ()
         self.registers = [None] * segment.registers
         self.registers[0] = state
         if self.buffers is not None:
@@ -180,21 +204,26 @@ class Run:
             for at, buffer in enumerate(buffers):
                 if buffer is state:
                     buffers[0], buffers[at] = buffer, buffers[0]
+                    if self.doubles:
+                        self.doubles[0], self.doubles[at] = self.doubles[at], self.doubles[0]
         targets: list[Any] = [None] * segment.registers
         self.targets = targets
         for register, slot in segment.slots.items():
             targets[register] = buffers[slot]
         if self.write is not None:
-            starts = [buffer.data_ptr() for buffer in buffers]
+            starts_of_slots = [buffer.data_ptr() for buffer in buffers]
             self.addresses = addresses = [0] * segment.registers
             for register, slot in segment.slots.items():
-                addresses[register] = starts[slot]
+                addresses[register] = starts_of_slots[slot]
             addresses[0] = 0  # an external state is checked as any operand
             if self.holders:
                 starts = [holder.data_ptr() for holder in self.holders]
                 for register, slot in segment.held_slots.items():
                     targets[register], addresses[register] = self.holders[slot], starts[slot]
             self.copies = copies = [0] * segment.registers
+            if self.doubles:
+                for register in segment.doubled:
+                    copies[register] = starts_of_slots[segment.slots[register]] + self.row_bytes
         if self.trajectory is None:
             return
         first = self.first_step + 1
@@ -241,6 +270,8 @@ class Run:
                 ):
                     registers[result] = targets[result]  # type: ignore[index]
                 else:
+                    if self.doubles:
+                        self._part(sources)
                     operands = [registers[s] if s >= 0 else self.noises[-1 - s] for s in sources]
                     if addresses is not None:
                         operands = self._taken(operands)
@@ -281,6 +312,11 @@ class Run:
                         for result in results:
                             if same_memory(registers[result], x):
                                 registers[result] = registers[result].clone()
+            elif kind == "Doubled":
+                branch, source, time, results = instruction
+                if not self.doubles or not self._call_on_all(calls[branch], source, time, results):
+                    x = registers[source]
+                    self._take(calls[branch](x, times[time]), results, x)
             elif kind == "Compute":
                 function, sources, results = instruction
                 if addresses is not None:
@@ -298,6 +334,45 @@ class Run:
             for register in released:
                 registers[register] = None
 
+    def _call_on_all(self, call: Call, source: int, time: int, results: tuple[int, ...]) -> bool:
+        """One call of two branches on the buffer that holds the state twice; whether it was done.
+
+        The output, in one piece, goes to the update by the addresses of its halves.
+        """
+        assert self.addresses is not None
+        slot = self.segment.slots[source]
+        x = self.doubles[slot]
+        version = None if x.is_inference() else x._version
+        output = call.on_all(x, self.doubled_times[time]) if isinstance(call, JoinedCall) else None
+        if output is None:
+            return False
+        if version is not None and x._version != version:
+            raise self._wrote_to_input()
+        output = as_state(self.function_name, output, x)
+        begin = output.data_ptr()
+        first, second = results
+        self.registers[first] = self.registers[second] = output
+        if output.is_contiguous() and not output.is_neg() and begin not in self.double_starts:
+            self.addresses[first], self.addresses[second] = begin, begin + self.row_bytes
+        else:
+            self.addresses[first] = self.addresses[second] = 0
+            self._part(results)
+        return True
+
+    def _part(self, sources: tuple[int, ...]) -> None:
+        """Puts each branch's half of an output of two in its register."""
+        rows = self.doubles[0].shape[0]
+        for s in sources:
+            half = self.segment.half_of.get(s)
+            if half is not None and self.registers[s].shape[0] == rows:
+                self.registers[s] = self.registers[s].unflatten(0, (2, rows // 2))[half]
+
+    def _wrote_to_input(self) -> ValueError:
+        return ValueError(
+            f"{self.function_name}: expected a function that leaves its input as it is, but it wrote to it (an "
+            "in-place operation); clone the input first"
+        )
+
     def _call_first(self, branch: str, source: int, time: int, results: tuple[int, ...]) -> None:
         """A branch's first call, which shows whether the network writes to its input."""
         x = self.registers[source]
@@ -305,10 +380,7 @@ class Run:
         output = self.calls[branch](x, self.times[time])
         references = references_of(output) if self.look else 0
         if version is not None and x._version != version:
-            raise ValueError(
-                f"{self.function_name}: expected a function that leaves its input as it is, but it wrote to it (an "
-                "in-place operation); clone the input first"
-            )
+            raise self._wrote_to_input()
         self._take(output, results, x, references)
 
     def _take(self, output: Any, results: tuple[int, ...], x: Tensor, references: int | None = None) -> None:
@@ -337,7 +409,11 @@ class Run:
         return [operand if isinstance(operand, Noise) else as_state(name, operand, like) for operand in operands]
 
     def _copy(self, state: int) -> None:
-        """Writes a state to its place in the trajectory."""
+        """Writes a state to its place in the trajectory, or for the second time to a buffer that holds it twice."""
+        if self.doubles:
+            double = self.doubles[self.segment.slots[state]]
+            double[double.shape[0] // 2 :].copy_(self.registers[state])
+            return
         assert self.trajectory is not None
         number = self.first_step + dict(self.segment.state_rows)[state]
         self.trajectory[number + 1].copy_(self.registers[state])
@@ -391,7 +467,9 @@ class Run:
     @property
     def result(self) -> Tensor:
         """The last state: in the run's own memory, a row of its trajectory, or x_0 itself."""
-        return self.registers[self.segment.result]
+        state: Tensor = self.registers[self.segment.result]
+        # a buffer that holds it twice is not kept for one half
+        return state.clone() if self.doubles and any(state is b for b in self.buffers or ()) else state
 
     def extras(self) -> dict[str, list[Tensor]]:
         return {name: [self.registers[r] for r in registers] for name, registers in self.program.extras}

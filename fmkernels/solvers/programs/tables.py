@@ -51,11 +51,15 @@ def table_of_numbers(numbers: Sequence[Number]) -> Tensor:
 
 def time_table(program: Program, x: Tensor, dtype: torch.dtype, shape: str) -> Tensor:
     """The program's evaluation times for the network, one a row: () or (B,), or of the grid's leading shape."""
+    return _time_table(program, x.shape[0] if shape == "batch" else None, x.device, dtype)
+
+
+def _time_table(program: Program, rows: int | None, device: torch.device, dtype: torch.dtype) -> Tensor:
     table = table_of_numbers(program.times).to(dtype)
-    if table.dim() == 1 and shape == "batch":
-        table = table[:, None].expand(-1, x.shape[0])
+    if table.dim() == 1 and rows is not None:
+        table = table[:, None].expand(-1, rows)
         table = table.contiguous() if table.numel() <= DENSE_TIMES else table
-    return table.to(x.device, non_blocking=True)
+    return table.to(device, non_blocking=True)
 
 
 def time_rows(program: Program, x: Tensor, dtype: torch.dtype, shape: str) -> Sequence[Tensor]:
@@ -94,6 +98,9 @@ class Numbers(Protocol):
     def chunk(self, number: int) -> tuple[Sequence[Tensor], Sequence[Any]]:
         """A tensor for each evaluation, and for each instruction the coefficients: a list, or one table."""
 
+    def doubled_times(self, number: int) -> Sequence[Tensor]:
+        """Of a chunk the times of a batch that holds each sample twice."""
+
 
 class Lease(Protocol):
     """Numbers that one run has until it ends."""
@@ -121,6 +128,9 @@ class GivenNumbers:
         times = self.times[calls : calls + chunks[number].segment.calls]
         return times, self.coefficients[first:size]
 
+    def doubled_times(self, number: int) -> Sequence[Tensor]:
+        return [t if t.dim() == 0 else torch.cat([t, t]) for t in self.chunk(number)[0]]
+
     @property
     def value(self) -> Numbers:
         return self
@@ -136,14 +146,23 @@ class KeptNumbers:
     MOST_ROWS = 4096  # that are kept as tensors, each of which takes more memory than its number
 
     def __init__(self, program: Program, x: Tensor, dtype: torch.dtype, shape: str) -> None:
-        self._table = time_table(program, x, dtype, shape)
+        self._batch = x.shape[0] if shape == "batch" else None  # of times that are the same in all rows
+        width = None if self._batch is None else self._batch * (2 if program.doubled else 1)
+        self._table = _time_table(program, width, x.device, dtype)
         self._version = self._table._version
-        self._rows = self._table.unbind(0) if self._table.shape[0] <= self.MOST_ROWS else None
+        self._twice: Sequence[Tensor] | None = None  # rows of it
+        self._rows: Sequence[Tensor] | None = None  # their first halves, if they are such
+        if self._table.shape[0] <= self.MOST_ROWS:
+            self._twice = self._table.unbind(0)
+            self._rows = self._halves(self._table).unbind(0)
         self._coefficients = coefficients_of(program, x) if len(program.chunks) == 1 else None
         # not the program, with which these numbers die
         self._loop, self._chunks = program.loop, [(c.first_step, c.steps, c.segment.calls) for c in program.chunks]
-        rows = 600 * (1 + len(self._rows or ()))
+        rows = 600 * (1 + 2 * len(self._rows or ()))
         self.kept_bytes = self._table.untyped_storage().nbytes() + rows + bytes_of(self._coefficients)
+
+    def _halves(self, times: Tensor) -> Tensor:
+        return times if self._batch is None or times.dim() != 2 else times[:, : self._batch]
 
     @property
     def as_made(self) -> bool:
@@ -151,13 +170,26 @@ class KeptNumbers:
         return self._table._version == self._version
 
     def chunk(self, number: int) -> tuple[Sequence[Tensor], Sequence[Any]]:
+        times = self._rows_of(number, self._rows, self._halves)
         if self._coefficients is not None:
-            return self._table.unbind(0) if self._rows is None else self._rows, self._coefficients
+            return times, self._coefficients
         assert self._loop is not None
-        first, steps, calls = self._chunks[number]
-        start = number * self._chunks[0][2]
-        rows = self._table[start : start + calls].unbind(0) if self._rows is None else self._rows[start : start + calls]
-        return rows, self._loop.coefficients(first, steps)
+        first, steps, _ = self._chunks[number]
+        return times, self._loop.coefficients(first, steps)
+
+    def doubled_times(self, number: int) -> Sequence[Tensor]:
+        if self._batch is not None and self._table.shape[1:] == (2 * self._batch,):
+            return self._rows_of(number, self._twice, lambda times: times)
+        return [t if t.dim() == 0 else torch.cat([t, t]) for t in self.chunk(number)[0]]
+
+    def _rows_of(
+        self, number: int, rows: Sequence[Tensor] | None, part: Callable[[Tensor], Tensor]
+    ) -> Sequence[Tensor]:
+        if len(self._chunks) == 1:
+            return part(self._table).unbind(0) if rows is None else rows
+        calls, start = self._chunks[number][2], number * self._chunks[0][2]
+        every = slice(start, start + calls)
+        return part(self._table[every]).unbind(0) if rows is None else rows[every]
 
 
 _NUMBERS: Cache[KeptNumbers] = Cache("numbers")
