@@ -393,12 +393,61 @@ def test_a_schedule_that_cannot_be_hashed_works_and_nothing_of_it_is_kept() -> N
     torch.testing.assert_close(path.coefficients(torch.tensor([0.5])).d_alpha_t, torch.tensor([1.0]))
 
 
-def test_what_is_known_of_a_schedule_dies_with_it() -> None:
-    known = fm.paths.derivatives._KNOWN
-    before = len(known)
-    for n in range(300):
-        Mine(2.0 + n).coefficients(torch.rand(2))
-    assert len(known) <= before + 1
+class Learnt(Path):
+    """An exponent that may be changed in three ways, none of which two equal paths would show."""
+
+    shared = 1.0
+
+    def __init__(self) -> None:
+        self.exponent = torch.ones(1)
+        self.reads = [1.0]
+
+    def alpha(self, t: torch.Tensor) -> torch.Tensor:
+        return t ** (self.exponent * self.shared * self.reads[0])
+
+    def sigma(self, t: torch.Tensor) -> torch.Tensor:
+        return 1.0 - t
+
+
+class Shared(Learnt):
+    def __init__(self) -> None:
+        pass
+
+    def alpha(self, t: torch.Tensor) -> torch.Tensor:
+        return t**self.shared
+
+
+@pytest.mark.parametrize("kind", [Learnt, Shared])
+def test_what_a_schedule_reads_may_change_between_calls(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    """t^1 has a derivative everywhere, t^(1/2) not at 0."""
+    t = torch.tensor([0.0, 0.25])
+
+    def half(path: Path, way: str) -> None:
+        if way == "class":
+            monkeypatch.setattr(kind, "shared", 0.5)
+        elif way == "tensor":
+            path.exponent.fill_(0.5)
+        else:
+            path.reads[0] = 0.5
+
+    for way in ("class",) if kind is Shared else ("class", "tensor", "list"):
+        monkeypatch.setattr(kind, "shared", 1.0)
+        path = kind()
+        torch.testing.assert_close(path.coefficients(t).d_alpha_t, torch.ones(2))
+        half(path, way)
+        torch.testing.assert_close(path.coefficients(t).d_alpha_t, torch.tensor([50.0, 1.0]))
+
+
+def test_a_schedule_that_loses_or_gains_its_derivative_is_asked_again() -> None:
+    functions = {"alpha": lambda self, t: t.round() if torch.is_tensor(digits) else t**digits}
+    path = type("Mine", (Path,), {**functions, "sigma": lambda self, t: 1 - t})()
+    t = torch.tensor([0.25, 0.5])
+    for digits in (2, torch.ones(()), 2):
+        if torch.is_tensor(digits):
+            with pytest.raises(ValueError, match="beside it"):
+                path.coefficients(t)
+        else:
+            torch.testing.assert_close(path.coefficients(t).d_alpha_t, 2 * t)
 
 
 def test_derivatives_at_one_time_keep_its_dtype_under_compile_and_transforms() -> None:

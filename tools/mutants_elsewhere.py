@@ -100,7 +100,7 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
         BATCHES,
     ),
     ("fmkernels/paths/derivatives.py", "wanted and _has_other_leaf(value, leaf)", "False", SCHEDULES),
-    ("fmkernels/paths/derivatives.py", "if facts(owner, name, t)[0]:", "if True:", SCHEDULES),
+    ("fmkernels/paths/derivatives.py", "if _is_finite(owner, name, value, t):", "if True:", SCHEDULES),
     (
         "fmkernels/paths/derivatives.py",
         "slope is not None and bool((slope != 0).any())",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._checks import FLOATING, type_error, value_error
-from .._dispatch import untraced
+from .._dispatch import plain, untraced
 from .._torch import constant_while_compiling, transform_active
 
 # Below this, a standard deviation or a distance from an end of the path counts as this: quotients by it stay finite in
@@ -35,14 +35,15 @@ def as_tensor(value: Tensor | float, t: Tensor) -> Tensor:
 
 
 # Of a schedule's function: whether it is finite at both ends, and whether autograd sees its derivative (a constant has
-# one); None where the question could not be put. Of each schedule, by value, while it lives: two booleans a function.
+# one); None where the question could not be put.
 Facts = tuple[bool, bool | None]
 _UNKNOWN: Facts = (False, None)
-_KNOWN: WeakKeyDictionary[Any, dict[str, Facts]] = WeakKeyDictionary()
 _PROBES = (0.0, 0.137, 0.291, 0.5, 0.618, 0.857, 1.0)
 
 
-def _probe(owner: Any, name: str, dtype: torch.dtype) -> Facts:
+@constant_while_compiling
+def _facts(owner: Any, name: str, dtype: torch.dtype) -> Facts:
+    """Found out by calling the function on the CPU at a few times: now, as what it reads may change."""
     with torch.inference_mode(False), torch.enable_grad():
         t = torch.tensor(_PROBES, dtype=dtype, device="cpu", requires_grad=True)
         try:
@@ -60,22 +61,22 @@ def _probe(owner: Any, name: str, dtype: torch.dtype) -> Facts:
             return _UNKNOWN
 
 
-@constant_while_compiling
-def _facts(owner: Any, name: str, dtype: torch.dtype) -> Facts:
-    try:
-        known = _KNOWN.setdefault(owner, {})
-    except TypeError:  # not hashable: nothing is kept
-        known = {}
-    if name not in known:
-        known[name] = _probe(owner, name, dtype)
-    return known[name]
-
-
-def facts(owner: Any, name: str, t: Tensor) -> Facts:
-    """What is known of a schedule's function, found out by calling it once on the CPU at a few times."""
+def _facts_if_plain(owner: Any, name: str, t: Tensor) -> Facts:
     if not torch.compiler.is_compiling() and (not untraced() or transform_active()):
         return _UNKNOWN
     return _facts(owner, name, t.dtype)
+
+
+def _readable(value: Tensor) -> bool:
+    """Whether a tensor's values can be looked at without waiting for a device."""
+    return value.is_cpu and plain(value) and not transform_active()
+
+
+def _is_finite(owner: Any, name: str, value: Tensor, t: Tensor) -> bool:
+    """Whether a schedule's value at times t is known to be finite."""
+    if torch.compiler.is_compiling():
+        return _facts(owner, name, t.dtype)[0]
+    return _readable(value) and math.isfinite(value.detach().sum().item())  # of all, or it is asked about each
 
 
 def checked(owner: Any, name: str, value: Any, t: Tensor) -> Tensor | float:
@@ -92,7 +93,7 @@ def checked(owner: Any, name: str, value: Any, t: Tensor) -> Tensor | float:
         raise type_error(label, "a floating tensor", value)
     if value.shape != t.shape and not _expands(value.shape, t.shape):
         raise value_error(label, f"t's shape, {tuple(t.shape)}", value)
-    if facts(owner, name, t)[0]:
+    if _is_finite(owner, name, value, t):
         return value
     inner = torch.where(torch.isfinite(value.detach()), t, t.clamp(SMALL, 1.0 - SMALL))
     return getattr(owner, name)(inner)
@@ -103,8 +104,32 @@ def _expands(shape: torch.Size, wanted: torch.Size) -> bool:
     return lead >= 0 and all(size in (1, other) for size, other in zip(shape, wanted[lead:], strict=True))
 
 
-def _check_differentiable(owner: Any, name: str, value: Any, t: Tensor) -> None:
-    differentiable = facts(owner, name, t)[1]
+# Functions, by the schedule that has them, whose derivative was seen where no one can look at each: on a device. What
+# is kept says only that an error need not be looked for again.
+_SEEN: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
+
+
+def _seen(owner: Any) -> set[str]:
+    try:
+        return _SEEN.setdefault(owner, set())
+    except TypeError:  # not hashable: nothing is kept
+        return set()
+
+
+def _check_differentiable(owner: Any, name: str, value: Any, slope: Tensor | None, t: Tensor) -> None:
+    """That autograd sees the derivative of a schedule's function, which was ``slope`` where its value was at times t.
+
+    Raises:
+        ValueError: it does not, and the function is no constant.
+    """
+    if not torch.compiler.is_compiling():
+        if not isinstance(value, Tensor):
+            return
+        if slope is not None and _readable(slope) and slope.detach().sum().item() != 0.0:
+            return
+        if slope is not None and not slope.is_cpu and name in _seen(owner):
+            return
+    differentiable = _facts_if_plain(owner, name, t)[1]
     if differentiable is None and untraced() and isinstance(value, Tensor) and value.dim():
         differentiable = value.requires_grad
     if differentiable is False:
@@ -114,6 +139,8 @@ def _check_differentiable(owner: Any, name: str, value: Any, t: Tensor) -> None:
             f"or a method d_{name}(t) beside it",
             value,
         )
+    if differentiable and slope is not None and not slope.is_cpu:
+        _seen(owner).add(name)
 
 
 def derivative(owner: Any, name: str, t: Tensor) -> Tensor:
@@ -125,7 +152,7 @@ def derivative(owner: Any, name: str, t: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or transform_active():
         # autograd.grad can be neither traced nor transformed; forward mode can, at five times the cost in plain calls
         if torch.compiler.is_compiling():
-            _check_differentiable(owner, name, None, t)
+            _check_differentiable(owner, name, None, None, t)
         slope = torch.func.jvp(lambda times: as_tensor(function(times), times), (t,), (torch.ones_like(t),))[1]
         return slope.to(t.dtype)  # of a 0-dim t times a number forward mode makes float64
     wanted = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
@@ -136,11 +163,12 @@ def derivative(owner: Any, name: str, t: Tensor) -> Tensor:
         else:
             leaf = (t.clone() if t.is_inference() else t.detach()).requires_grad_()
         value = function(leaf)
-        _check_differentiable(owner, name, value, t)
         if not isinstance(value, Tensor) or not value.requires_grad:  # a constant
+            _check_differentiable(owner, name, value, None, t)
             return torch.zeros_like(t)
         keep = wanted and _has_other_leaf(value, leaf)
         (slope,) = torch.autograd.grad(as_tensor(value, leaf).sum(), leaf, create_graph=keep, allow_unused=True)
+        _check_differentiable(owner, name, value, slope, t)
     return torch.zeros_like(t) if slope is None else slope
 
 
