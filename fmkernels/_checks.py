@@ -57,7 +57,8 @@ def check_tensor(name: str, value: Any) -> None:
 def check_dense(name: str, value: Tensor) -> None:
     if value.layout is not torch.strided or value.is_nested:
         raise type_error(name, "a dense tensor (torch.strided)", value)
-    if not torch.compiler.is_compiling() and isinstance(value, torch.masked.MaskedTensor):
+    subclass = type(value) is not Tensor and type(value) is not torch.nn.Parameter
+    if subclass and not torch.compiler.is_compiling() and isinstance(value, torch.masked.MaskedTensor):
         raise type_error(name, "a dense tensor, not a masked one", value)
 
 

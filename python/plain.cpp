@@ -129,6 +129,18 @@ bool fill(py::handle operands, py::handle coefficients, const View& data, const 
          fill(operands, coefficients, data, &first, first.dtype, limit, out, count, inner);
 }
 
+bool fill_beside(py::handle value, const View& data, fm::Operand* operands, int count, fm::Coefficient& out,
+                 int64_t& inner) {
+  int64_t covered = 0;
+  if (!coefficient(value.ptr(), data, out, covered)) return false;
+  if (covered < inner) {
+    for (int i = 0; i < count; ++i) operands[i].coefficient.rows_per_entry *= inner / covered;
+    inner = covered;
+  }
+  out.rows_per_entry = covered / inner;
+  return true;
+}
+
 bool fill_trusted(py::handle operands, py::handle coefficients, const View& data, int limit, fm::Operand* out,
                   int& count, int64_t& inner) {
   return fill(operands, coefficients, data, nullptr, data.dtype, limit, out, count, inner);

@@ -26,7 +26,11 @@ inline fm::Dtype accumulation(fm::Dtype dtype) { return dtype == fm::Dtype::f64 
 bool fill(py::handle operands, py::handle coefficients, const View& data, const View& first, int limit,
           fm::Operand* out, int& count, int64_t& inner);
 
-// The same for data that is known; an int is the address of an operand like it.
+// One more coefficient beside those of `fill`, of which it may have more entries.
+bool fill_beside(py::handle coefficient, const View& data, fm::Operand* operands, int count, fm::Coefficient& out,
+                 int64_t& inner);
+
+// `fill` for data that is known; an int is the address of an operand like it.
 bool fill_trusted(py::handle operands, py::handle coefficients, const View& data, int limit, fm::Operand* out,
                   int& count, int64_t& inner);
 

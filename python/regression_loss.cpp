@@ -38,9 +38,9 @@ void regression_loss(int device, int pred_dtype, Address pred, Address grad, int
       [&] { return device == cpu ? fm::regression_loss_cpu(a) : fm::regression_loss_cuda(a, pointer(stream)); });
 }
 
-// regression_loss of all samples together, without weight or mask: (loss, gradient or None), or None.
-py::object regression_loss_plain(py::handle pred, py::handle operands, py::handle coefficients, int kind, double delta,
-                                 bool mean, bool need_grad) {
+// regression_loss of all samples together, without mask: (loss, gradient or None), or None. `weight` may be None.
+py::object regression_loss_plain(py::handle pred, py::handle operands, py::handle coefficients, py::handle weight,
+                                 int kind, double delta, bool mean, bool need_grad) {
   View data, target;
   fm::RegressionLossArguments a{};
   if (!PyList_CheckExact(operands.ptr()) || PyList_GET_SIZE(operands.ptr()) == 0) return py::none();
@@ -51,6 +51,8 @@ py::object regression_loss_plain(py::handle pred, py::handle operands, py::handl
   if (data.dtype == fm::Dtype::f16 || accumulation(data.dtype) != accumulation(target.dtype)) return py::none();
   if (!fill(operands, coefficients, data, target, fm::max_loss_operands, a.operands, a.count, a.inner))
     return py::none();
+  a.weight = {nullptr, 1, 0, 1.0};
+  if (!weight.is_none() && !fill_beside(weight, data, a.operands, a.count, a.weight, a.inner)) return py::none();
   const py::object grad = need_grad ? empty_like(pred.ptr()) : py::none();
   const py::object loss = empty(py::tuple().ptr(), accumulation(data.dtype));
   if (!grad || !loss) throw py::error_already_set();
@@ -59,7 +61,6 @@ py::object regression_loss_plain(py::handle pred, py::handle operands, py::handl
   a.grad = need_grad ? new_address(grad.ptr()) : nullptr;
   a.dtype = target.dtype;
   a.rows = data.elements / a.inner;
-  a.weight = {nullptr, 1, 0, 1.0};
   a.scale = {nullptr, 1, 0, mean ? 1.0 / static_cast<double>(data.elements) : 1.0};
   a.scale_grad = true;
   a.kind = static_cast<fm::Penalty>(kind);

@@ -23,9 +23,11 @@ def plain_calls(x: Any) -> Iterator[Any]:
     yield library.combine_plain([x], [1.0], False)
     yield library.combine_plain([good, x], [1.0, 1.0], False)
     yield library.combine_plain([good], [x], False)
-    yield library.regression_loss_plain(x, [good], [1.0], 0, 1.0, True, False)
-    yield library.regression_loss_plain(good, [x], [1.0], 0, 1.0, True, True)
-    yield library.regression_loss_plain(good, [good], [x], 0, 1.0, True, True)
+    yield library.regression_loss_plain(x, [good], [1.0], None, 0, 1.0, True, False)
+    yield library.regression_loss_plain(good, [x], [1.0], None, 0, 1.0, True, True)
+    yield library.regression_loss_plain(good, [good], [x], None, 0, 1.0, True, True)
+    if x is not None:  # no weight
+        yield library.regression_loss_plain(good, [good], [1.0], x, 0, 1.0, True, True)
     yield library.row_dots_plain([x], [(0, 0)])
     yield library.row_dots_plain([good, x], [(0, 1)])
 

@@ -113,23 +113,25 @@ class PlainLossFunction(Function):
     """The same for a small loss that is computed already, where a second output would cost more than keeping pred."""
 
     @staticmethod
-    def forward(ctx: Any, pred: Tensor, results: tuple[Tensor, Tensor], rule: tuple) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any, pred: Tensor, results: tuple[Tensor, Tensor], weight: Tensor | None, rule: tuple
+    ) -> Tensor:
         loss, slope = results
         ctx.state = pred, pred._version, rule, not _torch.saved_tensor_hooks_active()
-        ctx.save_for_backward(slope)
+        ctx.save_for_backward(slope, weight)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:  # type: ignore[override]
-        (slope,) = ctx.saved_tensors
+        slope, weight = ctx.saved_tensors
         pred, version, rule, owned = ctx.state
         if not torch.is_grad_enabled():
-            return scaled_slope(slope, owned, "auto", grad_output, pred.dtype), None, None
+            return scaled_slope(slope, owned, "auto", grad_output, pred.dtype), None, None, None
         if pred._version != version:
             raise RuntimeError("regression_loss: pred was changed in place, so that its second derivative is lost")
         kind, delta, scale = rule
-        rule, tensors = Rule(kind, delta, scale, "auto"), (None, None, None)
-        return differentiable_gradient(pred, slope, rule, grad_output, pred.dtype, *tensors), None, None
+        rule, tensors = Rule(kind, delta, scale, "auto"), (weight, None, None)
+        return differentiable_gradient(pred, slope, rule, grad_output, pred.dtype, *tensors), None, None, None
 
 
 def differentiable_gradient(

@@ -45,19 +45,26 @@ MAX_OPERANDS = 3
 
 
 def _plain_loss(
-    library: Any, pred: Tensor, operands: Any, coefficients: Any, reduction: str, kind: str, delta: float
+    library: Any,
+    pred: Tensor,
+    operands: Any,
+    coefficients: Any,
+    weight: Tensor | None,
+    reduction: str,
+    kind: str,
+    delta: float,
 ) -> Tensor | None:
     """The loss by python/plain.h, or None where the call is not plain enough (or wrong)."""
     if type(kind) is not str or kind not in KINDS or type(delta) is not float or not 0.0 < delta < math.inf:
         return None
     mean = reduction != "sum"
     need_grad = torch.is_grad_enabled() and isinstance(pred, Tensor) and pred.requires_grad
-    results = library.regression_loss_plain(pred, operands, coefficients, KINDS[kind], delta, mean, need_grad)
+    results = library.regression_loss_plain(pred, operands, coefficients, weight, KINDS[kind], delta, mean, need_grad)
     if results is None:
         return None
     if not need_grad:
         return results[0]
-    return _torch.apply_function(PlainLossFunction, pred, results, (KINDS[kind], delta, None if mean else 1.0))
+    return _torch.apply_function(PlainLossFunction, pred, results, weight, (KINDS[kind], delta, None if mean else 1.0))
 
 
 def _is_of_dtype(operands: Any, dtype: torch.dtype) -> bool:
@@ -221,15 +228,15 @@ def regression_loss(
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device.
     """
     if (
-        weight is None
-        and mask is None
+        mask is None
         and count is None
         and type(reduction) is str
-        and reduction in ("mean", "weighted_mean", "sum")
+        and reduction in (("mean", "weighted_mean", "sum") if weight is None else ("mean", "sum"))
+        and (weight is None or type(weight) is Tensor)
         and (noise_dtype is None or _is_of_dtype(operands, noise_dtype))
         and (library := _dispatch.plain_library(impl)) is not None
     ):
-        loss = _plain_loss(library, pred, operands, coefficients, reduction, kind, delta)
+        loss = _plain_loss(library, pred, operands, coefficients, weight, reduction, kind, delta)
         if loss is not None:
             return loss
     check_float_tensor("pred", pred)
