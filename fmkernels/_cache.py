@@ -313,8 +313,16 @@ def _evicted(budget: Budget) -> Iterator[Entry[Any]]:
         yield cache._forget(cache._entries.pop(key))
 
 
+_FLAT = frozenset({type(None), bool, int, float, str, bytes, torch.dtype, torch.device, type})
+
+
 def bytes_of(value: Any, _depth: int = 0) -> int:
     """About the bytes that a value holds: its own, and those of what it contains."""
+    kind = type(value)
+    if kind in _FLAT:
+        return sys.getsizeof(value)
+    if kind is tuple or kind is list:
+        return sys.getsizeof(value) + sum(map(bytes_of, value))
     own = getattr(value, "kept_bytes", None)
     if own is not None:
         return int(own)

@@ -181,14 +181,18 @@ def make_grid(
         waiting: a sample's or token's own times may stay the same.
     """
     grid = as_grid(times_of(schedule, steps) if time_grid is None else time_grid, waiting=waiting)
-    ends = [np.asarray(end) for end in (grid[0], grid[-1])]  # times are monotone
-    low, high = (float(extreme([extreme(end) for end in ends])) for extreme in (np.min, np.max))
+    low, high = _range(grid[0], grid[-1])  # times are monotone
     if low < -_BEYOND or high > 1.0 + _BEYOND:
         raise ValueError(
             f"{'schedule' if time_grid is None else 'time_grid'}: expected times in [0, 1], from noise (t = 0) to data "
             f"(t = 1), got times from {low:g} to {high:g}{times_hint(low, high)}"
         )
     return grid
+
+
+def _range(*times: Number) -> tuple[float, float]:
+    lows, highs = zip(*((t, t) if isinstance(t, float) else (np.min(t), np.max(t)) for t in times), strict=True)
+    return float(min(lows)), float(max(highs))
 
 
 def times_hint(low: float, high: float) -> str:
