@@ -49,7 +49,7 @@ NOTHING = Named()
 
 def names_of(argument: str, value: Any) -> frozenset[str]:
     """The names that a ``batched=`` or ``shared=`` gives."""
-    if isinstance(value, str) or not isinstance(value, Iterable):
+    if isinstance(value, (str, bytes, Mapping, Tensor, np.ndarray)) or not isinstance(value, Iterable):
         raise type_error(argument, "a sequence of names of keyword arguments", value)
     names = tuple(value)
     for name in names:

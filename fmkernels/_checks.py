@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 LARGEST = sys.float_info.max
+LARGEST_INT = 2**63 - 1  # that the kernels, and tensors, know
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -36,7 +37,16 @@ def describe(value: Any) -> str:
         return f"a {value.dtype}{kind} tensor of shape {tuple(value.shape)} on {value.device}"
     if isinstance(value, np.ndarray):
         return f"a {value.dtype} array of shape {value.shape}"
-    return f"{value!r} of type {type(value).__name__}"
+    try:
+        text = repr(value)
+    except Exception:  # a message must not fail: of ints too long to be written, of objects whose repr raises
+        return f"a value of type {type(value).__name__}"
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 4 :]}"
+    return f"{text} of type {type(value).__name__}"
+
+
+_LONGEST = 400  # characters of a value in a message
 
 
 def type_error(name: str, expected: str, value: Any) -> TypeError:
@@ -52,6 +62,11 @@ def check_tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise type_error(name, "a torch.Tensor", value)
     check_dense(name, value)
+
+
+def check_values(name: str, value: Tensor) -> None:
+    if value.is_meta:
+        raise value_error(name, "a tensor with values", value)
 
 
 def check_dense(name: str, value: Tensor) -> None:
@@ -135,6 +150,45 @@ def nearest(value: str, names: Collection[str]) -> str:
     return f" (nearest: {found[0]!r})" if found else ""
 
 
+def is_word(value: Any, word: str) -> bool:
+    """Whether a value is a name, without comparing tensors and arrays with it."""
+    return isinstance(value, str) and value == word
+
+
+def is_infinite(value: Any) -> bool:
+    """Whether a value is the float infinity, without comparing tensors and arrays with it."""
+    return isinstance(value, float) and value == math.inf
+
+
+def check_callable(name: str, expected: str, value: Any) -> None:
+    """A function, or an object that is called like one: a class is called to make an object."""
+    if not callable(value) or isinstance(value, type):
+        raise type_error(name, expected, value)
+
+
+def real_array(name: str, expected: str, value: Any) -> np.ndarray:
+    """Real numbers in float64 on the host, from a tensor, an array or sequences of numbers: no bools among them.
+
+    Raises:
+        TypeError, ValueError: it is none of them.
+    """
+    if isinstance(value, Tensor):
+        check_dense(name, value)
+        if value.is_complex() or value.dtype == torch.bool or value.is_quantized:
+            raise type_error(name, expected, value)
+        check_values(name, value)
+        return value.detach().double().resolve_neg().cpu().numpy()
+    if isinstance(value, (str, bytes, Mapping, Set)) or not isinstance(value, (np.ndarray, Sequence)):
+        raise type_error(name, expected, value)
+    try:
+        array = np.asarray(value)
+    except (ValueError, TypeError, RuntimeError, OverflowError):
+        raise type_error(name, expected, value) from None
+    if array.dtype.kind not in "iuf" and array.size > 0:
+        raise type_error(name, expected, value)
+    return array.astype(np.float64)
+
+
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
     if not isinstance(value, str):
         raise type_error(name, f"one of the names {', '.join(map(repr, choices))}", value)
@@ -157,11 +211,11 @@ def check_number(
 
 def check_float_dtype(name: str, value: Any) -> None:
     """A floating dtype."""
-    if value not in FLOATING:
+    if not isinstance(value, torch.dtype) or value not in FLOATING:
         raise type_error(name, "a floating dtype: torch.float32, bfloat16, float16 or float64", value)
 
 
-def check_int(name: str, value: Any, *, low: int | None = None, high: int | None = None) -> None:
+def check_int(name: str, value: Any, *, low: int | None = None, high: int | None = LARGEST_INT) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise type_error(name, "an int", value)
     if high is not None and value > high:

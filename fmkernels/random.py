@@ -54,7 +54,7 @@ def as_seed(seed: Tensor | int | None, device: torch.device | None, generator: t
         if device is not None and (seed.device.type != device.type or device.index not in (None, seed.device.index)):
             raise value_error("seed", f"a tensor on {device}", seed)
         return seed
-    check_int("seed", seed)
+    check_int("seed", seed, high=None)
     if not -(2**63) <= seed < 2**64:
         raise value_error("seed", "an int that fits into 64 bits", seed)
     return torch.full((), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device)

@@ -251,7 +251,7 @@ class Uniform(Sampler):
         check_number("high", self.high, above=self.low, high=1.0)
         check_bool("stratified", self.stratified)
         if self.size is not None:
-            check_int("size", self.size, low=1)
+            check_int("size", self.size, low=1, high=None)
             if not self.stratified:
                 raise value_error("size", "None but beside stratified=True", self.size)
         first, last = _float32_from(self.low), _float32_below(self.high)

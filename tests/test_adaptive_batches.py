@@ -300,5 +300,5 @@ def test_captured_steps_serve_other_data(shared: bool, impl: str, monkeypatch: p
     assert len(captures) == 2
     monkeypatch.undo()
     assert owner.solve(graph=StepGraph(owner)).graph == "eager"
-    with pytest.raises(RuntimeError, match="cuda_graph: expected a state on a CUDA device"):
+    with pytest.raises(ValueError, match="cuda_graph: expected a state on a CUDA device"):
         owner.solve(graph=StepGraph(owner, mode=True))

@@ -94,7 +94,11 @@ def test_stretched_shifts_end_at_their_terminal_level(terminal: float) -> None:
 def test_a_schedule_gives_a_time_more_than_steps() -> None:
     """n times for n steps were taken as n - 1 steps."""
     x = torch.zeros(2, 2)
-    for schedule in (lambda n: torch.linspace(0.0, 1.0, n), lambda n: np.linspace(0.0, 1.0, n + 2), lambda n: 0.5):
+    for schedule in (
+        lambda n: torch.linspace(0.0, 1.0, n),
+        lambda n: np.linspace(0.0, 1.0, n + 2),
+        lambda n: torch.tensor(0.5),
+    ):
         with pytest.raises(ValueError, match="schedule: expected a function from a number of steps, here 4, to one"):
             fm.sample(field, x, steps=4, schedule=schedule)
     per_sample = lambda n: torch.linspace(0.0, 1.0, n + 1)[:, None].repeat(1, 2)  # noqa: E731

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .._arguments import NOTHING, PLAIN, Named, all_kwargs, check_named, named, names_of
-from .._checks import check_choice, check_number, type_error, value_error
+from .._checks import check_callable, check_choice, check_number, is_word, real_array, type_error, value_error
 from .._keys import attributes, is_ours, key_or_none
 from ..paths import CondOT, Path
 from ..paths.targets import TARGETS
@@ -47,23 +47,26 @@ def checked_scale(name: str, scale: Scale) -> Scale:
     Raises:
         TypeError, ValueError: it is none of them.
     """
-    if isinstance(scale, Tensor):
-        scale = scale.detach().double().cpu().numpy()
-    if isinstance(scale, np.ndarray):
-        scale = np.array(scale, dtype=np.float64)
-        if not np.isfinite(scale).all():
+    if isinstance(scale, Tensor) and scale.requires_grad:
+        raise value_error(name, "numbers without a gradient, as there is none for them: scale.detach()", scale)
+    if isinstance(scale, (Tensor, np.ndarray, np.generic)):
+        array = np.array(real_array(name, _SCALE, scale if isinstance(scale, Tensor) else np.asarray(scale)))
+        if not np.isfinite(array).all():
             raise value_error(name, "finite numbers", scale)
-        return scale if scale.ndim else float(scale)
-    if callable(scale):
+        return array if array.ndim else float(array)
+    if callable(scale) and not isinstance(scale, type):
         return scale
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise type_error(name, "a number, a tensor with one for each sample, or a function of t", scale)
+        raise type_error(name, _SCALE, scale)
     check_number(name, scale)
     return float(scale)
 
 
+_SCALE = "a number, a tensor with one for each sample, or a function of t"
+
+
 def check_batched(value: Batched) -> None:
-    if not isinstance(value, bool) and value != "auto":
+    if not isinstance(value, bool) and not is_word(value, "auto"):
         if isinstance(value, str):
             raise value_error("batched", "True, False, 'auto' or a sequence of names of keyword arguments", value)
         names_of("batched", value)
@@ -196,8 +199,7 @@ class Guidance(ABC):
         Raises:
             TypeError, ValueError: an argument of the wrong type or value.
         """
-        if not callable(model):
-            raise type_error("model", "a callable model(x, t, **model_kwargs)", model)
+        check_callable("model", "a callable model(x, t, **model_kwargs)", model)
         if not isinstance(path, Path):
             raise type_error("path", "a path of fm.paths", path)
         check_choice("prediction", prediction, TARGETS)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._arguments import Named, names_of
-from .._checks import check_choice, check_int, check_number, value_error
+from .._checks import check_bool, check_choice, check_int, check_number, value_error
 from ..ops.combine.op import combine
 from ..ops.row_dots.op import row_dots
 from ..paths.schedule import tensor_at
@@ -41,7 +41,7 @@ from .base import (
     scale_at,
 )
 from .calls import Batched, Batching, Branches, Model, overridden
-from .linear import scale_of_weight, weight_of_scale
+from .linear import scale_of_weight, shifted, weight_of_scale
 
 CONVENTIONS = ("scale", "weight")
 _PAIR = (CONDITIONAL, UNCONDITIONAL)
@@ -145,6 +145,7 @@ class CFG(ClassifierFree):
         check_choice("convention", self.convention, CONVENTIONS)
         super().__post_init__()
         check_number("rescale", self.rescale, low=0.0, high=1.0)
+        check_bool("zero_star", self.zero_star)
         if self.zero_init is not None:
             check_int("zero_init", self.zero_init, low=0)
 
@@ -167,7 +168,7 @@ class CFG(ClassifierFree):
     def velocity(self, builder: Builder, x: Expr, t: Number) -> Expr:
         if builder.step.number < self.zero_steps and not isinstance(builder, Immediate):
             return ZERO
-        scale = self.scale if self.convention == "scale" else scale_of_weight(self.scale)
+        scale = self.scale if self.convention == "scale" else shifted(self.scale, 1.0)
         w = scale_at(builder, scale, t, self.interval)
         if is_number(w, 1.0) or not (self.zero_star or self.rescale):
             return mixture(builder, x, t, {CONDITIONAL: w, UNCONDITIONAL: 1.0 - w}, self.batching)

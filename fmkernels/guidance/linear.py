@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._arguments import Named, names_of
-from .._checks import type_error, value_error
+from .._checks import check_callable, type_error, value_error
 from ..solvers.programs.builder import Builder
 from ..solvers.programs.expressions import Expr, Number, as_number
 from .base import (
@@ -54,8 +54,7 @@ class AutoGuidance(Guidance):
     interval: Interval = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        if not callable(self.weak_model):
-            raise type_error("weak_model", "a callable model(x, t, **model_kwargs)", self.weak_model)
+        check_callable("weak_model", "a callable model(x, t, **model_kwargs)", self.weak_model)
         check_kwargs("weak_kwargs", self.weak_kwargs)
         object.__setattr__(self, "scale", checked_scale("scale", self.scale))
         object.__setattr__(self, "interval", checked_interval(self.interval))
@@ -151,8 +150,7 @@ class ClassifierGuidance(Guidance):
     interval: Interval = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        if not callable(self.gradient):
-            raise type_error("gradient", "a callable gradient(x, t, **gradient_kwargs)", self.gradient)
+        check_callable("gradient", "a callable gradient(x, t, **gradient_kwargs)", self.gradient)
         check_kwargs("gradient_kwargs", self.gradient_kwargs)
         object.__setattr__(self, "scale", checked_scale("scale", self.scale))
         object.__setattr__(self, "interval", checked_interval(self.interval))
@@ -180,15 +178,18 @@ class ClassifierGuidance(Guidance):
 
 def scale_of_weight(weight: Scale) -> Scale:
     """The scale w of u + w (c - u) for the weight of (1 + weight) c - weight u: 1 + weight."""
-    return _shifted(weight, 1.0)
+    checked_scale("weight", weight)
+    return shifted(weight, 1.0)
 
 
 def weight_of_scale(scale: Scale) -> Scale:
     """The weight of (1 + weight) c - weight u for the scale w of u + w (c - u): w - 1."""
-    return _shifted(scale, -1.0)
+    checked_scale("scale", scale)
+    return shifted(scale, -1.0)
 
 
-def _shifted(scale: Scale, shift: float) -> Scale:
+def shifted(scale: Scale, shift: float) -> Scale:
+    """A scale plus a number."""
     if callable(scale) and not isinstance(scale, (Tensor, np.ndarray)):
         function = scale
         return lambda t: function(t) + shift

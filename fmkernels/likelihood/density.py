@@ -18,7 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import check_bool, check_float_tensor, check_int, check_number, leading_shape, type_error, value_error
+from .._checks import (
+    check_bool,
+    check_callable,
+    check_float_tensor,
+    check_int,
+    check_number,
+    leading_shape,
+    type_error,
+    value_error,
+)
 from ..ops._operands import compute_dtype
 from ..ops.row_dots.op import row_dots
 from ..ops.step_control.op import Status
@@ -96,9 +105,11 @@ def bits_per_dim(log_prob: Tensor, shape: Sequence[int], scale: float = 1.0) -> 
     """
     check_float_tensor("log_prob", log_prob)
     check_number("scale", scale, above=0.0)
+    if isinstance(shape, (str, bytes)) or not isinstance(shape, Sequence):
+        raise type_error("shape", "a sequence of ints", shape)
+    for size in shape:
+        check_int("shape", size, low=1)
     dims = math.prod(shape)
-    if dims == 0:
-        raise value_error("shape", "at least one element", tuple(shape))
     return log_prob * (-1.0 / (dims * math.log(2.0))) + math.log2(scale)
 
 
@@ -153,9 +164,9 @@ class LikelihoodSettings(FlowSettings):
             raise value_error("t_1", f"a time after t_0 = {self.t_0:g}", self.t_1)
         if self.time_grid is not None and (self.t_0, self.t_1) != (0.0, 1.0):
             raise ValueError("t_0, t_1, time_grid: expected an interval or the times, whose ends it is, got both")
-        if self.log_p0 is not None and not callable(self.log_p0):
-            raise type_error("log_p0", "a function from states to log-densities", self.log_p0)
-        self.how = Divergence(self.divergence, self.probes, self.distribution, self.mode, self.chunk)
+        if self.log_p0 is not None:
+            check_callable("log_p0", "a function from states to log-densities", self.log_p0)
+        self.how = Divergence(self.divergence, self.probes, self.distribution, self.mode, self.chunk, "model")
         check_bool("fresh", self.fresh)
         check_bool("gradient", self.gradient)
         if self.generator is not None:

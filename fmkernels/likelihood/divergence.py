@@ -23,13 +23,14 @@ from torch import Tensor
 from .._arguments import all_kwargs, check_names, tree_map
 from .._checks import (
     as_state,
+    check_bool,
+    check_callable,
     check_choice,
     check_float_tensor,
     check_int,
     check_like,
     check_number,
     check_same_device,
-    type_error,
     value_error,
 )
 from ..ops._operands import compute_dtype
@@ -80,9 +81,9 @@ def _ordinary(leaf: Any) -> Any:
     return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf
 
 
-def _no_derivative() -> ValueError:
+def _no_derivative(name: str) -> ValueError:
     return ValueError(
-        "func: expected a velocity that depends on x by differentiable operations, got one whose derivative is not "
+        f"{name}: expected a velocity that depends on x by differentiable operations, got one whose derivative is not "
         "recorded (add 0 * x to a field that does not depend on x; take torch.no_grad out of the model)"
     )
 
@@ -90,20 +91,20 @@ def _no_derivative() -> ValueError:
 class _Reverse:
     """Products J^T e: the field's graph is kept, a backward pass for each e. Its graph is freed with this object."""
 
-    def __init__(self, func: Field, t: Tensor, x: Tensor, kwargs: dict[str, Any], gradient: bool) -> None:
-        self.gradient = gradient
+    def __init__(self, func: Field, t: Tensor, x: Tensor, kwargs: dict[str, Any], gradient: bool, name: str) -> None:
+        self.gradient, self.name = gradient, name
         with torch.enable_grad():
             self.x = x if gradient and x.requires_grad else x.detach().requires_grad_()
-            self.v = as_state("model", func(t, self.x, **kwargs), x)
+            self.v = as_state(self.name, func(t, self.x, **kwargs), x)
         if not self.v.requires_grad:
-            raise _no_derivative()
+            raise _no_derivative(self.name)
 
     def product(self, e: Tensor, last: bool) -> Tensor:
         (result,) = torch.autograd.grad(
             self.v, self.x, e, retain_graph=self.gradient or not last, create_graph=self.gradient, allow_unused=True
         )
         if result is None:
-            raise _no_derivative()
+            raise _no_derivative(self.name)
         return result
 
     def products(self, e: Tensor) -> Tensor:
@@ -117,15 +118,15 @@ class _Reverse:
             is_grads_batched=True,
         )
         if result is None:
-            raise _no_derivative()
+            raise _no_derivative(self.name)
         return result
 
 
 class _Forward:
     """Products J e by forward-mode differentiation: an evaluation of the field for each e, no graph."""
 
-    def __init__(self, func: Field, t: Tensor, x: Tensor, kwargs: dict[str, Any], gradient: bool) -> None:
-        self.func, self.t, self.kwargs = func, t, kwargs
+    def __init__(self, func: Field, t: Tensor, x: Tensor, kwargs: dict[str, Any], gradient: bool, name: str) -> None:
+        self.func, self.t, self.kwargs, self.name = func, t, kwargs, name
         self.x = x if gradient else x.detach()
         self.gradient = gradient
         self.velocity: Tensor | None = None
@@ -133,10 +134,10 @@ class _Forward:
     def product(self, e: Tensor, last: bool) -> Tensor:
         with torch.set_grad_enabled(self.gradient), forward_ad.dual_level():
             output = self.func(self.t, forward_ad.make_dual(self.x, e.contiguous()), **self.kwargs)
-            dual = as_state("model", output, self.x)
+            dual = as_state(self.name, output, self.x)
             self.velocity, tangent = forward_ad.unpack_dual(dual)
         if tangent is None:
-            raise _no_derivative()
+            raise _no_derivative(self.name)
         return tangent
 
     def products(self, e: Tensor) -> Tensor:
@@ -149,13 +150,13 @@ class _Forward:
         return tangents
 
     def _at(self, x: Tensor) -> Tensor:
-        return as_state("model", self.func(self.t, x, **self.kwargs), x)
+        return as_state(self.name, self.func(self.t, x, **self.kwargs), x)
 
     @property
     def v(self) -> Tensor:
         if self.velocity is None:  # no directions at all
             with torch.set_grad_enabled(self.gradient):
-                self.velocity = as_state("model", self.func(self.t, self.x, **self.kwargs), self.x)
+                self.velocity = as_state(self.name, self.func(self.t, self.x, **self.kwargs), self.x)
         return self.velocity
 
 
@@ -173,6 +174,7 @@ class Divergence:
     distribution: str = "rademacher"
     mode: str = "reverse"
     chunk: int | None = None
+    name: str = "func"  # of the field in errors
     _loops: bool = field(default=False, init=False)
     _identity: Tensor | None = field(default=None, init=False)
 
@@ -201,7 +203,7 @@ class Divergence:
                 x, t = x.clone(), t.clone()
                 probes = [e.clone() for e in probes]
                 kwargs = tree_map(_ordinary, kwargs or {})
-            jacobian = (_Reverse if self.mode == "reverse" else _Forward)(func, t, x, kwargs or {}, gradient)
+            jacobian = (_Reverse if self.mode == "reverse" else _Forward)(func, t, x, kwargs or {}, gradient, self.name)
             stack.enter_context(torch.set_grad_enabled(gradient))
             div = self._exact(jacobian, x) if self.method == "exact" else self._estimate(jacobian, x, probes)
             v = jacobian.v
@@ -330,11 +332,9 @@ def divergence(
     check_float_tensor("x", x)
     if x.dim() == 0:
         raise value_error("x", "at least one dimension, of samples", x)
-    if not callable(func):
-        raise type_error("func", "a callable func(t, x)", func)
+    check_callable("func", "a callable func(t, x)", func)
     check_choice("method", method, METHODS)
-    if not isinstance(gradient, bool):
-        raise type_error("gradient", "True or False", gradient)
+    check_bool("gradient", gradient)
     how = Divergence(method, probes, distribution, mode, chunk)
     if isinstance(t, Tensor):
         check_float_tensor("t", t)

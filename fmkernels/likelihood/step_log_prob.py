@@ -12,6 +12,8 @@ from torch import Tensor
 from .._arguments import all_kwargs, check_names
 from .._checks import (
     as_state,
+    check_bool,
+    check_callable,
     check_choice,
     check_float_tensor,
     check_like,
@@ -78,13 +80,13 @@ def sde_step_log_prob(
     Raises:
         TypeError, ValueError: an argument of the wrong type or shape, or method "heun".
     """
-    if not callable(model):
-        raise type_error("model", "a callable model(x, t, **model_kwargs)", model)
+    check_callable("model", "a callable model(x, t, **model_kwargs)", model)
     check_float_tensor("x", x)
     check_like("x_next", x_next, "x", x)
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("prediction", prediction, TARGETS)
     check_transform(noise_transform)
+    check_bool("return_count", return_count)
     if not isinstance(sde, SDE):
         raise type_error("sde", "an SDE", sde)
     if not isinstance(path, Path):

@@ -134,7 +134,7 @@ class Batch:
 
     def split(self, size: int) -> list[Batch]:
         """Micro-batches of ``size`` samples, the last one of what is left."""
-        check_int("size", size, low=1)
+        check_int("size", size, low=1, high=None)
         return [self[first : first + size] for first in range(0, len(self), size)]
 
     def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> Batch:

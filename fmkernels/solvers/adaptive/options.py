@@ -9,7 +9,7 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor
 
-from ..._checks import check_choice, check_int, check_number, type_error, value_error
+from ..._checks import check_choice, check_int, check_number, is_infinite, is_word, type_error, value_error
 from ...ops.step_control.op import Rules
 from ..methods.tableaus import Tableau
 from .controllers import Controller, IController
@@ -68,10 +68,10 @@ class AdaptiveOptions:
         if self.first_step is not None:
             check_number("first_step", self.first_step, above=0.0)
         check_number("min_step", self.min_step, low=0.0)
-        if self.max_step != math.inf:
+        if not is_infinite(self.max_step):
             check_number("max_step", self.max_step, above=0.0, low=self.min_step)
         check_int("max_steps", self.max_steps, low=0)
-        if self.compact != "auto":
+        if not is_word(self.compact, "auto"):
             check_number("compact", float(self.compact), low=0.0, high=1.0)
         check_int("chunk", self.chunk, low=1)
         check_choice("time_shape", self.time_shape, ("batch", "scalar"))
@@ -97,7 +97,7 @@ class AdaptiveOptions:
             self.controller.least_growth,
             float(self.min_step),
             float(self.max_step),
-            self.max_steps,
+            min(self.max_steps, MOST_STEPS),
             self.force_min_step,
             tableau.c,
         )
@@ -150,6 +150,6 @@ def step_control_arguments(options: dict[str, Any]) -> dict[str, Any]:
         "controller": IController(**numbers) if controller is None else controller,
         "first_step": None if first is None else abs(number_option("first_step", first)),
         "min_step": 0.0 if least is None else number_option("min_step", least, low=0.0),
-        "max_step": math.inf if most is None or most == math.inf else number_option("max_step", most, above=0.0),
+        "max_step": math.inf if most is None or is_infinite(most) else number_option("max_step", most, above=0.0),
         "max_steps": MOST_STEPS if steps is None else min(int(number_option("max_num_steps", steps)), MOST_STEPS),
     }

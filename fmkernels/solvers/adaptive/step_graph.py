@@ -110,7 +110,7 @@ def captured_steps(
     """(the captured steps, how), or (None, why single launches must do)."""
     if not can_capture(batch.y):
         if graph.mode is True:
-            raise RuntimeError("cuda_graph: expected a state on a CUDA device")
+            raise ValueError(f"cuda_graph: expected a state on a CUDA device, got one on {batch.y.device}")
         return None, "eager"
     if problem.slow_norm:
         return None, "eager: the error norm is a function of the user's or has tensors of tolerances"
@@ -122,7 +122,7 @@ def captured_steps(
         refusal = str(error)
     if refusal is not None:
         if graph.mode is True:
-            raise RuntimeError(f"cuda_graph: expected values that a graph can be found by, but {refusal}")
+            raise ValueError(f"cuda_graph: expected values that a graph can be found by, got others: {refusal}")
         return None, f"eager: {refusal}"
     key = (
         graph.key,

@@ -12,7 +12,7 @@ from typing import final
 
 import numpy as np
 
-from ..._checks import check_bool, check_choice, check_int, check_number, value_error
+from ..._checks import check_bool, check_choice, check_int, check_number, is_word, value_error
 from ..programs.builder import Builder
 from ..programs.expressions import ZERO, Expr, Number
 from . import noise_levels as ei
@@ -92,7 +92,7 @@ class LCM:
 
 
 def _check_final(value: bool | str) -> None:
-    if not any(value is choice for choice in (True, False)) and value != "auto":
+    if not isinstance(value, bool) and not is_word(value, "auto"):
         raise value_error("lower_order_final", "True, False or 'auto'", value)
 
 
@@ -164,7 +164,7 @@ class DPMSolverPP2S:
 
     Args:
         eta: noise, >= 0, as in :class:`DPMSolverPP`.
-        r: place of the time between, in (0, 1).
+        r: place of the time between, in (0, 1].
     """
 
     eta: float = 0.0

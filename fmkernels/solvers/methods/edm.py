@@ -13,7 +13,7 @@ from typing import final
 
 import numpy as np
 
-from ..._checks import check_bool, check_int, check_number, type_error
+from ..._checks import check_bool, check_int, check_number, is_infinite, type_error
 from ..programs.builder import Builder
 from ..programs.expressions import Expr, Number
 from . import noise_levels as ei
@@ -74,7 +74,7 @@ class EDM:
         for name in ("s_churn", "s_tmin", "s_noise"):
             check_number(name, getattr(self, name), low=0.0)
         check_bool("heun", self.heun)
-        if self.s_tmax != math.inf:
+        if not is_infinite(self.s_tmax):
             check_number("s_tmax", self.s_tmax, low=self.s_tmin)
 
     def __call__(self, builder: Builder) -> None:

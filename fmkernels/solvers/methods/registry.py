@@ -12,7 +12,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import final
 
-from ..._checks import nearest, type_error, value_error
+from ..._checks import check_callable, nearest, type_error, value_error
 from ..programs.builder import Method
 from . import implicit_tableaus, tableaus
 from .adams import AdamsBashforth, AdamsMoulton
@@ -245,8 +245,7 @@ def adaptive_tableau(method: str | Method, interface: Interface = SAMPLE) -> Tab
 def resolve(method: str | Method, interface: Interface = SAMPLE) -> Method:
     """A method of fixed steps by its name, or as it is given."""
     if not isinstance(method, str):
-        if not callable(method) or isinstance(method, type):
-            raise type_error("method", "a name or a method", method)
+        check_callable("method", "a name or a method", method)
         return method
     entry = find(method, interface)
     if entry.make is None:

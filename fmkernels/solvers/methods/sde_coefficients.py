@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..._cache import Cache, is_plain_context, ordinary_tensors
-from ..._checks import check_number, type_error, value_error
+from ..._checks import check_callable, check_number, type_error, value_error
 from ..._names import Names
 from ...paths import Coefficients, Path
 
@@ -142,8 +142,7 @@ class Function:
     function: Callable[[Tensor], Tensor | float]
 
     def __post_init__(self) -> None:
-        if not callable(self.function):
-            raise type_error("function", "a function of the time", self.function)
+        check_callable("function", "a function of the time", self.function)
 
     def over_sigma(self, at: Coefficients, t: Tensor) -> Tensor:
         w = self.function(t)
@@ -181,10 +180,9 @@ def resolve(diffusion: str | Diffusion | Callable[[Tensor], Tensor | float]) -> 
     """
     if isinstance(diffusion, str):
         return DIFFUSIONS.find(diffusion)
-    if isinstance(diffusion, Diffusion):
+    if isinstance(diffusion, Diffusion) and not isinstance(diffusion, type):
         return diffusion
-    if not callable(diffusion):
-        raise type_error("diffusion", "a name, a diffusion coefficient or a callable of t", diffusion)
+    check_callable("diffusion", "a name, a diffusion coefficient or a callable of t", diffusion)
     return Function(diffusion)
 
 

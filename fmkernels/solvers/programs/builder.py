@@ -308,7 +308,10 @@ class Builder:
     def program(self) -> Program:
         """The program of what was written."""
         if self._steps != max(len(self.grid) - 1, 0):
-            raise AssertionError(f"a method must end each of its {len(self.grid) - 1} steps, ended {self._steps}")
+            raise ValueError(
+                f"method: expected one that ends each of its {len(self.grid) - 1} steps by builder.advance, "
+                f"got one that ended {self._steps}"
+            )
         extras = tuple((name, tuple(registers)) for name, registers in self._extras.items())
         kept = tuple(register for _, registers in extras for register in registers)
         segment = Segment(tuple(self._instructions), self._registers, self._state, kept)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, final
 
 from torch import Tensor
 
-from ..._checks import check_like, type_error
+from ..._checks import check_callable, check_like
 from ...ops._operands import compute_dtype
 from ...ops.random.op import randn
 from ...random import Noise
@@ -18,8 +18,8 @@ Transform = Callable[[Tensor], Tensor]
 
 
 def check_transform(transform: Any) -> None:
-    if transform is not None and (not callable(transform) or isinstance(transform, type)):
-        raise type_error("noise_transform", "None or a function of noise, e.g. an fm.MaskedNoise", transform)
+    if transform is not None:
+        check_callable("noise_transform", "None or a function of noise, e.g. an fm.MaskedNoise", transform)
 
 
 def transformed(transform: Transform | None, z: Tensor) -> Tensor:

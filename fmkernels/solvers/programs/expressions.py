@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..._checks import value_error
+from ..._checks import real_array, value_error
 
 # A number for all samples, an array whose shape is a leading part of the state's, or a 0-dim float64 tensor where the
 # gradient with respect to times is wanted.
@@ -60,26 +60,27 @@ def as_number(value: Tensor) -> Number:
     return float(value) if value.dim() == 0 else value.double().cpu().numpy()
 
 
-def as_grid(grid: Tensor | np.ndarray | Sequence[float], *, waiting: bool = False) -> list[Number]:
+def as_grid(
+    grid: Tensor | np.ndarray | Sequence[float], *, waiting: bool = False, name: str = "time_grid"
+) -> list[Number]:
     """Times as numbers: finite, strictly monotone along dimension 0.
 
     Args:
         waiting: whether the times of a sample or token may stay the same for a step, or for all: it then waits.
+        name: of the argument that gives them.
 
     Raises:
-        ValueError: the times are not that.
+        TypeError, ValueError: the times are not that.
     """
-    if isinstance(grid, Tensor):
-        grid = grid.detach().double().cpu().numpy()
-    times = np.asarray(grid, dtype=np.float64)
+    times = real_array(name, "times: numbers in a tensor, an array or a sequence", grid)
     if times.ndim == 0 or times.shape[0] == 0:
-        raise value_error("time_grid", "at least one time along dimension 0", grid)
+        raise value_error(name, "at least one time along dimension 0", grid)
     if not np.isfinite(times).all():
-        raise value_error("time_grid", "finite times", grid)
+        raise value_error(name, "finite times", grid)
     steps = np.diff(times, axis=0)
     if waiting and times.ndim > 1:
         if not ((steps >= 0).all() or (steps <= 0).all()):
-            raise value_error("time_grid", "times of each sample or token that all go one way, or stay", grid)
+            raise value_error(name, "times of each sample or token that all go one way, or stay", grid)
     elif not ((steps > 0).all() or (steps < 0).all()):
-        raise value_error("time_grid", "strictly monotone times", grid)
+        raise value_error(name, "strictly monotone times", grid)
     return [float(t) for t in times] if times.ndim == 1 else list(times)

@@ -8,18 +8,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..._checks import check_int, check_number, type_error, value_error
+from ..._checks import check_callable, check_int, check_number, real_array, value_error
 from ..._names import Names
 from ...times import Shift
 from ..programs.expressions import Number, as_grid
 
 Schedule = Callable[[int], np.ndarray]
+MOST_STEPS = 2**31 - 1
 
 
 @final
@@ -131,7 +132,7 @@ class Stretched:
     terminal: float
 
     def __post_init__(self) -> None:
-        times_of(self.schedule, 1)  # whatever is no schedule is told here
+        check_schedule(self.schedule)
         check_number("terminal", self.terminal, above=0.0)
         if self.terminal >= 1.0:
             raise value_error("terminal", "a number < 1", self.terminal)
@@ -149,17 +150,23 @@ SCHEDULES: Names[Schedule] = Names(
 )
 
 
+def check_schedule(schedule: Any) -> None:
+    """That a schedule is one: a name, a shift or a function."""
+    if isinstance(schedule, str):
+        SCHEDULES.find(schedule)
+    elif not isinstance(schedule, Shift):
+        check_callable("schedule", "a name, an fm.times.Shift or a function of the number of steps", schedule)
+
+
 def times_of(schedule: str | Shift | Schedule, steps: int) -> np.ndarray:
     """n + 1 times of a schedule by name, a resolution shift of even steps, or any function of n."""
-    check_int("steps", steps, low=0)
+    check_int("steps", steps, low=0, high=MOST_STEPS)
     if isinstance(schedule, str):
         schedule = SCHEDULES.find(schedule)
     if isinstance(schedule, Shift):
         return schedule(torch.linspace(0.0, 1.0, steps + 1, dtype=torch.float64)).numpy()
-    if not callable(schedule):
-        raise type_error("schedule", "a name, an fm.times.Shift or a function of the number of steps", schedule)
-    times = schedule(steps)
-    times = times if isinstance(times, np.ndarray) else np.asarray(torch.as_tensor(times).detach().double().cpu())
+    check_schedule(schedule)
+    times = real_array("schedule(steps)", "times: numbers in a tensor, an array or a sequence", schedule(steps))
     if times.ndim == 0 or times.shape[0] != steps + 1:
         raise value_error("schedule", f"a function from a number of steps, here {steps}, to one time more", times)
     return times
@@ -180,7 +187,10 @@ def make_grid(
     Args:
         waiting: a sample's or token's own times may stay the same.
     """
-    grid = as_grid(times_of(schedule, steps) if time_grid is None else time_grid, waiting=waiting)
+    if time_grid is None:
+        grid = as_grid(times_of(schedule, steps), waiting=waiting, name="schedule")
+    else:
+        grid = as_grid(time_grid, waiting=waiting)
     low, high = _range(grid[0], grid[-1])  # times are monotone
     if low < -_BEYOND or high > 1.0 + _BEYOND:
         raise ValueError(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..._arguments import leaves, structure, tree_map
-from ..._checks import check_float_tensor, check_like, type_error, value_error
+from ..._checks import check_float_tensor, check_like, check_values, type_error, value_error
 from ...ops.step_control.op import Clock, Count, Status, new_state
 from ..adaptive.compaction import Watch, gather, select_rows
 from ..adaptive.native_stepper import make_stepper
@@ -140,6 +140,7 @@ class Places:
                 raise type_error(name, "a tensor or a pair (x_0, keyword arguments)", request)
             state, extra = request
         check_float_tensor(name, state)
+        check_values(name, state)
         own = {key: tree_map(lambda leaf: _as_tensor(name, leaf, state), value) for key, value in extra.items()}
         if self.like is None:
             self.like = _Newcomer(number, state, own)

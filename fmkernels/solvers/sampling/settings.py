@@ -12,11 +12,14 @@ from torch import Tensor
 
 from ..._arguments import NOTHING, Named, all_kwargs, check_names, named
 from ..._checks import (
+    check_callable,
     check_choice,
     check_float_dtype,
     check_float_tensor,
     check_int,
     check_number,
+    check_values,
+    is_word,
     type_error,
     value_error,
 )
@@ -74,8 +77,7 @@ class FlowSettings:
 
     def check(self) -> None:
         """Puts defaults in the place of None, and refuses what cannot be."""
-        if not callable(self.model):
-            raise type_error("model", "a callable model(x, t, **model_kwargs)", self.model)
+        check_callable("model", "a callable model(x, t, **model_kwargs)", self.model)
         if self.path is None:
             self.path = _COND_OT
         elif not isinstance(self.path, Path):
@@ -93,17 +95,19 @@ class FlowSettings:
             )
         if self.guidance is not None:
             check_guidance(self.guidance)
+        grids.check_schedule(self.schedule)
         check_choice("time_shape", self.time_shape, ("batch", "scalar"))
         if self.time_dtype is not None:
             check_float_dtype("time_dtype", self.time_dtype)
         check_int("max_steps", self.max_steps, low=1)
         check_number("rtol", self.rtol, low=0.0)
         check_number("atol", self.atol, low=0.0)
-        if self.compact != "auto":
+        if not is_word(self.compact, "auto"):
             check_compact(self.compact)
-        self.said = NOTHING if self.batched == () == self.shared else named(self.batched, self.shared)
+        unsaid = type(self.batched) is tuple is type(self.shared) and not (self.batched or self.shared)
+        self.said = NOTHING if unsaid else named(self.batched, self.shared)
         if self.steps is not None:
-            check_int("steps", self.steps, low=0)
+            check_int("steps", self.steps, low=0, high=grids.MOST_STEPS)
             if self.time_grid is not None:
                 raise ValueError("steps, time_grid: expected at most one of them, got both")
 
@@ -161,8 +165,7 @@ def check_state(name: str, x: Any) -> None:
     check_float_tensor(name, x)
     if x.dim() == 0:
         raise value_error(name, "at least one dimension, of samples", x)
-    if x.is_meta:
-        raise value_error(name, "a tensor with values", x)
+    check_values(name, x)
 
 
 def _is_length(n: Any) -> bool:
@@ -181,7 +184,7 @@ def start_state(
     if isinstance(x_0, Tensor):
         check_state("x_0", x_0)
         return x_0 if dtype is None and device is None else x_0.to(device=device, dtype=dtype)
-    if not isinstance(x_0, Sequence) or isinstance(x_0, str) or not all(_is_length(n) for n in x_0):
+    if not isinstance(x_0, Sequence) or isinstance(x_0, (str, bytes)) or not all(_is_length(n) for n in x_0):
         raise type_error("x_0", "a tensor or a shape", x_0)
     if not x_0 or min(x_0) < 0:
         raise value_error("x_0", "a shape of at least one dimension, none below 0", tuple(x_0))

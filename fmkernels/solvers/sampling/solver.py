@@ -12,7 +12,17 @@ import torch
 from torch import Tensor
 
 from ..._arguments import check_named, leaves, unknown_reason
-from ..._checks import check_bool, check_choice, check_device, check_float_dtype, check_int, type_error, value_error
+from ..._checks import (
+    check_bool,
+    check_callable,
+    check_choice,
+    check_device,
+    check_float_dtype,
+    check_int,
+    is_word,
+    type_error,
+    value_error,
+)
 from ...random import draw_seed
 from ..adaptive.solve import solve_adaptive
 from ..methods.reversible import Scheme, solve_reversible, tableau_of
@@ -66,7 +76,7 @@ class Solver(FlowSettings):
     def check(self) -> None:
         super().check()
         check_choice("gradient", self.gradient, GRADIENTS)
-        if self.cuda_graph not in (True, False, "auto"):
+        if not isinstance(self.cuda_graph, bool) and not is_word(self.cuda_graph, "auto"):
             raise value_error("cuda_graph", "True, False or 'auto'", self.cuda_graph)
         if self.dtype is not None:
             check_float_dtype("dtype", self.dtype)
@@ -125,7 +135,7 @@ class Solver(FlowSettings):
         kwargs: dict[str, Any],
     ) -> tuple[Tensor, SampleResult]:
         """Samples with settings that are checked, and keyword arguments that are the model's."""
-        if row_offset != 0:
+        if type(row_offset) is not int or row_offset:
             check_int("row_offset", row_offset, low=0)
         if generator is not None:
             check_generator(generator)
@@ -133,8 +143,8 @@ class Solver(FlowSettings):
             check_bool("return_trajectory", return_trajectory)
         if progress is not False:
             check_bool("progress", progress)
-        if callback is not None and not callable(callback):
-            raise type_error("callback", "a function callback(step, t, x)", callback)
+        if callback is not None:
+            check_callable("callback", "a function callback(step, t, x)", callback)
         check_transform(noise_transform)
         x = start_state(x_0, self.model, generator, row_offset, self.dtype, self.device)
         if not isinstance(x_0, Tensor):
@@ -202,7 +212,7 @@ class Solver(FlowSettings):
         else:
             return None
         if self.cuda_graph is True:
-            raise RuntimeError(f"cuda_graph: expected a solve that can be captured, but {reason}")
+            raise ValueError(f"cuda_graph: expected a solve that can be captured, got one that cannot: {reason}")
         return f"eager: {reason}"
 
     def _sample_fixed(

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, final
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..._arguments import Named, tree_map
-from ..._checks import check_int, check_number, type_error, value_error
+from ..._checks import check_float_tensor, check_int, check_number, check_values, type_error, value_error
 from ...paths import Path
 from ..adaptive.controllers import Controller
 from ..adaptive.options import AdaptiveOptions
@@ -128,7 +129,11 @@ def _streamed(
     if refill_at is None:
         refill_at = max(1, capacity // 8)
     check_int("refill_at", refill_at, low=1, high=capacity)
-    if isinstance(requests, (str, bytes, Mapping)) or not isinstance(requests, Iterable):
+    if isinstance(requests, Tensor):
+        check_float_tensor("requests", requests)
+        check_values("requests", requests)
+    none = isinstance(requests, (str, bytes, Mapping)) or not isinstance(requests, Iterable)
+    if none or (isinstance(requests, (Tensor, np.ndarray)) and requests.ndim == 0):
         raise type_error("requests", "an iterable of tensors or pairs (x_0, keyword arguments)", requests)
     return Stream(places, iter(requests), capacity, refill_at).results()
 
