@@ -13,7 +13,6 @@ import functools
 import importlib
 import importlib.util
 import os
-import warnings
 from types import ModuleType
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import _native, _torch
-from ._checks import check_choice
+from ._checks import check_choice, warn
 
 IMPLS = ("auto", "reference", "native", "triton")
 OPS = ("combine", "regression_loss", "random", "row_dots")
@@ -118,7 +117,7 @@ def chosen(op: str, device_type: str, impl: str) -> str:
             reason = unavailable(candidate, device_type)
             if reason is None:
                 return candidate
-            warnings.warn(f"fmkernels: {candidate} {op} is not available on {device_type}: {reason}", stacklevel=2)
+            warn(f"fmkernels: {candidate} {op} is not available on {device_type}: {reason}")
     reason = unavailable(impl, device_type)
     if reason is not None:
         raise RuntimeError(

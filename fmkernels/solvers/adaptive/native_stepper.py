@@ -10,8 +10,10 @@ from torch import Tensor
 
 from ... import _dispatch, _native
 from ..._checks import as_state
+from ..._torch import storage_users
 from ...ops.step_control.native import wanted_times
 from ...ops.step_control.op import Clock
+from ..programs.ownership import owned_memory, references_of
 from .rows import Batch, Problem
 from .stepper import AdaptiveStep, Restart, Stepper, overlap
 
@@ -45,11 +47,33 @@ class NativeStepper(Stepper):
         self._error = torch.empty(batch.rows, dtype=self.step_size.dtype, device=y.device)
         self._sizes = self._error.new_empty(2, batch.rows)
         self._workspace = _native.workspace(y, batch.rows)
-        self._states = (y, self.y1)
-        self._stage_times = self.time_views[1:]
         self._on_cpu = y.is_cpu
+        self._plan()
+
+    def _plan(self) -> None:
+        self._states = (self.batch.y, self.y1)
+        self._memory, self._time_memory = [owned_memory(x) for x in self._states], owned_memory(self.times)
+        self._stage_times = self.time_views[1:]
         self.plan = _native.library().StepPlan(self.y1, self._settings())
         self.plan.steal = self._on_cpu and not self.copies_outputs  # there the host knows whether all rows accept
+
+    def let_go(self) -> None:
+        """In the trial step."""
+        self._let_go(None)
+
+    def _let_go(self, stage: int | None) -> None:
+        """Another plan in other memory, at the same place: the trial step, or a stage's output comes next."""
+        old, derivative = self.plan, self.derivative
+        super().let_go()
+        self._plan()
+        self.set_derivative(derivative)
+        self.plan.look = old.look
+        if stage is None:
+            self.plan.trial(self._stream())
+            return
+        self.plan.first(self._stream())
+        for number in range(1, stage):
+            self.plan.next(old.stage(number))
 
     def _settings(self) -> Any:
         """What the plan is told, all of it by address; this stepper and its batch keep the memory alive."""
@@ -112,7 +136,7 @@ class NativeStepper(Stepper):
             self.plan.start(self._stream())
             return 1
         self.plan.trial(self._stream())
-        k = self.problem.func(self.time_views[1], self.y1, **batch.kwargs)
+        k = self.call(self.time_views[1], self.y1)
         if self.plan.begin(k) < 0:
             # evaluated again where an output overwrites another: the derivative at y may be lost
             k = as_state(self.problem.name, k, self.y1)
@@ -120,7 +144,7 @@ class NativeStepper(Stepper):
                 self.copy_outputs()
                 self.set_derivative(self.evaluate(0, time, batch.y, ()))
                 self.plan.trial(self._stream())
-                k = self.problem.func(self.time_views[1], self.y1, **batch.kwargs)
+                k = self.call(self.time_views[1], self.y1)
             self.plan.begin(torch.empty_like(self.y1).copy_(k))
         return 2
 
@@ -134,14 +158,33 @@ class NativeStepper(Stepper):
             return self._step(on_step)
 
     def _step(self, on_step: Callable[[AdaptiveStep], Any] | None) -> Any:
-        plan, func, kwargs = self.plan, self.problem.func, self.batch.kwargs
+        plan, func, kwargs, lends = self.plan, self.problem.func, self.batch.kwargs, self.problem.lends
         plan.look = on_step is not None
         # the plan knows which buffer holds what, also after a step that an exception has left
-        y1 = self._states[1 - plan.first(self._stream())]
+        which = 1 - plan.first(self._stream())
+        y1, (storage, users), copies = self._states[which], self._memory[which], lends and self.gives_copies
+        last = len(self._stage_times)
         code = 0
         try:
             for number, t in enumerate(self._stage_times, 1):
-                k = func(t, y1, **kwargs)
+                if copies:
+                    k = func(t.clone(), y1.clone())
+                elif lends:
+                    references = references_of(t) + references_of(y1)
+                    k = func(t, y1)
+                    if (
+                        references_of(t) + references_of(y1) != references
+                        or storage_users(storage) != users
+                        or y1.requires_grad
+                        or t.requires_grad
+                        # the times are written again when the step has ended
+                        or (number == last and storage_users(self._time_memory[0]) != self._time_memory[1])
+                    ):
+                        copies = self.gives_copies = True
+                        self._let_go(number)
+                        plan, y1 = self.plan, self.y1
+                else:
+                    k = func(t, y1, **kwargs)
                 code = plan.next(k) if self._copies is None else plan.next(self._copied(number, k))
                 if code < 0:
                     code = self._take(k, code)

@@ -41,6 +41,7 @@ class AdaptiveOptions:
         time_dtype: of t; None for float32 (float64 for a float64 state).
         record: keep the accepted steps, see :class:`AdaptiveResult`.
         impl: of the operations.
+        lends: func may keep the times and states that it is given.
     """
 
     rtol: float | Tensor = 1e-5
@@ -58,6 +59,7 @@ class AdaptiveOptions:
     time_dtype: torch.dtype | None = None
     record: bool = False
     impl: str = "auto"
+    lends: bool = False
 
     def __post_init__(self) -> None:
         for name, tolerance in (("rtol", self.rtol), ("atol", self.atol)):
@@ -112,6 +114,7 @@ class AdaptiveOptions:
             self.time_dtype or (torch.float64 if dtype is torch.float64 else torch.float32),
             norm,
             self.impl,
+            self.lends,
         )
 
 

@@ -28,6 +28,7 @@ class Problem:
         shared: one row of control for the whole batch.
         scalar_time: func takes t of shape ().
         norm: of the tensor of error ratios; None for the root mean square of each row.
+        lends: func, which takes t and y alone, may keep them: what it keeps is not written again.
     """
 
     func: Field
@@ -40,6 +41,7 @@ class Problem:
     time_dtype: torch.dtype
     norm: Norm | None = None
     impl: str = "auto"
+    lends: bool = False
 
     @property
     def name(self) -> str:

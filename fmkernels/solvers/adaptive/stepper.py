@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..._cache import is_plain_context
 from ..._checks import as_state
 from ..._torch import same_memory
 from ...ops._operands import compute_dtype
 from ...ops.combine.op import combine
 from ...ops.step_control.op import Clock, Count, step_control
 from ...ops.step_control.rows import copy_rows, dense_output, dense_weights
+from ..programs.ownership import is_kept, owned_memory, references_of
 from .rows import Batch, Problem, row_norm, to_device
 
 
@@ -75,6 +77,7 @@ class Stepper:
         self.time_views = self.views_of(self.times)
         self._copies: list[Tensor] | None = None
         self.running: int | None = None  # rows, where that is known without waiting
+        self.gives_copies = False  # to the function, which keeps what it is given
         if copy:
             self.copy_outputs()
         self.prepare()
@@ -133,9 +136,45 @@ class Stepper:
 
     # ------------------------------------------------------------------ the network
 
+    def call(self, t: Tensor, y: Tensor) -> Any:
+        """The function's value at a time and a state of :attr:`times` and :attr:`y1`; what it keeps is replaced."""
+        problem = self.problem
+        if not problem.lends:
+            return problem.func(t, y, **self.batch.kwargs)
+        if self.gives_copies:
+            return problem.func(t.clone(), y.clone())
+        k, kept = self._lend(t, y)
+        if kept:
+            self.gives_copies = True
+            self.let_go()
+        return k
+
+    def _lend(self, t: Tensor, y: Tensor) -> tuple[Any, bool]:
+        """The function's value, and whether it keeps t or y."""
+        of_t, of_y = owned_memory(t), owned_memory(y)
+        before = references_of(t), references_of(y)
+        k = self.problem.func(t, y)
+        return k, is_kept(t, before[0], of_t) or is_kept(y, before[1], of_y)
+
+    def first_call(self, t: Tensor, y: Tensor) -> Any:
+        """The same at the beginning, which shows at the price of two copies whether the function keeps things."""
+        if not self.problem.lends:
+            return self.call(t, y)
+        t, y = t.clone(), y.clone()
+        if not is_plain_context():
+            self.gives_copies = True
+            return self.problem.func(t, y)
+        k, self.gives_copies = self._lend(t, y)
+        return k
+
+    def let_go(self) -> None:
+        """Other memory for what the function was given last."""
+        self.y1, self.times = self.y1.detach().clone(), self.times.detach().clone()
+        self.time_views = self.views_of(self.times)
+
     def evaluate(self, number: int, t: Tensor, y: Tensor, held: Sequence[Tensor]) -> Tensor:
         """A network output in memory that stays as it is while ``held`` are in use."""
-        k = self.problem.func(t, y, **self.batch.kwargs)
+        k = self.call(t, y) if number else self.first_call(t, y)
         k = as_state(self.problem.name, k, y)
         if k.requires_grad:
             k = k.detach()
@@ -188,7 +227,7 @@ class Stepper:
         trial = torch.copysign(torch.minimum(h0, span.abs()), span).nan_to_num(0.0)
         y, y1, k0 = (self.flat(x) for x in (self.batch.y, self.y1, self.derivative))
         combine([y, k0], [1.0, trial.to(compute_dtype(y))], out=y1, impl=self.problem.impl)
-        time = self.time_view((t + trial).to(self.problem.time_dtype))
+        time = self.time_view((t + trial).to(self.problem.time_dtype))  # nobody else's
         try:
             f1 = self.evaluate(1, time, self.y1, [k0])
         except Restart:
@@ -252,10 +291,10 @@ class Stepper:
         )
 
     def _attempt(self) -> Tensor:
-        problem, y1 = self.problem, self.y1
+        problem = self.problem
         # in float64, rounded once
         self._table.copy_(torch.addr(self._shifts, self.batch.clock[Clock.H], self._slopes))
-        y, out = self.flat(self.batch.y), self.flat(y1)
+        y = self.flat(self.batch.y)
         *stage_columns, last = problem.tableau.columns
         self.stages = stages = [self.k0]
         flat = [self.flat(self.k0)]
@@ -263,10 +302,10 @@ class Stepper:
             combine(
                 [y, *(flat[j] for j in used)],
                 self._table[:, self._tables[s]],
-                out=out,
+                out=self.flat(self.y1),
                 impl=problem.impl,
             )
-            stages.append(self.evaluate(s + 1, self.time_views[s + 1], y1, stages))
+            stages.append(self.evaluate(s + 1, self.time_views[s + 1], self.y1, stages))
             flat.append(self.flat(stages[-1]))
         operands = [y, *(flat[j] for j in last)]
         solution, error = (self._table[:, table] for table in self._tables[-2:])
@@ -278,7 +317,7 @@ class Stepper:
             error_coefficients=error,
             atol=problem.atol,  # type: ignore[arg-type]
             rtol=problem.rtol,  # type: ignore[arg-type]
-            out=out,
+            out=self.flat(self.y1),
             impl=problem.impl,
         )
         return norm

@@ -34,10 +34,11 @@ class Callbacks(Watch):
     def __bool__(self) -> bool:
         return self.on_try is not None or self.judges
 
-    def without(self, judges: bool) -> list[str]:
-        """The names of those that a method does not call, which accepts and rejects steps or not."""
-        given = (self.on_accept, self.on_reject)
-        return [] if judges else [name for name, call in zip(CALLBACKS[1:], given, strict=True) if call is not None]
+    def unused(self, steps: bool, judges: bool) -> list[str]:
+        """The names of those that a method does not call, which tells of its steps or not, and judges them or not."""
+        called = (steps, judges, judges)
+        given = zip(CALLBACKS, (self.on_try, self.on_accept, self.on_reject), called, strict=True)
+        return [name for name, call, is_called in given if call is not None and not is_called]
 
     def begin(self) -> None:
         """A part of the solve begins, that may begin :meth:`again`."""

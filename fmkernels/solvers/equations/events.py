@@ -200,7 +200,7 @@ class _InStep:
             return False
         start, size = float(step.t[0]), float(step.h[0])
         end = start + size
-        if self.search.crossing.before(end, step.y_new):
+        if self.search.crossing.before(end, step.y_new.clone()):  # which the event function may keep
             return False
         self.step_end = end
         with torch.no_grad():
@@ -253,7 +253,7 @@ class _ImplicitSearch(Watch):
 
     def after(self, step: ImplicitStep, h: Tensor) -> bool:
         self.callbacks.after(step, h)
-        packed, start, end = self.search.packed, float(step.t), float(step.u)
+        packed, start, end = self.search.packed, value_of(step.t), value_of(step.u)
         self.last = end
         shape = packed.y0.shape
         y, y_new = step.y.reshape(shape), step.y_new.reshape(shape)

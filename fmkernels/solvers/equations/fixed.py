@@ -93,7 +93,9 @@ def run_program(
         tell(number + 1, state)
 
     watched = callbacks is not None or (gradient and trajectory)
-    run = new_run(packed, builder, method, reuse=not gradient, trajectory=kept, on_step=on_step if watched else None)
+    run = new_run(
+        packed, builder, method, reuse=not gradient, lends=True, trajectory=kept, on_step=on_step if watched else None
+    )
     tell(0, y0)
     if options.get("checkpoint") and gradient:
         run.checkpointed(max(1, round(steps**0.5)))
@@ -101,7 +103,7 @@ def run_program(
         run.all()
     if not trajectory:
         return torch.stack([y0, *run.extras().get("ys", [])])
-    return torch.stack(states) if kept is None else kept
+    return torch.stack(states) if run.trajectory is None else run.trajectory
 
 
 def solve_fixed(packed: Packed, t: Tensor, method: Method, options: dict[str, Any]) -> Tensor:

@@ -32,7 +32,7 @@ def odeint(
 
     Args:
         func: (t, y) to dy/dt of y's shape; t is 0-dim, in y0's dtype. An answer in another floating dtype, as under
-            autocast, is cast to y0's.
+            autocast, is cast to y0's. It may keep t, y and what it returns: none of them is written again.
         y0: a tensor of any shape, or a tuple of tensors; floating or complex.
         t: (T,) strictly increasing or decreasing; best on the CPU, as its values are read once before the solve.
         rtol, atol: tolerances of adaptive and implicit methods: numbers, tensors that broadcast to y0, or a sequence

@@ -76,18 +76,21 @@ def check_times(t: Any) -> Tensor:
     return t
 
 
-def check_options(packed: Packed, settings: Settings, known: Sequence[str], *, judges: bool) -> None:
+def check_options(
+    packed: Packed, settings: Settings, known: Sequence[str], *, judges: bool, steps: bool = True
+) -> None:
     """Warns of options, and of callbacks, that the method does not have.
 
     Args:
         known: the names of its options.
         judges: whether it accepts and rejects steps.
+        steps: whether its steps are known.
     """
     method, options = settings.method, settings.options
     unknown = [name for name in options if name not in known and name not in _IGNORED_OPTIONS]
     if unknown:
         warn(f"options: method {method!r} has no {', '.join(map(repr, unknown))}")
-    unused = Callbacks(packed).without(judges)
+    unused = Callbacks(packed).unused(steps, judges)
     if unused:
         warn(f"func: method {method!r} does not call {', '.join(unused)}")
 
@@ -133,6 +136,7 @@ def adaptive_options(packed: Packed, settings: Settings, record: bool) -> Adapti
         time_shape="batch" if per_sample else "scalar",
         time_dtype=packed.y0.dtype,
         record=record,
+        lends=True,
     )
 
 

@@ -50,8 +50,8 @@ class Packed:
         if self.plain:
             return y  # type: ignore[return-value]
         parts = (y,) if isinstance(y, Tensor) else y
-        flat = parts[0].to(self.dtype) if len(parts) == 1 else torch.cat([p.reshape(-1).to(self.dtype) for p in parts])
-        return torch.view_as_real(flat) if self.complex else flat.reshape(-1) if self.is_tuple else flat
+        flat = torch.cat([p.reshape(-1).to(self.dtype) for p in parts]) if self.is_tuple else parts[0].to(self.dtype)
+        return torch.view_as_real(flat) if self.complex else flat
 
     def unpack(self, y: Tensor, lead: int = 0) -> State:
         """The user's state; the first ``lead`` dimensions are the solver's own."""

@@ -137,6 +137,7 @@ def sdeint(
         row_offset=row_offset,
         noise_transform=noise_transform,
         reuse=not torch.is_grad_enabled(),
+        lends=True,
     )
     run.all()
     return torch.stack(run.extras()["y"])

@@ -25,7 +25,7 @@ def solve(packed: Packed, t: Tensor, settings: Settings) -> Tensor:
     if kind == "implicit":
         return _implicit(packed, t, settings)
     if kind == "scipy":
-        check_options(packed, settings, scipy_solve.OPTIONS, judges=False)
+        check_options(packed, settings, scipy_solve.OPTIONS, judges=False, steps=False)
         return scipy_solve.solve_scipy(packed, t, settings)
     check_options(packed, settings, FIXED_OPTIONS, judges=False)
     return solve_fixed(packed, t, named_method(method, options), options)

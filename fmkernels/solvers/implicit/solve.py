@@ -166,7 +166,7 @@ class _Fixed(_Solve):
         if step_size is not None:
             check_number("step_size", step_size, above=0.0)
         self.perturb = bool(options.get("perturb", False))
-        times = (t if self.gradient else t.detach()).to(y0.device, torch.float64)
+        times = (t if self.gradient else t.detach()).to(y0.device, torch.float64, copy=True)
         rows = self.system.rows
         point = Point(y0, times[0].expand(rows))
         ys = [y0]
@@ -227,7 +227,7 @@ class _Adaptive(_Solve):
     def run(self, y0: Tensor, t: Tensor, options: dict[str, Any]) -> Tensor:
         system, settings = self.system, AdaptiveOptions(**step_control_arguments(options))
         rules = self._rules(settings)
-        times = (t if self.gradient else t.detach()).to(y0.device, torch.float64)
+        times = (t if self.gradient else t.detach()).to(y0.device, torch.float64, copy=True)
         fixed = times.detach()
         point = Point(y0, times[0].expand(system.rows))
         clock, count = new_state(point.t.detach(), fixed[-1].expand(system.rows))

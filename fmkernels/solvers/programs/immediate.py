@@ -13,8 +13,9 @@ from ...ops.combine.op import combine
 from ...paths import Path
 from .builder import Builder
 from .expressions import Expr, Number
+from .ownership import check_each, owned, owned_each, references_of
 from .program import Operation, Work, perform
-from .run import Call, check_each, owned, owned_each, references_of
+from .run import Call
 
 
 @final

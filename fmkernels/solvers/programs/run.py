@@ -9,7 +9,6 @@ are taken as they come; the others are copied unless the run is their only owner
 
 from __future__ import annotations
 
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,10 +20,11 @@ from torch.utils.checkpoint import checkpoint
 from ... import _dispatch, _native
 from ..._cache import is_plain_context
 from ..._checks import as_state, type_error
-from ..._torch import same_memory, storage_users
+from ..._torch import same_memory
 from ...ops.combine.op import combine
 from ...random import Noise
 from .draws import Draws, Transform
+from .ownership import Owned, check_each, is_kept, owned, owned_each, owned_memory, references_of
 from .program import Prepared, Program, Segment, perform
 from .tables import Lease
 
@@ -54,60 +54,6 @@ def _is_plain(x: Tensor) -> bool:
     return type(x) is Tensor and x.is_contiguous() and 0 < x.numel() <= MOST_ELEMENTS
 
 
-# ---------------------------------------------------------------------- whose memory an output is
-
-references_of = sys.getrefcount
-
-
-def _references_of_one_variable(make: Callable[[], object]) -> int:
-    """What sys.getrefcount says of an object that a local variable alone refers to."""
-    output = make()
-    return references_of(output)
-
-
-ALONE = _references_of_one_variable(object)
-
-
-def owned(output: Tensor, references: int, sharers: int = 1, look: bool = True) -> Tensor:
-    """A network's output, or a copy where anyone else may write to its memory.
-
-    Args:
-        references: what :data:`references_of` says of the variable that took it from the call, and of nothing else
-            that refers to it: not of an argument in the making.
-        sharers: outputs that came with it, in the same memory.
-        look: whether its owners can be seen; they cannot while anyone traces or transforms operations.
-    """
-    if look and references <= ALONE and type(output) is Tensor:
-        storage = output.untyped_storage()
-        # One reference more is the Python object that has just been made. Memory that no allocator of PyTorch's gave
-        # (numpy's, another framework's) may always be somebody's.
-        if storage_users(storage) == sharers + 1 and storage.resizable():
-            return output
-    # what autograd has recorded is nobody's buffer, unless it was written to
-    if look and output.grad_fn is not None and output._version == 0:
-        return output
-    return output.clone()
-
-
-def check_each(outputs: Sequence[Any], x: Tensor, name: str) -> None:
-    """That outputs are like the state; refers to none of them afterwards."""
-    for output in outputs:
-        as_state(name, output, x)
-
-
-def owned_each(outputs: Sequence[Tensor], look: bool = True) -> list[Tensor]:
-    """:func:`owned` for several outputs of one call, which may lie in one memory."""
-    if not look:
-        return [output.clone() for output in outputs]
-    starts = [output.untyped_storage().data_ptr() for output in outputs]
-    kept = []
-    for i, start in enumerate(starts):
-        output = outputs[i]
-        references = references_of(output) - 1  # the sequence has one
-        kept.append(owned(output, references, starts.count(start)))
-    return kept
-
-
 _ONE = [1.0]
 
 
@@ -122,12 +68,14 @@ class Run:
         row_offset: the batch's place in a larger one, for noise.
         noise_transform: from the noise that is drawn to what is used in its place.
         reuse: updates write to a few buffers, which are written again, those of this run alone; else each makes a new
-            tensor, as gradients need and callers that hand states to functions which may keep them.
+            tensor, as gradients need.
+        lends: functions may keep the states that they are given: one that is kept is not written again.
         trajectory: (steps + 1, B, ...) tensor that receives the states.
         on_step: called with (index, state) after each step; with ``reuse`` the state is written again later.
     """
 
     function_name = "model"  # in errors
+    gave_rows = False  # whether a function keeps states that are rows of the trajectory
 
     def __init__(
         self,
@@ -140,6 +88,7 @@ class Run:
         row_offset: int = 0,
         noise_transform: Transform | None = None,
         reuse: bool = False,
+        lends: bool = False,
         trajectory: Tensor | None = None,
         on_step: OnStep | None = None,
     ) -> None:
@@ -169,7 +118,8 @@ class Run:
         # of buffers that hold a state twice, for a call of two branches: the whole
         self.doubles: list[Tensor] = []
         self.double_starts: set[int] = set()
-        if reuse:
+        self.lends = lends and reuse and self.look
+        if reuse and (self.look or not lends):
             self.row_bytes = x_0.numel() * x_0.element_size()
             library = _dispatch.plain_library("auto") if x_0.device.type == "cpu" and _is_plain(x_0) else None
             if library is not None and program.doubled and trajectory is None and x_0.dim():
@@ -179,6 +129,9 @@ class Run:
                 self.buffers = [double[: x_0.shape[0]] for double in self.doubles]
             else:
                 self.buffers = [torch.empty_like(x_0) for _ in range(program.slot_count)]
+            if self.lends:
+                self.memory: dict[int, Owned] = {id(buffer): owned_memory(buffer) for buffer in self.buffers}
+                self.calls = {branch: self._lending(call) for branch, call in calls.items()}
             if library is not None:
                 self.write = library.combine_into_buffer
                 self.kind = (_native.DTYPE_CODE[x_0.dtype], tuple(x_0.shape))
@@ -238,6 +191,51 @@ class Run:
             if self.addresses is not None:
                 self.addresses[register] = row.data_ptr()
 
+    def _lending(self, call: Call) -> Call:
+        memory = self.memory
+
+        def lending(x: Tensor, t: Tensor) -> Any:
+            own = memory.get(id(x))
+            if own is None:
+                own = owned_memory(x)
+            references = references_of(x)
+            output = call(x, t)
+            if is_kept(x, references, own):
+                self._give(x)
+            return output
+
+        return lending
+
+    def _perform(self, function: Any, arguments: list[Any]) -> tuple[Tensor, ...]:
+        if not self.lends:
+            return perform(function, arguments)
+        before = [references_of(x) for x in arguments]
+        memory = [owned_memory(x) if isinstance(x, Tensor) else None for x in arguments]
+        values = perform(function, arguments)
+        for i, own in enumerate(memory):
+            if own is not None and is_kept(arguments[i], before[i] - 1, own):  # before, a variable had it too
+                self._give(arguments[i])
+        return values
+
+    def _give(self, x: Tensor) -> None:
+        """Leaves a state to who keeps it: what was its buffer is another tensor from now on."""
+        if self.rows and x._base is self.trajectory:
+            self.gave_rows = True
+            return
+        buffers, targets, addresses = self.buffers, self.targets, self.addresses
+        assert buffers is not None
+        assert targets is not None
+        for at, buffer in enumerate(buffers):
+            if buffer is x:
+                del self.memory[id(x)]
+                buffers[at] = new = torch.empty_like(x)
+                self.memory[id(new)] = owned_memory(new)
+                for register in self.segment.slots:
+                    if targets[register] is x and self.registers[register] is not x:
+                        targets[register] = new
+                        if addresses is not None and register:
+                            addresses[register] = new.data_ptr()
+
     def all(self) -> None:
         """Runs the whole program."""
         unwatched = self.on_step is None and (self.trajectory is None or self.targets is not None)
@@ -248,6 +246,8 @@ class Run:
                 self.execute(self.segment.unwatched if unwatched else self.segment.prepared)
         finally:
             self.lease.release()
+        if self.gave_rows and self.trajectory is not None:
+            self.trajectory = self.trajectory.clone()
 
     def execute(self, prepared: Sequence[Prepared]) -> None:
         """Runs instructions in the form of :attr:`Segment.prepared`."""
@@ -324,7 +324,7 @@ class Run:
                     for s, value in zip(used, self._taken([registers[s] for s in used]), strict=True):
                         registers[s] = value
                 arguments: list[Any] = [registers[s] if s >= 0 else self.draws.draw(-1 - s) for s in sources]
-                values = perform(function, arguments)
+                values = self._perform(function, arguments)
                 for result, value in zip(results, values, strict=True):
                     registers[result] = value
             elif kind == "First":
