@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Collection, Mapping, Sequence, Set
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -178,15 +178,18 @@ def real_array(name: str, expected: str, value: Any) -> np.ndarray:
             raise type_error(name, expected, value)
         check_values(name, value)
         return value.detach().double().resolve_neg().cpu().numpy()
-    if isinstance(value, (str, bytes, Mapping, Set)) or not isinstance(value, (np.ndarray, Sequence)):
+    if isinstance(value, np.ndarray):
+        array = value
+    elif isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
         raise type_error(name, expected, value)
-    try:
-        array = np.asarray(value)
-    except (ValueError, TypeError, RuntimeError, OverflowError):
-        raise type_error(name, expected, value) from None
+    else:
+        try:
+            array = np.asarray(value)
+        except (ValueError, TypeError, RuntimeError, OverflowError):
+            raise type_error(name, expected, value) from None
     if array.dtype.kind not in "iuf" and array.size > 0:
         raise type_error(name, expected, value)
-    return array.astype(np.float64)
+    return array.astype(np.float64, copy=False)
 
 
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:

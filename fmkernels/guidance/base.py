@@ -115,7 +115,7 @@ def scale_at(builder: Builder, scale: Scale, t: Number, interval: Interval = Non
     if callable(scale):
         value = scale(t if isinstance(t, Tensor) else torch.as_tensor(t, dtype=torch.float64))
         if isinstance(value, Tensor) and not isinstance(t, Tensor):
-            value = as_number(value)
+            value = as_number(value, "scale")
         value = float(value) if isinstance(value, int) else value
     else:
         value = scale

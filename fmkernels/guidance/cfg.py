@@ -316,7 +316,7 @@ def _schedule(builder: Builder, t: Number) -> tuple[Number, Number]:
     """(alpha, sigma) at a time."""
     times = torch.as_tensor(t, dtype=torch.float64)
     pair = [tensor_at(builder.path, name, times) for name in ("alpha", "sigma")]
-    alpha, sigma = pair if isinstance(t, Tensor) else [as_number(c) for c in pair]
+    alpha, sigma = pair if isinstance(t, Tensor) else [as_number(c, "path") for c in pair]
     return alpha, sigma
 
 

@@ -173,7 +173,7 @@ class ClassifierGuidance(Guidance):
         alpha = torch.as_tensor(builder.path.alpha(torch.as_tensor(t, dtype=getattr(t, "dtype", torch.float64))))
         if isinstance(t, Tensor):
             return torch.where(alpha == 0.0, torch.zeros_like(slope), slope)
-        return np.where(as_number(alpha) == 0.0, 0.0, slope)[()]
+        return np.where(as_number(alpha, "path") == 0.0, 0.0, slope)[()]
 
 
 def scale_of_weight(weight: Scale) -> Scale:

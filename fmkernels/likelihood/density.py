@@ -192,6 +192,8 @@ class LikelihoodSettings(FlowSettings):
             leading_shape("mask", self.mask, "x_1" if backward else "x_0", x)
             mask = self.mask.reshape(self.mask.shape + (1,) * (x.dim() - self.mask.dim()))
         with_gradient = self.gradient and torch.is_grad_enabled()
+        if with_gradient:
+            self.check_recorded()
         with torch.set_grad_enabled(with_gradient):
             return self._solve(x if with_gradient else x.detach(), mask, backward, with_gradient, kwargs)
 

@@ -271,16 +271,16 @@ def solve_adaptively(
     def func(
         t: Tensor, y: Tensor, /, *, probes: Sequence[Tensor] = (), mask: Tensor | None = None, **arguments: Any
     ) -> Tensor:
-        state = y[:, :dims].to(x.dtype).contiguous().view(-1, *shape)
+        state = y[:, :dims].to(x.dtype).contiguous().view(len(y), *shape)
         if mask is not None:
             norm.share = (elements_of(mask, state) / max(dims, 1)).clamp(min=1.0 / max(dims, 1))
         v, div = plain(t, state, probes, mask, **arguments)
-        return torch.cat([v.reshape(-1, dims).to(dtype), div[:, None].to(dtype)], 1)
+        return torch.cat([v.reshape(len(y), dims).to(dtype), div[:, None].to(dtype)], 1)
 
     arguments = dict(flow.arguments)
     if flow.fixed:
         arguments["probes"] = flow.probes(x.detach(), arguments.get("mask"))
-    y0 = torch.cat([x.detach().reshape(-1, dims).to(dtype), x.new_zeros(x.shape[0], 1, dtype=dtype)], 1)
+    y0 = torch.cat([x.detach().reshape(x.shape[0], dims).to(dtype), x.new_zeros(x.shape[0], 1, dtype=dtype)], 1)
     t0, t1 = (torch.from_numpy(t) if isinstance(t, np.ndarray) else t for t in (start, end))
     follow = (*FOLLOW, "probes", "mask")
     result = solve_adaptive(func, y0, t0, t1, tableau, options, arguments=arguments, follow=follow, norm=norm)
@@ -305,7 +305,7 @@ class _JointNorm:
         self.share: Tensor | None = None
 
     def __call__(self, ratio: Tensor) -> Tensor:
-        square = ratio[:, :-1].square().mean(1)
+        square = ratio[:, :-1].square().sum(1) / max(ratio.shape[1] - 1, 1)
         if self.share is not None:
             square = square / self.share
         return torch.maximum(square.sqrt(), ratio[:, -1].abs())

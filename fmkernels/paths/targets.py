@@ -107,7 +107,13 @@ def _check_parameters(parameters: dict[str, float], *targets: str) -> None:
 def conversion_coefficients(
     path: Schedule, t: Tensor, source: str, target: str, **parameters: float
 ) -> tuple[Tensor, Tensor]:
-    """(A, B) with target = A x_t + B source, in float64 on the way."""
+    """(A, B) with target = A x_t + B source, in float64 on the way.
+
+    Raises:
+        ValueError: the path has a gamma term, of whose noise the source says nothing.
+    """
+    if path.gamma(t) is not None:
+        raise value_error("path", "one without a gamma term, of which a prediction says nothing that converts it", path)
     if parameters:
         _check_parameters(parameters, source, target)
     dtype, t = t.dtype, t.double()

@@ -46,12 +46,12 @@ def level(path: Path, t: Number) -> Level:
     if path.gamma(times) is not None:
         raise value_error("path", "one without a gamma term, for a method that uses its noise levels", path)
     alpha, sigma = tensor_at(path, "alpha", times), tensor_at(path, "sigma", times)
-    return Level(t, as_number(alpha), as_number(sigma), as_number(0.5 * path.log_snr(times)))
+    return Level(t, *(as_number(value, "path") for value in (alpha, sigma, 0.5 * path.log_snr(times))))
 
 
 def level_at(path: Path, log_ratio: Number) -> Level:
     """The level that has a lambda, or the path's end beyond its range."""
-    return level(path, as_number(path.log_snr_inverse(2.0 * torch.as_tensor(log_ratio, dtype=torch.float64))))
+    return level(path, as_number(path.log_snr_inverse(2.0 * torch.as_tensor(log_ratio, dtype=torch.float64)), "path"))
 
 
 def levels(builder: Builder, *, to_data: bool = False) -> Iterator[tuple[Level, Level]]:

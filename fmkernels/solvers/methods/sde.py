@@ -167,9 +167,10 @@ class SDE:
         sigma_t, sigma_u = path.coefficients(t).sigma_t, path.coefficients(u).sigma_t
         # |h| w / sigma, limited
         strength = torch.zeros_like(h)
-        if self.scale > 0.0:
-            free = h.abs() * self.scale * over_sigma(resolve(self.diffusion), path, at, t + u - at)
-            strength = torch.where(h == 0.0, 0.0, torch.minimum(free, torch.maximum(sigma_t, sigma_u)))
+        if self.scale == 0.0:  # the flow alone, on any path
+            return _Increment(strength, h, strength, strength)
+        free = h.abs() * self.scale * over_sigma(resolve(self.diffusion), path, at, t + u - at)
+        strength = torch.where(h == 0.0, 0.0, torch.minimum(free, torch.maximum(sigma_t, sigma_u)))
         a, b = conversion_coefficients(path, at, "velocity", "x_0")
         return _Increment(-strength * a, h - strength * b, 2.0 * strength * path.coefficients(at).sigma_t, strength)
 
@@ -299,4 +300,4 @@ def heun_step(
 
 def _numbers(*columns: Tensor) -> list[tuple[Number, ...]]:
     """For each step, its coefficients."""
-    return [tuple(as_number(column[i]) for column in columns) for i in range(columns[0].shape[0])]
+    return [tuple(as_number(column[i], "sde") for column in columns) for i in range(columns[0].shape[0])]

@@ -223,7 +223,7 @@ class Builder:
 
     def _conversion(self, t: Number, source: str, target: str) -> tuple[Number, Number]:
         a, b = conversion_coefficients(self.path, torch.as_tensor(t, dtype=torch.float64), source, target)
-        return as_number(a), as_number(b)
+        return as_number(a, "path"), as_number(b, "path")
 
     def register(self, x: Expr) -> int:
         """The register that holds the expression, by an update unless it is there."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..._checks import real_array, value_error
@@ -55,8 +56,19 @@ def _sum(a: Number, b: Number) -> Number:
 ZERO = Expr({})
 
 
-def as_number(value: Tensor) -> Number:
-    """A coefficient on the host: a float where it is one number."""
+def as_number(value: Tensor, name: str) -> Number:
+    """A coefficient on the host: a float where it is one number.
+
+    Args:
+        name: of the argument that it comes from.
+
+    Raises:
+        ValueError: it has a gradient, which would be lost.
+    """
+    if value.requires_grad and torch.is_grad_enabled():
+        raise value_error(
+            name, "values without a gradient, as the coefficients of a fixed grid are plain numbers", value
+        )
     return float(value) if value.dim() == 0 else value.double().cpu().numpy()
 
 

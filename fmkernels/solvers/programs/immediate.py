@@ -8,7 +8,7 @@ from typing import final
 from torch import Tensor
 
 from ..._cache import is_plain_context
-from ..._checks import as_state
+from ..._checks import as_state, type_error
 from ...ops.combine.op import combine
 from ...paths import Path
 from .builder import Builder
@@ -52,11 +52,13 @@ class Immediate(Builder):
         output = self._calls[branch](x_t, t)
         references = references_of(output) if self._look else 0
         # the next branch's call may write to what this one returned
-        if isinstance(output, (tuple, list)):
+        if count > 1:
+            if not isinstance(output, (tuple, list)) or len(output) != count:
+                raise type_error("model", f"{count} outputs", output)
             check_each(output, x_t, "model")
             outputs = owned_each(output, self._look)
         else:
-            check_each([output], x_t, "model")
+            check_each([output], x_t, "model")  # type: ignore[arg-type]  # what is no tensor is told below
             outputs = [owned(output, references, 1, self._look)]
         results = []
         for v in outputs:

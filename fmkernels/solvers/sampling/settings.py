@@ -134,6 +134,11 @@ class FlowSettings:
             **{"compact": self.compact, **more},
         )
 
+    def check_recorded(self) -> None:
+        """That what the solve records has all of its gradients."""
+        if isinstance(self.time_grid, Tensor) and self.time_grid.requires_grad:
+            raise value_error("time_grid", "times without a gradient, which fm.odeint alone has", self.time_grid)
+
     def time_dtype_of(self, x: Tensor) -> torch.dtype:
         return self.time_dtype or (torch.float64 if x.dtype == torch.float64 else torch.float32)
 

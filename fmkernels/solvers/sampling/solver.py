@@ -149,18 +149,23 @@ class Solver(FlowSettings):
         x = start_state(x_0, self.model, generator, row_offset, self.dtype, self.device)
         if not isinstance(x_0, Tensor):
             x = transformed(noise_transform, x)
+        recorded = self.gradient != "none" and torch.is_grad_enabled()
+        if recorded:
+            self.check_recorded()
         if self.gradient == "reversible":
             return self._sample_reversible(x, return_trajectory, callback is not None or progress, kwargs)
         tableau = self.tableau()
         if tableau is not None:
             return self._sample_adaptive(tableau, x, return_trajectory, callback, progress, kwargs)
-        program = self.plan()
-        watcher = _watcher(program, callback, progress)
-        if self.gradient != "none" and torch.is_grad_enabled():
+        if recorded:
+            program = self.plan()
+            watcher = _watcher(program, callback, progress)
             return self._sample_fixed(
                 program, x, generator, row_offset, noise_transform, return_trajectory, watcher, kwargs
             )
         with torch.no_grad():
+            program = self.plan()
+            watcher = _watcher(program, callback, progress)
             graph = self._graph_refusal(x, noise_transform, return_trajectory, watcher, program)
             if graph is None:
                 samples, how = replayed(self._wanted(x), program, x, generator, row_offset, kwargs)
