@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from .records import COPY, KEPT_MEMORY, Record, by_case, kept, ours
+from .sampling import PRECISION
 from .timing import LATENCY_ELEMENTS
 
 # What ours is compared with, in the order of the columns. "eager" is the best form known in plain PyTorch.
@@ -103,9 +104,11 @@ LOSSES_HEADER = ("case", "dtype", "where", "faster", "by")
 
 
 def losses(records: Iterable[Record]) -> list[tuple[str, ...]]:
-    """Where an implementation that is not ours is faster than impl="auto"."""
+    """Where an implementation that is not ours is faster than impl="auto"; work-precision has a table of its own."""
     table: list[tuple[str, ...]] = []
     for (family, shape, dtype, variant, timer), measured in by_case(records).items():
+        if variant == PRECISION:  # its entries take different steps
+            continue
         for name in measured:
             found = None if name == COPY or name.startswith("fmkernels") else ratio(measured, name)
             if found is not None and found < 1.0:
