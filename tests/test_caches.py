@@ -264,13 +264,6 @@ def test_entries_die_with_their_owner() -> None:
         del _cache._CACHES["test"]
 
 
-def test_a_batch_size_more_costs_no_more_than_the_budget_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_cache.HOST, "limit", 1 << 20)
-    for rows in range(1, 200):
-        fm.sample(field_of, torch.zeros(rows, 2), steps=20)
-        assert sum(info.bytes for kind, info in fm.cache_info().items() if kind != "cpu_pool") <= 1 << 20
-
-
 # ---------------------------------------------------------------- threads, re-entrance, fork, modes
 
 
