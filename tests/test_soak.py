@@ -9,6 +9,7 @@ import gc
 import os
 import weakref
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,10 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | float = 0.0) -> Tensor:
         return torch.sin(x * self.weight.to(x.dtype)) + y
+
+
+def swapped(net: Net, t: Tensor, y: Tensor) -> Tensor:
+    return net(y, t)
 
 
 def resident() -> int:
@@ -84,9 +89,8 @@ def different_calls(models: list[weakref.ref[Any]]) -> Iterator[Any]:
                             rtol=1e-2 + 1e-6 * i, atol=1e-2, max_steps=20)  # fmt: skip
         elif turn == 5:
             t = torch.linspace(0.0, 1.0, 2 + i % 5)
-            yield fm.odeint(
-                lambda t, y: net(y, t), x, t, method="rk4" if i % 16 < 8 else "dopri5", rtol=1e-2, atol=1e-2
-            )
+            method = "rk4" if i % 16 < 8 else "dopri5"
+            yield fm.odeint(partial(swapped, net), x, t, method=method, rtol=1e-2, atol=1e-2)
         elif turn == 6:
             yield fm.log_prob(net, x[:8].float(), steps=1 + i % 5, method="midpoint", divergence="hutchinson")
         else:
