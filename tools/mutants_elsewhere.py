@@ -11,6 +11,7 @@ OPS_CASES = "tests/test_ops.py::test_case"
 NOISE = "tests/test_noise.py"
 
 CACHES = "tests/test_caches.py"
+RARE = "tests/test_rare_branches.py"
 BATCHES = "tests/test_batch.py"
 SCHEDULES = "tests/test_schedules.py"
 ARGUMENTS = "tests/test_wrong_arguments.py"
@@ -124,7 +125,7 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
         "fmkernels/weightings.py",
         "    _check(path, t)\n    if isinstance(weight, str):",
         "    if isinstance(weight, str):",
-        ARGUMENTS,
+        RARE,
     ),
     ("fmkernels/times.py", "first + count > whole", "first > whole", WEIGHTS),
     ("fmkernels/times.py", "[first : first + count]", "[:count]", BATCHES),
@@ -174,7 +175,7 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
         "fmkernels/ops/regression_loss/reference.py",
         "torch.where(kept, w, 0.0)",
         "w",
-        "tests/test_ops_random.py::test_regression_loss",
+        RARE,
     ),
     (
         "fmkernels/ops/row_dots/op.py",
@@ -186,13 +187,13 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
         "csrc/combine/error_ratio.h",
         "k > magnitude || k != k ? k",
         "k > magnitude ? k",
-        "tests/test_ops_random.py::test_combine",
+        RARE,
     ),
     (
         "csrc/regression_loss/penalty.h",
         "d < T(0) ? -delta : (d > T(0) ? delta : d)",
         "d < T(0) ? -delta : delta",
-        ("tests/test_penalties.py", "tests/test_ops_random.py::test_regression_loss"),
+        RARE,
     ),
     (
         "csrc/regression_loss/regression_loss_cpu.cpp",
@@ -230,7 +231,7 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
         "fmkernels/_checks.py",
         "isinstance(value, bool) or not isinstance(value, int)",
         "not isinstance(value, int)",
-        NOISE,
+        RARE,
     ),
     (
         "csrc/common/pool.cpp",
