@@ -35,6 +35,13 @@ def transform_active() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
+def is_transformed(tensor: Tensor) -> bool:
+    """True for a tensor that a torch.func transform sees, or that has a tangent of forward-mode AD."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return True
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+
+
 def legacy_batched(tensor: Tensor) -> bool:
     """True for a batch of gradients, as autograd.grad(is_grads_batched=True) makes it; not to be asked while
     compiling."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 from odeint_problems import D, Net, times
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import fmkernels as fm
 
@@ -91,3 +92,80 @@ def test_no_gradient_is_recorded_where_none_is_asked() -> None:
         assert not fm.odeint(net, torch.randn(2, 2, dtype=D), times(0.0, 1.0)).requires_grad
     frozen = Net().requires_grad_(False)
     assert not fm.odeint(frozen, torch.randn(2, 2, dtype=D), times(0.0, 1.0)).requires_grad
+
+
+METHODS_OF_EACH_KIND = ["dopri5", "tsit5", "kvaerno3", "trapezoid", "gl4", "scipy_solver"]
+
+
+@pytest.mark.parametrize("options", [{}, {"step_size": 0.15}, {"step_size": 0.15, "interp": "cubic"}])
+@pytest.mark.parametrize("method", ["euler", "rk4", "explicit_adams", "implicit_adams"])
+def test_transforms_of_fixed_grids(method: str, options: dict[str, Any]) -> None:
+    a = torch.tensor([[0.3, -0.5, 0.1], [0.2, 0.1, 0.4], [-0.3, 0.2, 0.0]], dtype=D)
+    y0, t = torch.tensor([0.3, -0.2, 0.5], dtype=D), torch.linspace(0.0, 1.0, 4, dtype=D)
+
+    def end(y: Tensor, times: Tensor = t, scale: float | Tensor = 1.0) -> Tensor:
+        return fm.odeint(lambda s, y: y @ a * scale + s * y, y, times, method=method, options=options)[-1]
+
+    rows = torch.autograd.functional.jacobian(end, y0)
+    of_times = torch.autograd.functional.jacobian(lambda times: end(y0, times), t)
+    scale = torch.tensor(1.2, dtype=D)
+    of_scale = torch.autograd.functional.jacobian(lambda s: end(y0, t, s), scale)
+    for transform in (torch.func.jacrev, torch.func.jacfwd):
+        torch.testing.assert_close(transform(end)(y0), rows)
+        torch.testing.assert_close(transform(lambda s: end(y0, t, s))(scale), of_scale)
+    torch.testing.assert_close(torch.func.jacrev(lambda times: end(y0, times))(t), of_times)
+    torch.testing.assert_close(torch.func.vmap(end)(torch.stack([y0, -y0])), torch.stack([end(y0), end(-y0)]))
+    # forward mode, in the times too
+    v = torch.tensor([0.1, -0.2, 0.3, 0.4], dtype=D)
+    torch.testing.assert_close(torch.func.jvp(lambda times: end(y0, times), (t,), (v,))[1], of_times @ v)
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(end(y0, forward_ad.make_dual(t, v))).tangent
+        torch.testing.assert_close(tangent, of_times @ v)
+    with pytest.raises(ValueError, match="t: expected times without a vmap"):
+        torch.func.vmap(lambda times: end(y0, times))(torch.stack([t, 2.0 * t]))
+
+
+@pytest.mark.parametrize("method", METHODS_OF_EACH_KIND)
+def test_transforms_are_refused_where_steps_are_chosen_by_values(method: str) -> None:
+    y0, t = torch.tensor([0.3, -0.2], dtype=D), torch.linspace(0.0, 1.0, 3, dtype=D)
+
+    def end(y: Tensor) -> Tensor:
+        return fm.odeint(lambda s, y: -y * s, y, t, method=method)[-1]
+
+    def adjoint(y: Tensor) -> Tensor:
+        return fm.odeint_adjoint(lambda s, y: -y * s, y, t, method=method, adjoint_params=())[-1]
+
+    calls: list[Any] = [
+        lambda f=f, g=g: f(g)(y0) for f in (torch.func.jacrev, torch.func.jacfwd) for g in (end, adjoint)
+    ]
+    calls += [lambda: torch.func.vmap(end)(torch.stack([y0, -y0]))]
+    calls += [lambda: torch.func.jvp(end, (y0,), (y0,))]
+
+    def forward_mode() -> None:
+        with forward_ad.dual_level():
+            end(forward_ad.make_dual(y0, y0))
+
+    for call in (*calls, forward_mode):
+        with pytest.raises(RuntimeError, match=r"does not run within torch\.func's transforms"):
+            call()
+
+
+def test_transforms_of_events_dense_and_reversible_solves_are_refused() -> None:
+    y0, t = torch.tensor([0.3, -0.2], dtype=D), torch.linspace(0.0, 1.0, 3, dtype=D)
+
+    def event(y: Tensor) -> Tensor:
+        options = {"step_size": 0.1}
+        return fm.odeint_event(
+            lambda s, y: -y, y, 0.0, event_fn=lambda s, y: y[0] - 0.1, method="rk4", options=options
+        )[0]
+
+    def dense(y: Tensor) -> Tensor:
+        return fm.odeint_dense(lambda s, y: -y, y, 0.0, 1.0)(0.5)
+
+    def reversible(y: Tensor) -> Tensor:
+        return fm.odeint(lambda s, y: -y, y, t, method="rk4", options={"reversible": True})[-1]
+
+    for function in (event, dense, reversible):
+        for transform in (torch.func.jacrev, torch.func.jacfwd):
+            with pytest.raises(RuntimeError, match=r"does not run within torch\.func's transforms"):
+                transform(function)(y0)

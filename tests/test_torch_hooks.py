@@ -166,3 +166,19 @@ def test_generators_are_remembered_as_long_as_they_live() -> None:
     gc.collect()
     with pytest.raises(KeyError):
         _torch.remembered_generator(number)
+
+
+def test_transformed_tensors_are_seen() -> None:
+    x, seen = torch.rand(3), []
+
+    def see(y: torch.Tensor) -> torch.Tensor:
+        seen.append((_torch.is_transformed(y), _torch.is_transformed(x)))
+        return y.sum()
+
+    torch.func.grad(see)(torch.rand(2))
+    torch.func.vmap(see)(torch.rand(2, 2))
+    torch.func.jvp(see, (torch.rand(2),), (torch.rand(2),))
+    with torch.autograd.forward_ad.dual_level():
+        see(torch.autograd.forward_ad.make_dual(torch.rand(2), torch.rand(2)))
+    assert seen == [(True, False)] * 4
+    assert not _torch.is_transformed(x)

@@ -25,7 +25,7 @@ from ..._checks import type_error, warn
 from .callbacks import CALLBACKS
 from .events import EventFn, event_time, solve_event
 from .odeint import odeint
-from .options import Settings, check_func, check_times, settings_of
+from .options import Settings, check_func, check_times, refuse_transforms, settings_of
 from .packed import Field, Packed, State
 from .solves import solve
 
@@ -231,6 +231,7 @@ def odeint_adjoint(
             back,
         ),
     )
+    refuse_transforms(problem.forward.method, "the adjoint is a backward pass of autograd's")
     event_t, ys = _Adjoint.apply(problem, packed.y0, t, *params)  # type: ignore[no-untyped-call]
     solution = packed.unpack(ys, lead=1)
     if event_fn is None:

@@ -15,7 +15,15 @@ from ..methods import registry as methods
 from ..methods.runge_kutta import take_stages
 from ..methods.tableaus import Tableau
 from .controlled import Control
-from .options import ADAPTIVE_OPTIONS, adaptive_options, check_func, check_options, segments, settings_of
+from .options import (
+    ADAPTIVE_OPTIONS,
+    adaptive_options,
+    check_func,
+    check_options,
+    refuse_transforms,
+    segments,
+    settings_of,
+)
 from .packed import Field, Packed, State
 
 
@@ -84,6 +92,7 @@ def odeint_dense(
     first, last = (_time(name, value) for name, value in (("t0", t0), ("t1", t1)))
     if first == last:
         raise value_error("t1", "a time other than t0", t1)
+    refuse_transforms(method)
     control = Control(packed, tableau, settings, adaptive_options(packed, settings, record=True), gradient=True)
     y, ends, coefficients = packed.y0, [first], []
     for segment in segments(settings.options, first, last, y.dtype):

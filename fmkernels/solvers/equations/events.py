@@ -28,6 +28,7 @@ from .options import (
     check_options,
     interp_of,
     named_method,
+    refuse_transforms,
     segments,
     step_size_of,
 )
@@ -129,6 +130,7 @@ def solve_event(packed: Packed, t: Tensor, event_fn: EventFn, settings: Settings
     method, options = settings.method, settings.options
     if options.get("per_sample") or options.get("reversible"):
         raise value_error("options", "neither per_sample nor reversible with event_fn", options)
+    refuse_transforms(method, "the event is found by values that they hide")
     search = Search(packed, t, event_fn, settings)
     if search.at_start():
         return t[0].detach().clone(), torch.stack([packed.y0, packed.y0])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..._checks import value_error
+from ..._torch import is_transformed, transform_active
 from ...paths import CondOT
 from ..methods.reversible import Scheme, coupling_of, solve_reversible, tableau_of
 from ..programs.builder import Builder, Method
@@ -18,14 +19,14 @@ from ..programs.expressions import Number
 from ..programs.run import Run
 from ..programs.tables import numbers_for
 from .callbacks import Callbacks
-from .options import check_times, interp_of, step_size_of
+from .options import check_times, interp_of, refuse_transforms, step_size_of
 from .outputs import DenseBuilder, GridBuilder, value_of
 from .packed import Field, Packed
 
 
 def numbers_of(t: Tensor) -> list[Number]:
     """Times as numbers, or as float64 tensors where they need a gradient."""
-    if t.requires_grad and torch.is_grad_enabled():
+    if (t.requires_grad and torch.is_grad_enabled()) or (transform_active() and is_transformed(t)):
         return list(t.double().unbind(0))
     return t.detach().double().tolist()
 
@@ -110,6 +111,7 @@ def solve_fixed(packed: Packed, t: Tensor, method: Method, options: dict[str, An
     """The packed states at the times t."""
     interp, perturb = interp_of(options), bool(options.get("perturb"))
     if options.get("reversible"):
+        refuse_transforms(method, "reversible solves have gradients by autograd alone")
         return _reversible(packed, t, method, options)
     grid = _grid(packed, t, options)
     if grid is None:

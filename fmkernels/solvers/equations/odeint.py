@@ -59,6 +59,10 @@ def odeint(
         its gradient, the solution that at a fixed time.
 
     Note:
+        Within torch.func's transforms (vmap, jacrev, ...) and forward-mode AD methods of fixed grids run, others and
+        events raise a RuntimeError.
+
+    Note:
         As in torchdiffeq, func's attributes callback_step, callback_accept_step and callback_reject_step are called
         with (t, y, h) of each step: the first before it is tried, the others after it was judged, by methods with step
         control.

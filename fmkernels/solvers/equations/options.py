@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..._checks import check_choice, type_error, value_error, warn
+from ..._torch import transform_active
 from ..adaptive.options import STEP_CONTROL, AdaptiveOptions, number_option, step_control_arguments
 from ..methods import registry as methods
 from ..methods.adams import MAX_ORDER, AdamsBashforth, AdamsMoulton
@@ -69,11 +70,26 @@ def check_times(t: Any) -> Tensor:
         raise type_error("t", "a floating tensor", t)
     if t.dim() != 1 or t.shape[0] == 0:
         raise value_error("t", "times of shape (T,), T >= 1", t)
-    times = t.detach().tolist()
+    try:
+        times = t.detach().tolist()
+    except RuntimeError:
+        if not transform_active():
+            raise
+        raise value_error("t", "times without a vmap, the same for all its entries", t) from None
     monotone = all(map(lt, times, times[1:])) or all(map(gt, times, times[1:]))  # a NaN is neither
     if not (monotone and math.isfinite(times[0]) and math.isfinite(times[-1])):
         raise value_error("t", "finite, strictly increasing or decreasing times", t)
     return t
+
+
+def refuse_transforms(method: Any, why: str = "it chooses its steps by values that they hide") -> None:
+    """Raises within torch.func's transforms and forward-mode AD."""
+    if transform_active():
+        raise RuntimeError(
+            f"odeint: method {method!r} does not run within torch.func's transforms (vmap, grad, jacrev, jvp, ...) and "
+            f"forward-mode AD: {why}; take a fixed grid, e.g. 'rk4' with options={{'step_size': ...}}, or "
+            "torch.autograd (torch.autograd.functional.jacobian), and for batches options={'per_sample': True}"
+        )
 
 
 def check_options(

@@ -10,7 +10,15 @@ from . import scipy_solve
 from .callbacks import Callbacks
 from .controlled import solve_controlled
 from .fixed import solve_fixed
-from .options import ADAPTIVE_OPTIONS, FIXED_OPTIONS, Settings, check_options, named_method, per_sample_of
+from .options import (
+    ADAPTIVE_OPTIONS,
+    FIXED_OPTIONS,
+    Settings,
+    check_options,
+    named_method,
+    per_sample_of,
+    refuse_transforms,
+)
 from .packed import Packed
 
 
@@ -18,10 +26,12 @@ def solve(packed: Packed, t: Tensor, settings: Settings) -> Tensor:
     """The packed states at the times t."""
     method, options = settings.method, settings.options
     tableau = methods.adaptive_tableau(method, methods.ODEINT)
+    kind = methods.find(method, methods.ODEINT).kind if isinstance(method, str) else "fixed"
+    if kind != "fixed":
+        refuse_transforms(method)
     if tableau is not None:
         check_options(packed, settings, ADAPTIVE_OPTIONS, judges=True)
         return solve_controlled(packed, t, tableau, settings)
-    kind = methods.find(method, methods.ODEINT).kind if isinstance(method, str) else "fixed"
     if kind == "implicit":
         return _implicit(packed, t, settings)
     if kind == "scipy":
