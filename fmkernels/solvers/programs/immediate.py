@@ -58,8 +58,8 @@ class Immediate(Builder):
             check_each(output, x_t, "model")
             outputs = owned_each(output, self._look)
         else:
-            check_each([output], x_t, "model")  # type: ignore[arg-type]  # what is no tensor is told below
-            outputs = [owned(output, references, 1, self._look)]
+            check_each([output], x_t, "model")
+            outputs = [owned(output, references, 1, self._look)]  # type: ignore[arg-type]  # told of below
         results = []
         for v in outputs:
             kept = Expr({self._append(as_state("model", v, x_t)): 1.0})
