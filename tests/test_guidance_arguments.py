@@ -128,3 +128,26 @@ def test_wrong_arguments_are_told() -> None:
         solve(CFG(2.0, negative=null), lambda x, t, y: None, x, y=y)
     with pytest.raises(ValueError, match="model: expected an output of 6 rows for 2 branches"):
         solve(CFG(2.0, negative=null), lambda x, t, y: x[:1], x, y=y)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, "2", True, 1j, [2.0], object(), torch.tensor(True), np.array(["a"])],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_a_scales_function_returns_is_told(value) -> None:
+    x, y = data()
+    guidance = CFG(lambda t: value, negative={"y": NULL})
+    for call in (
+        lambda: solve(guidance, Model(), x, y=y),
+        lambda: guidance.at(Model(), {"y": y})(x, torch.zeros(B, dtype=torch.float64)),
+    ):
+        with pytest.raises(TypeError, match=r"^scale\(t\): expected a number, or a tensor of t's shape, got "):
+            call()
+
+
+def test_a_scales_function_may_return_any_number() -> None:
+    x, y = data()
+    expected = solve(CFG(2.0, negative={"y": NULL}), Model(), x, y=y)
+    for value in (2, np.float32(2.0), np.array(2.0), torch.tensor(2.0), torch.tensor(2)):
+        close(solve(CFG(lambda t, value=value: value, negative={"y": NULL}), Model(), x, y=y), expected)

@@ -113,18 +113,18 @@ def scale_at(builder: Builder, scale: Scale, t: Number, interval: Interval = Non
     """
     value: Number
     if callable(scale):
-        value = scale(t if isinstance(t, Tensor) else torch.as_tensor(t, dtype=torch.float64))
+        value = _checked_value(scale(t if isinstance(t, Tensor) else torch.as_tensor(t, dtype=torch.float64)))
         if isinstance(value, Tensor) and not isinstance(t, Tensor):
             value = as_number(value, "scale")
-        value = float(value) if isinstance(value, int) else value
     else:
         value = scale
-    dims = getattr(t, "ndim", 0)
+    shape = () if isinstance(t, float) else t.shape
+    dims = len(shape)
     if not isinstance(value, float):
         if isinstance(t, Tensor) and not isinstance(value, Tensor):
             value = torch.as_tensor(value, dtype=t.dtype, device=t.device)
         if dims and value.ndim > dims:
-            raise value_error("scale", f"no more dimensions than the times, whose shape is {tuple(t.shape)}", value)
+            raise value_error("scale", f"no more dimensions than the times, whose shape is {tuple(shape)}", value)
         if dims:
             value = value.reshape((*value.shape, *(1,) * (dims - value.ndim)))
     if interval is None:
@@ -132,13 +132,25 @@ def scale_at(builder: Builder, scale: Scale, t: Number, interval: Interval = Non
     low, high = interval
     if not dims and not isinstance(builder, Immediate):  # the host knows
         return value if low <= float(t) <= high else outside
-    inside = (t >= low) & (t <= high)
     if isinstance(t, Tensor):
-        value = value if isinstance(value, Tensor) else t.new_full((), value)
-        return torch.where(inside, value, t.new_full((), outside))
+        value = value if isinstance(value, Tensor) else t.new_full((), float(value))
+        return torch.where((t >= low) & (t <= high), value, t.new_full((), outside))
+    inside = np.asarray((t >= low) & (t <= high))
     if not inside.any():
         return outside
     return value if inside.all() else np.where(inside, value, outside)
+
+
+def _checked_value(value: Any) -> Number:
+    """What a scale's function returned."""
+    if isinstance(value, Tensor) and not (value.is_complex() or value.dtype == torch.bool):
+        return value
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    array = value if isinstance(value, (np.ndarray, np.generic)) else None
+    if array is None or array.dtype.kind not in "iuf":
+        raise type_error("scale(t)", "a number, or a tensor of t's shape", value)
+    return np.asarray(array, dtype=np.float64) if array.ndim else float(array)
 
 
 @dataclass(frozen=True, eq=False)

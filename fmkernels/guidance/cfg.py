@@ -245,7 +245,7 @@ class APG(ClassifierFree):
         c, u = self.pair(builder, x, t)
         slope = builder.conversion(t, "velocity", self.target)[1] if self.target != "velocity" else 1.0
         # where the target does not depend on the velocity (x_1 at t = 1), the limit without the past
-        known = abs(slope) >= _SMALL
+        known: Any = (slope >= _SMALL) | (slope <= -_SMALL)
         slope = _where(known, slope, _SMALL)
         change = (c - u) * slope
         if self.momentum:
@@ -288,7 +288,9 @@ def _projected(eta: float, threshold: float, d: Tensor, y: Tensor) -> tuple[Tens
 def _where(condition: Any, value: Number, other: float) -> Number:
     if isinstance(condition, Tensor):
         full = condition.new_full((), other, dtype=torch.float64)
-        return torch.where(condition, value, full.to(value.dtype) if isinstance(value, Tensor) else full)
+        if isinstance(value, Tensor):
+            return torch.where(condition, value, full.to(value.dtype))
+        return torch.where(condition, float(value), full)
     return np.where(condition, value, other)[()]
 
 

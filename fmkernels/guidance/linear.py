@@ -171,7 +171,7 @@ class ClassifierGuidance(Guidance):
         """dv/ds, 0 at pure noise."""
         slope = builder.conversion(t, "score", "velocity")[1]
         alpha = torch.as_tensor(builder.path.alpha(torch.as_tensor(t, dtype=getattr(t, "dtype", torch.float64))))
-        if isinstance(t, Tensor):
+        if isinstance(slope, Tensor):
             return torch.where(alpha == 0.0, torch.zeros_like(slope), slope)
         return np.where(as_number(alpha, "path") == 0.0, 0.0, slope)[()]
 

@@ -14,6 +14,7 @@ from ...ops.step_control.op import Status
 from ..methods import registry as methods
 from ..methods.runge_kutta import take_stages
 from ..methods.tableaus import Tableau
+from ..programs.expressions import Number
 from .controlled import Control
 from .options import (
     ADAPTIVE_OPTIONS,
@@ -128,8 +129,8 @@ def _step(
     def state(row: Sequence[float], ks: list[Tensor]) -> Tensor:
         return combine([y, *ks], [1.0, *(h * a for a in row)]) if row else y
 
-    def evaluate(y: Tensor, time: float) -> Tensor:
-        return packed.field(torch.tensor(time, dtype=y.dtype, device=y.device), y)
+    def evaluate(y: Tensor, time: Number) -> Tensor:
+        return packed.field(torch.tensor(float(time), dtype=y.dtype, device=y.device), y)
 
     ks, last = take_stages(tableau, start, end, state, evaluate, first=k)
     powers = [combine(ks, [h * w for w in column]) for column in zip(*tableau.interpolant, strict=True)]

@@ -176,7 +176,7 @@ def segments(options: dict[str, Any], first: float, last: float, dtype: torch.dt
     inner = sorted((x for x in points if low < x < high), reverse=last < first)
 
     def beside(time: float, towards: float) -> float:
-        return inside(time, towards, dtype) if points.get(time, False) and low < time < high else time
+        return float(inside(time, towards, dtype)) if points.get(time, False) and low < time < high else time
 
     parts = []
     for start, end in pairwise([first, *inner, last]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,6 +45,7 @@ def linear_or_hermite(
 ) -> Tensor:
     """The state at a time within a step: on the line, or with the slopes at both ends on the Hermite polynomial."""
     s = (time - start) / (end - start)
+    weights: list[Any]
     if slopes is None:
         operands, weights = [y0, y1], [1.0 - s, s]
     else:
@@ -175,15 +177,15 @@ class Replay:
         builder: Builder,
         output: Expr,
         reached: np.ndarray,
-        time: float,
+        time: Number,
         x: Expr,
-        h: np.ndarray,
-        t: np.ndarray,
-        u: np.ndarray,
+        h: Number,
+        t: Number,
+        u: Number,
         ks: list[Expr],
     ) -> Expr:
         """The output with the samples that reach its time in this step."""
-        now = ((time - t) * (time - u) <= 0.0) & (h != 0.0) & ~reached
+        now = np.asarray((time - t) * (time - u) <= 0.0) & np.not_equal(h, 0.0) & ~reached
         if not now.any():
             return output
         reached |= now

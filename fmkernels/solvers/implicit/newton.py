@@ -120,8 +120,11 @@ class Stepper:
 
     def stage_time(self, t: Tensor, u: Tensor, c: float) -> Tensor:
         if self.perturb and c in (0.0, 1.0):
-            return inside(t, u, self.system.dtype) if c == 0.0 else inside(u, t, self.system.dtype)
-        return stage_time(t, u, c)
+            time = inside(t, u, self.system.dtype) if c == 0.0 else inside(u, t, self.system.dtype)
+        else:
+            time = stage_time(t, u, c)
+        assert isinstance(time, Tensor)
+        return time
 
     def linearise(self, point: Point, u: Tensor) -> None:
         """Gives the point its derivative and Jacobian, where it has none yet."""

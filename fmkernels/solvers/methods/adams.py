@@ -53,7 +53,7 @@ def _coincide(nodes: list[Number]) -> np.ndarray:
 
 def _usable(s: list[Number]) -> list[np.ndarray]:
     """Which nodes come before the first that is where the one before it is."""
-    apart = [np.ones_like(s[0], dtype=bool), *(a != b for a, b in itertools.pairwise(s))]
+    apart = [np.ones_like(s[0], dtype=bool), *(np.not_equal(a, b) for a, b in itertools.pairwise(s))]
     return list(np.logical_and.accumulate(apart))
 
 

@@ -43,8 +43,7 @@ def _level_where(builder: Builder, condition: Number, log_ratio: Number, other: 
     found = ei.level_at(builder.path, np.broadcast_to(log_ratio, np.shape(condition)).copy()[()])
     if np.all(condition):
         return found
-    times: Number = np.where(condition, found.t, other.t)
-    return ei.level(builder.path, times[()])
+    return ei.level(builder.path, np.where(condition, found.t, other.t)[()])
 
 
 @final

@@ -22,7 +22,7 @@ from ..._checks import value_error
 from ...paths import Path
 from ...paths.schedule import tensor_at
 from ..programs.builder import Builder
-from ..programs.expressions import ZERO, Expr, Number, as_number
+from ..programs.expressions import ZERO, Expr, Number, as_number, at_index
 
 
 class Level(NamedTuple):
@@ -69,8 +69,8 @@ def levels(builder: Builder, *, to_data: bool = False) -> Iterator[tuple[Level, 
     for step in builder.steps():
         i = step.number
         yield (
-            Level(step.t, alpha[i], sigma[i], log_ratio[i]),
-            Level(step.u, alpha[i + 1], sigma[i + 1], log_ratio[i + 1]),
+            Level(step.t, *(at_index(values, i) for values in (alpha, sigma, log_ratio))),
+            Level(step.u, *(at_index(values, i + 1) for values in (alpha, sigma, log_ratio))),
         )
 
 

@@ -30,7 +30,8 @@ def inside(t: Number, u: Number, dtype: torch.dtype) -> Number:
         start, end = (torch.tensor(float(x), dtype=torch.float64, device="cpu") for x in (t, u))
         return float(inside(start, end, dtype))
     rounded = t.detach().to(dtype)
-    towards = torch.where(u == t, rounded, torch.where(u > t, math.inf, -math.inf).to(dtype))
+    end = torch.as_tensor(u)
+    towards = torch.where(end == t, rounded, torch.where(end > t, math.inf, -math.inf).to(dtype))
     return t + (torch.nextafter(rounded, towards).to(t.dtype) - t.detach())
 
 

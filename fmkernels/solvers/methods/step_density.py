@@ -119,7 +119,7 @@ def report(builder: Builder, noise: Expr | None, std: Number, reduction: str) ->
     if noise is None or not np.any(std):
         results = builder.compute(_none(kind), [builder.x], 2)
     else:
-        work = _density(float(std), kind) if np.ndim(std) == 0 else _Density(std, kind)
+        work = _density(float(std), kind) if np.ndim(std) == 0 else _Density(np.asarray(std), kind)
         results = builder.compute(work, [noise], 2)
     for name, result in zip(("log_prob", "log_prob_count"), results, strict=True):
         builder.output(name, result)

@@ -21,7 +21,7 @@ from ..._keys import NoKey, is_ours, key_or_none
 from ...ops._operands import MAX_TENSORS
 from ...paths import Path
 from ...paths.targets import conversion_coefficients
-from .expressions import Expr, Number, as_number
+from .expressions import Expr, Number, as_number, at_index
 from .plans import method_key, planned, settings_key
 from .program import (
     Compute,
@@ -190,7 +190,7 @@ class Builder:
         own = x.terms.get(self._state)
         if still is None or (len(x.terms) == 1 and isinstance(own, float) and own == 1.0):
             return x
-        terms = {base: np.where(still, 0.0, c) for base, c in x.terms.items()}
+        terms: dict[int, Number] = {base: np.where(still, 0.0, c) for base, c in x.terms.items()}
         terms[self._state] = np.where(still, 1.0, 0.0 if own is None else own)
         return Expr(terms)
 
@@ -216,7 +216,9 @@ class Builder:
             self._converted.add((source, target))
             if not any(isinstance(time, Tensor) for time in self.grid):
                 a, b = self._conversion(np.asarray(self.grid, dtype=np.float64), source, target)
-                known.update({(_key(u), source, target): (a[i], b[i]) for i, u in enumerate(self.grid)})
+                known.update(
+                    {(_key(u), source, target): (at_index(a, i), at_index(b, i)) for i, u in enumerate(self.grid)}
+                )
         if key not in known:
             known[key] = self._conversion(t, source, target)
         return known[key]
@@ -322,9 +324,12 @@ def grid_key(grid: Sequence[Number]) -> Hashable | None:
     """Times as a key, or None for times that are tensors."""
     kinds = set(map(type, grid))
     if kinds == {float}:
-        return array("d", grid).tobytes()
+        return array("d", map(float, grid)).tobytes()
     return key_or_none(*grid) if kinds == {np.ndarray} else None
 
 
 def _key(t: Number) -> Hashable:
-    return t if isinstance(t, float) else (t.shape, t.tobytes())
+    if isinstance(t, float):
+        return t
+    assert isinstance(t, np.ndarray)
+    return t.shape, t.tobytes()

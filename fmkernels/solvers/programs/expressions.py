@@ -3,7 +3,6 @@ r"""Linear combinations of states, network outputs and noise: what a method writ
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from ..._checks import real_array, value_error
 
 # A number for all samples, an array whose shape is a leading part of the state's, or a 0-dim float64 tensor where the
 # gradient with respect to times is wanted.
-Number = Any  # float | np.ndarray | Tensor
+Number = float | np.ndarray | Tensor
 
 
 class Expr:
@@ -50,10 +49,17 @@ class Expr:
 def _sum(a: Number, b: Number) -> Number:
     """a + b, and 0 where only their rounding is left: such a term would cost a read of its tensor."""
     total = a + b
-    return 0.0 if isinstance(total, float) and abs(total) < 1e-14 * abs(a) else total
+    return 0.0 if isinstance(total, float) and abs(total) < 1e-14 * abs(float(a)) else total
 
 
 ZERO = Expr({})
+
+
+def at_index(number: Number, i: int) -> Number:
+    """Of numbers along a first dimension the i-th."""
+    assert not isinstance(number, float)
+    value: Number = number[i]
+    return value
 
 
 def as_number(value: Tensor, name: str) -> Number:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import final
 
+import torch
 from torch import Tensor
 
 from ..._cache import is_plain_context
@@ -37,7 +38,7 @@ class Immediate(Builder):
             ((base, coefficient),) = terms.items()
             if isinstance(coefficient, float) and coefficient == 1.0:
                 return base
-        return self._append(combine([self._tensors[base] for base in terms], list(terms.values())))
+        return self._append(combine([self._tensors[base] for base in terms], list(terms.values())))  # type: ignore[arg-type]  # floats and tensors, as times are
 
     def _append(self, tensor: Tensor) -> int:
         self._tensors.append(tensor)
@@ -49,7 +50,7 @@ class Immediate(Builder):
     def evaluate_all(self, x: Expr, t: Number, branch: str, count: int, prediction: str | None = None) -> list[Expr]:
         state = self.keep(x)
         x_t = self.tensor(state)
-        output = self._calls[branch](x_t, t)
+        output = self._calls[branch](x_t, t if isinstance(t, Tensor) else torch.as_tensor(t))
         references = references_of(output) if self._look else 0
         # the next branch's call may write to what this one returned
         if count > 1:

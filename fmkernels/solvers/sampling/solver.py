@@ -46,7 +46,7 @@ from .settings import (
 )
 from .velocity import FOLLOW, Velocity
 
-Callback = Callable[[int, float, Tensor], object]
+Callback = Callable[[int, Any, Tensor], object]  # (step, t, x): t is a float, or an array on a grid of such
 GRADIENTS = ("none", "direct", "checkpoint", "reversible")
 
 
@@ -290,6 +290,7 @@ class Solver(FlowSettings):
             name, value = ("callback", callback) if callback is not None else ("progress", progress)
             raise value_error(name, "none with adaptive steps, which differ between samples", value)
         grid = grids.make_grid(1, "uniform", self.time_grid)
+        start, end = (t if isinstance(t, float) else torch.as_tensor(t) for t in (grid[0], grid[-1]))
         velocity = Velocity(self.model, self.guidance, self.path, self.prediction, self.said)
         arguments = velocity.arguments(kwargs, x)
         options, compaction = adaptive_options(self, x, velocity.unknown)
@@ -298,8 +299,8 @@ class Solver(FlowSettings):
         result = solve_adaptive(
             velocity,
             x,
-            grid[0],
-            grid[-1],
+            start,
+            end,
             tableau,
             options,
             t_eval=t_eval,
