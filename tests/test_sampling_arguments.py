@@ -398,7 +398,21 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, list[str]]]
             "heun": ["bool"],
         },
     ),
-    "Restart": (edm.Restart, {}, {}),
+    "Restart": (
+        edm.Restart,
+        {},
+        {"intervals": [], "heun": ["bool"], "s_noise": NOT_NEGATIVE, "rho": POSITIVE},
+    ),
+    "RestartInterval": (
+        edm.RestartInterval,
+        {"sigma_min": 0.1, "sigma_max": 80.0},
+        {
+            "sigma_min": ["int", "one", "half", "float"],
+            "sigma_max": POSITIVE,
+            "steps": ["none", "int", "one"],
+            "repeats": ["int", "zero", "one"],
+        },
+    ),
     "IController": (
         IController,
         {},

@@ -331,3 +331,22 @@ def test_two_threads_with_one_solver_and_all_that_was_handed_out(method: str) ->
     for results, right in zip(handed, expected, strict=True):
         assert len(results) >= 10
         assert all(torch.equal(result, right) for result in results)
+
+
+@pytest.mark.parametrize("settings", [{}, {"sde": fm.SDE()}, {"gradient": "direct"}], ids=["flow", "sde", "direct"])
+def test_times_of_other_samples_are_told_by_name(settings: dict[str, Any]) -> None:
+    """The message named a coefficient of an update."""
+    for shape in ((3,), (4, 2), (4, 3, 2)):
+        grid = np.broadcast_to(np.linspace(0.0, 1.0, 3).reshape(3, *(1 for _ in shape)), (3, *shape))
+        with pytest.raises(ValueError, match=r"time_grid: expected times .* of x_0, \(4, 3\), got times of shape"):
+            fm.sample(field, X, time_grid=grid, **settings)
+        with pytest.raises(ValueError, match="schedule: expected times"):
+            fm.sample(field, X, steps=2, schedule=lambda n, grid=grid: grid, **settings)
+    with pytest.raises(ValueError, match="time_grid: expected times"):
+        fm.sample(field, X, time_grid=np.zeros((2, 3)), method="midpoint", gradient="reversible")
+
+
+def test_a_source_density_of_another_kind_is_told() -> None:
+    for value in (torch.ones(4, dtype=torch.int64), torch.ones(4, dtype=torch.complex64), torch.ones(4, device="meta")):
+        with pytest.raises((TypeError, ValueError), match="log_p0: expected a "):
+            fm.log_prob(field, X, log_p0=lambda x, value=value: value, method="euler", steps=1)

@@ -24,6 +24,7 @@ from .._checks import (
     check_float_tensor,
     check_int,
     check_number,
+    check_same_device,
     leading_shape,
     type_error,
     value_error,
@@ -222,6 +223,9 @@ class LikelihoodSettings(FlowSettings):
         # the integral runs from where the solve began
         delta = solution.integral if backward else -solution.integral
         log_p0 = standard_normal(x_0, mask) if self.log_p0 is None else self.log_p0(x_0)
+        if isinstance(log_p0, Tensor):
+            check_float_tensor("log_p0", log_p0)
+            check_same_device("log_p0", log_p0, "the samples", delta)
         if not isinstance(log_p0, Tensor) or log_p0.shape != delta.shape:
             raise value_error(
                 "log_p0", f"a function from states to log-densities of shape {tuple(delta.shape)}", log_p0

@@ -159,12 +159,14 @@ class Solver(FlowSettings):
             return self._sample_adaptive(tableau, x, return_trajectory, callback, progress, kwargs)
         if recorded:
             program = self.plan()
+            self._check_times(program.grid, x)
             watcher = _watcher(program, callback, progress)
             return self._sample_fixed(
                 program, x, generator, row_offset, noise_transform, return_trajectory, watcher, kwargs
             )
         with torch.no_grad():
             program = self.plan()
+            self._check_times(program.grid, x)
             watcher = _watcher(program, callback, progress)
             graph = self._graph_refusal(x, noise_transform, return_trajectory, watcher, program)
             if graph is None:
@@ -186,6 +188,16 @@ class Solver(FlowSettings):
         steps = DEFAULT_STEPS if self.steps is None else self.steps
         make = plan_while_compiling if torch.compiler.is_compiling() else plan
         return make(method, steps, self.schedule, self.time_grid, self.path, self.prediction, self.guidance)
+
+    def _check_times(self, grid: Sequence[Number], x: Tensor) -> None:
+        """That times of samples or tokens are those of the state's."""
+        shape = np.shape(grid[0]) if isinstance(grid[0], np.ndarray) else ()  # type: ignore[arg-type]
+        if shape != x.shape[: len(shape)]:
+            name = "schedule" if self.time_grid is None else "time_grid"
+            raise ValueError(
+                f"{name}: expected times (S + 1,), or such of a leading part of the shape of x_0, {tuple(x.shape)}, "
+                f"got times of shape {tuple(shape)}"
+            )
 
     def calls(self, model_kwargs: dict[str, Any]) -> Mapping[str, Call]:
         """The network calls of each branch."""
@@ -322,7 +334,9 @@ class Solver(FlowSettings):
         if watched:
             raise value_error("gradient", "no callback or progress bar beside 'reversible'", self.gradient)
         tableau = tableau_of(self.fixed_method() if self.sde is None else self.sde)
-        grid = [torch.as_tensor(t, dtype=torch.float64) for t in self.grid()]
+        numbers = self.grid()
+        self._check_times(numbers, x)
+        grid = [torch.as_tensor(t, dtype=torch.float64) for t in numbers]
         times = torch.stack(grid).to(x.device)
         steps, dtype = len(grid) - 1, self.time_dtype_of(x)
         velocity = Velocity(self.model, self.guidance, self.path, self.prediction, self.said)
