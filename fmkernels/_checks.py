@@ -77,6 +77,19 @@ def check_dense(name: str, value: Tensor) -> None:
         raise type_error(name, "a dense tensor, not a masked one", value)
 
 
+def check_has_values(name: str, value: Tensor) -> None:
+    """A dense tensor whose values can be read."""
+    check_dense(name, value)
+    if value.is_meta:
+        raise value_error(name, "a tensor with values, not one on meta", value)
+
+
+def check_function(name: str, value: Any, expected: str) -> None:
+    """Something to call: no class."""
+    if not callable(value) or isinstance(value, type):
+        raise type_error(name, expected, value)
+
+
 def check_float_tensor(name: str, value: Any) -> None:
     """A tensor of one of the supported floating dtypes."""
     check_tensor(name, value)

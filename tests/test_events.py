@@ -222,7 +222,7 @@ def test_events_at_the_start_without_end_and_wrong() -> None:
         fm.odeint(lambda t, y: -y, y0, torch.linspace(0, 1, 3), event_fn=never)
     with pytest.raises(TypeError, match="event_fn: expected a floating tensor"):
         fm.odeint(lambda t, y: -y, y0, t, event_fn=lambda t, y: 1.0)
-    with pytest.raises(TypeError, match="event_fn: expected a callable"):
+    with pytest.raises(TypeError, match="event_fn: expected a function"):
         fm.odeint(lambda t, y: -y, y0, t, event_fn=3)
     with pytest.raises(ValueError, match="per_sample"):
         fm.odeint(lambda t, y: -y, y0, t, event_fn=never, options={"per_sample": True})

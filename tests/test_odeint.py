@@ -125,7 +125,7 @@ def test_bad_arguments() -> None:
         fm.odeint(spiral, y0, torch.arange(3))
     with pytest.raises(ValueError, match="t: expected times of shape"):
         fm.odeint(spiral, y0, torch.zeros(2, 2))
-    with pytest.raises(TypeError, match="func: expected a callable"):
+    with pytest.raises(TypeError, match="func: expected a function"):
         fm.odeint(3, y0, t)
     with pytest.raises(TypeError, match="y0: expected a floating or complex"):
         fm.odeint(spiral, torch.arange(3), t)

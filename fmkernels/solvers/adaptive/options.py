@@ -154,5 +154,7 @@ def step_control_arguments(options: dict[str, Any]) -> dict[str, Any]:
         "first_step": None if first is None else abs(number_option("first_step", first)),
         "min_step": 0.0 if least is None else number_option("min_step", least, low=0.0),
         "max_step": math.inf if most is None or is_infinite(most) else number_option("max_step", most, above=0.0),
-        "max_steps": MOST_STEPS if steps is None else min(int(number_option("max_num_steps", steps)), MOST_STEPS),
+        "max_steps": MOST_STEPS
+        if steps is None
+        else min(int(number_option("max_num_steps", steps, low=0.0)), MOST_STEPS),
     }

@@ -298,7 +298,8 @@ class _Solve:
             if not all_well:
                 number = torch.arange(ys.shape[0], device=ys.device)[:, None]
                 missing = number >= count[Count.NEXT_OUTPUT]
-                ys.masked_fill_(missing.reshape(missing.shape + (1,) * (ys.dim() - 2)), math.nan)
+                shape = missing.shape[:1] + missing.shape[1 : ys.dim()] + (1,) * (ys.dim() - 2)  # y may be 0-dim
+                ys.masked_fill_(missing.reshape(shape), math.nan)
         if not all_well:
             warn_of_failures(self.host_status, self.options)
         if self.problem.shared and self.size != 1:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..._checks import type_error, warn
+from ..methods import registry as methods
 from .callbacks import CALLBACKS
 from .events import EventFn, event_time, solve_event
 from .odeint import odeint
@@ -204,6 +205,19 @@ def odeint_adjoint(
     packed, forward = Packed(func, y0), settings_of(rtol, atol, method, options)
     given_back = settings_of(adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options, prefix="adjoint_")
     t = check_times(t)
+    for name, tolerance in (
+        ("rtol", rtol),
+        ("atol", atol),
+        ("adjoint_rtol", adjoint_rtol),
+        ("adjoint_atol", adjoint_atol),
+    ):
+        if tolerance is not None or not name.startswith("adjoint"):
+            packed.tolerance(name, tolerance)
+    if isinstance(adjoint_method, str):
+        try:
+            methods.find(adjoint_method, methods.ODEINT)
+        except ValueError as error:
+            raise ValueError(f"adjoint_{error}") from None
     if adjoint_params is None:
         if not isinstance(func, nn.Module):
             raise ValueError(

@@ -8,7 +8,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from ..._checks import check_number, type_error, value_error
+from ..._checks import check_has_values, check_number, type_error, value_error
 from ...ops.combine.op import combine
 from ...ops.step_control.op import Status
 from ..methods import registry as methods
@@ -94,6 +94,7 @@ def odeint_dense(
     if first == last:
         raise value_error("t1", "a time other than t0", t1)
     refuse_transforms(method)
+    check_has_values("y0", packed.y0)
     control = Control(packed, tableau, settings, adaptive_options(packed, settings, record=True), gradient=True)
     y, ends, coefficients = packed.y0, [first], []
     for segment in segments(settings.options, first, last, y.dtype):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._checks import check_number, type_error, value_error
+from ..._checks import check_function, check_has_values, check_number, type_error, value_error
 from .events import EventFn, event_time
 from .odeint import odeint
 from .options import check_func
@@ -51,6 +51,8 @@ def odeint_event(
         RuntimeError: the solve came to its end without an event.
     """
     check_func(func)
+    check_function("event_fn", event_fn, "a function event_fn(t, y)")
+    check_function("odeint_interface", odeint_interface, "fm.odeint or fm.odeint_adjoint")
     packed = Packed(func, y0)
     if not isinstance(t0, Tensor):
         check_number("t0", t0)
@@ -59,8 +61,11 @@ def odeint_event(
         t0 = torch.tensor(float(t0), dtype=dtype, device=packed.y0.device)
     if not t0.is_floating_point():
         raise type_error("t0", "a number or a floating tensor", t0)
+    check_has_values("t0", t0)
     if t0.numel() != 1:
         raise value_error("t0", "one number", t0)
+    if not bool(t0.isfinite()):
+        raise value_error("t0", "a finite time", t0)
     if not isinstance(reverse_time, bool):
         raise type_error("reverse_time", "a bool", reverse_time)
     t0 = t0.reshape(-1)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._checks import as_state, type_error, value_error
+from ..._checks import as_state, check_function, check_has_values, type_error, value_error
 from ...ops.step_control.op import Status
 from ..adaptive.stepper import AdaptiveStep
 from ..implicit.solve import ImplicitStep, Watch, is_adaptive, option_names, solve_implicit
@@ -123,8 +123,8 @@ def solve_event(packed: Packed, t: Tensor, event_fn: EventFn, settings: Settings
         ValueError: event_fn is NaN.
         RuntimeError: the solve came to its end without an event.
     """
-    if not callable(event_fn):
-        raise type_error("event_fn", "a callable event_fn(t, y)", event_fn)
+    check_function("event_fn", event_fn, "a function event_fn(t, y)")
+    check_has_values("y0", packed.y0)
     if t.shape[0] != 2:
         raise value_error("t", "shape (2,) with event_fn: the initial time and one that shows the direction", t)
     method, options = settings.method, settings.options

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from operator import gt, lt
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..._checks import check_choice, type_error, value_error, warn
+from ..._checks import check_choice, check_function, check_has_values, type_error, value_error, warn
 from ..._torch import transform_active
 from ..adaptive.options import STEP_CONTROL, AdaptiveOptions, number_option, step_control_arguments
 from ..methods import registry as methods
@@ -47,11 +47,17 @@ def settings_of(rtol: Any, atol: Any, method: Any, options: Any, prefix: str = "
     for name in options:
         if not isinstance(name, str):
             raise type_error(f"{prefix}options", "names as keys", name)
-    for name, kind in (("norm", Callable), ("grid_constructor", Callable), ("dtype", torch.dtype)):
+    for name in ("norm", "grid_constructor"):
         value = options.get(name)
-        if value is not None and not isinstance(value, kind) and (name, value) != ("norm", "seminorm"):  # type: ignore[arg-type]
-            expected = "a torch.dtype" if name == "dtype" else "a callable"
-            raise type_error(f"{prefix}options: {name}", expected, value)
+        if value is not None and not (name == "norm" and isinstance(value, str) and value == "seminorm"):
+            check_function(f"{prefix}options: {name}", value, "a function")
+    if options.get("dtype") is not None and not isinstance(options["dtype"], torch.dtype):
+        raise type_error(f"{prefix}options: dtype", "a torch.dtype", options["dtype"])
+    if options.get("max_order") is not None:
+        number_option("max_order", options["max_order"], low=1.0)
+    reversible = options.get("reversible")
+    if reversible is not None and not isinstance(reversible, bool):
+        number_option("reversible", reversible)
     for name in ("perturb", "per_sample", "checkpoint"):
         value = options.get(name)
         if value is not None and not isinstance(value, bool):
@@ -60,14 +66,14 @@ def settings_of(rtol: Any, atol: Any, method: Any, options: Any, prefix: str = "
 
 
 def check_func(func: Any) -> None:
-    if not callable(func):
-        raise type_error("func", "a callable func(t, y)", func)
+    check_function("func", func, "a function func(t, y)")
 
 
 def check_times(t: Any) -> Tensor:
     """Times as torchdiffeq takes them: (T,) and strictly monotone."""
     if not isinstance(t, Tensor) or not t.is_floating_point():
         raise type_error("t", "a floating tensor", t)
+    check_has_values("t", t)
     if t.dim() != 1 or t.shape[0] == 0:
         raise value_error("t", "times of shape (T,), T >= 1", t)
     try:
@@ -103,6 +109,8 @@ def check_options(
         steps: whether its steps are known.
     """
     method, options = settings.method, settings.options
+    for name in ("rtol", "atol"):
+        packed.tolerance(name, getattr(settings, name))
     unknown = [name for name in options if name not in known and name not in _IGNORED_OPTIONS]
     if unknown:
         warn(f"options: method {method!r} has no {', '.join(map(repr, unknown))}")
@@ -193,6 +201,7 @@ def _points(name: str, given: Any) -> list[float]:
         points = torch.as_tensor(given, device=None if isinstance(given, Tensor) else "cpu")
     except (TypeError, ValueError, RuntimeError):
         raise type_error(f"options: {name}", "a tensor of times", given) from None
+    check_has_values(f"options: {name}", points)
     if points.is_complex() or points.dtype == torch.bool:
         raise type_error(f"options: {name}", "a tensor of times", given)
     if points.requires_grad:

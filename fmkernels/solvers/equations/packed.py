@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._checks import FLOATING, check_same_device, type_error, value_error
+from ..._checks import (
+    FLOATING,
+    check_dense,
+    check_has_values,
+    check_number,
+    check_same_device,
+    type_error,
+    value_error,
+)
 
 Field = Callable[[Tensor, Any], Any]
 State = Tensor | tuple[Tensor, ...]
@@ -26,8 +34,7 @@ class Packed:
             name = "y0" if isinstance(y0, Tensor) else f"y0[{i}]"
             if part.dtype not in FLOATING and not part.is_complex():
                 raise type_error(name, "a floating or complex tensor", part)
-            if part.layout is not torch.strided:
-                raise type_error(name, "a dense tensor", part)
+            check_dense(name, part)
             check_same_device(name, part, "y0[0]", parts[0])
         self.func, self.is_tuple = func, not isinstance(y0, Tensor)
         self.complex = any(p.is_complex() for p in parts)
@@ -67,8 +74,10 @@ class Packed:
 
     def tolerance(self, name: str, value: Any) -> float | Tensor:
         """A tolerance for the packed state: a number, or one for each tensor of a tuple, or a tensor like y0."""
-        if isinstance(value, Tensor) and value.requires_grad:
-            raise value_error(name, "a tolerance without gradient", value)
+        if isinstance(value, Tensor):
+            check_has_values(name, value)
+            if value.requires_grad:
+                raise value_error(name, "a tolerance without gradient", value)
         if isinstance(value, (tuple, list)) or (isinstance(value, Tensor) and value.dim() == 1 and self.is_tuple):
             if len(value) != len(self.sizes):
                 raise value_error(name, f"a number, or {len(self.sizes)} of them, one for each tensor of y0", value)
@@ -87,8 +96,8 @@ class Packed:
             a not in (1, b) for a, b in zip(value.shape[::-1], shape[::-1], strict=False)
         ):
             raise value_error(name, f"a number, or a tensor that broadcasts to y0's shape, {tuple(shape)}", value)
-        if not bool((value >= 0.0).all()):
-            raise value_error(name, "numbers >= 0", value)
+        if not bool(((value >= 0.0) & value.isfinite()).all()):
+            raise value_error(name, "finite numbers >= 0", value)
         value = value.to(self.y0.device, self.y0.dtype)
         return value[..., None] if self.complex else value
 
@@ -130,7 +139,8 @@ class Packed:
 
 def _number(name: str, value: Any) -> float:
     if isinstance(value, Tensor) and value.dim() == 0 and not value.is_complex() and value.dtype != torch.bool:
-        return float(value)
+        value = value.item()
     if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)):
         raise type_error(name, "a number, or one for each tensor of y0", value)
+    check_number(name, value, low=0.0)
     return float(value)

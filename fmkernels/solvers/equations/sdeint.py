@@ -12,7 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..._checks import check_choice, check_float_tensor, check_int, check_number, type_error, value_error
+from ..._checks import (
+    check_choice,
+    check_float_tensor,
+    check_function,
+    check_has_values,
+    check_int,
+    check_number,
+    type_error,
+    value_error,
+)
 from ...ops._operands import compute_dtype
 from ...ops.random.op import randn
 from ...paths import CondOT
@@ -102,15 +111,18 @@ def sdeint(
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or value.
     """
-    if not callable(drift):
-        raise type_error("drift", "a function f(t, y)", drift)
+    check_function("drift", drift, "a function f(t, y)")
     check_float_tensor("y0", y0)
     if y0.dim() == 0:
         raise value_error("y0", "at least one dimension, of samples", y0)
     check_choice("noise", noise, NOISES)
     check_choice("calculus", calculus, CALCULI)
-    if noise != "additive" and not callable(diffusion):
-        raise type_error("diffusion", f"a function g(t, y) with {noise} noise", diffusion)
+    if isinstance(diffusion, Tensor) and noise == "additive":
+        check_has_values("diffusion", diffusion)
+        if diffusion.is_complex() or not bool(diffusion.isfinite().all()):
+            raise value_error("diffusion", "finite real numbers", diffusion)
+    elif noise != "additive" or isinstance(diffusion, type):
+        check_function("diffusion", diffusion, f"a function g(t, y) with {noise} noise")
     choices = METHODS[noise, calculus]
     method = choices[0] if method is None else method
     if method not in choices:
@@ -139,6 +151,7 @@ def sdeint(
         reuse=not torch.is_grad_enabled(),
         lends=True,
     )
+    run.function_name = "drift"
     run.all()
     return torch.stack(run.extras()["y"])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..._checks import check_has_values
 from ..implicit.solve import option_names, solve_implicit
 from ..methods import registry as methods
 from . import scipy_solve
@@ -29,6 +30,7 @@ def solve(packed: Packed, t: Tensor, settings: Settings) -> Tensor:
     kind = methods.find(method, methods.ODEINT).kind if isinstance(method, str) else "fixed"
     if kind != "fixed":
         refuse_transforms(method)
+        check_has_values("y0", packed.y0)
     if tableau is not None:
         check_options(packed, settings, ADAPTIVE_OPTIONS, judges=True)
         return solve_controlled(packed, t, tableau, settings)
