@@ -95,7 +95,7 @@ def test_derivatives_are_derivatives(path: Path) -> None:
     for value, slope in pairs:
         if getattr(at, value) is not None:
             difference = (getattr(high, value) - getattr(low, value)) / (2 * h)
-            torch.testing.assert_close(getattr(at, slope), difference, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(getattr(at, slope), difference, rtol=3e-9, atol=3e-9)
 
 
 @pytest.mark.parametrize(
@@ -121,8 +121,8 @@ def test_vp_is_the_diffusion_it_says() -> None:
     s = 1 - t
     log_mean = -0.25 * s**2 * 19.9 - 0.5 * s * 0.1  # Song et al. 2021, eq. 33
     c = path.coefficients(t)
-    torch.testing.assert_close(c.alpha_t, torch.exp(log_mean))
-    torch.testing.assert_close(c.alpha_t**2 + c.sigma_t**2, torch.ones_like(t))
+    torch.testing.assert_close(c.alpha_t, torch.exp(log_mean), rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(c.alpha_t**2 + c.sigma_t**2, torch.ones_like(t), rtol=1e-14, atol=1e-14)
 
 
 @affine
@@ -140,10 +140,10 @@ def test_snr_and_its_inverse(path: Path) -> None:
     snr = path.snr(t)
     c = path.coefficients(t)
     torch.testing.assert_close(snr, (c.alpha_t / c.sigma_t) ** 2)
-    torch.testing.assert_close(path.log_snr(t), torch.log(snr))
+    torch.testing.assert_close(path.log_snr(t), torch.log(snr), rtol=1e-14, atol=1e-14)
     assert (snr[1:] > snr[:-1]).all()
-    torch.testing.assert_close(path.snr_inverse(snr), t, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(path.snr_inverse(snr.float()), t.float(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(path.snr_inverse(snr), t, rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(path.snr_inverse(snr.float()), t.float(), rtol=1e-6, atol=1e-6)
     extremes = path.snr_inverse(torch.tensor([1e-30, 1e30], dtype=torch.float64))
     assert ((extremes >= 0) & (extremes <= 1)).all()
 
@@ -167,7 +167,7 @@ def test_sample_and_loss_equal_plain_pytorch(path: Path, dtype: torch.dtype) -> 
         u = wide[2] * x_1d + wide[3] * x_0d + (0 if z is None else wide[5] * z)
         pred = torch.randn(6, 5, 4).to(dtype)
         loss = fm.cfm_loss(pred, batch)
-        torch.testing.assert_close(loss.double(), (pred.double() - u).square().mean(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(loss.double(), (pred.double() - u).square().mean(), rtol=1e-5, atol=1e-7)
         torch.testing.assert_close(batch.target().double(), u, rtol=tolerance, atol=tolerance * u.abs().max().item())
 
 
@@ -240,10 +240,10 @@ def test_conversions(path: Path, source: str, target: str) -> None:
     x_1, x_0 = torch.randn(7, 3, 2, dtype=torch.float64), torch.randn(7, 3, 2, dtype=torch.float64)
     batch = path.sample(x_1, x_0, t)
     got = path.convert(batch.target(source), batch.x_t, t, source, target)
-    torch.testing.assert_close(got, batch.target(target), rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(got, batch.target(target), rtol=1e-11, atol=1e-11)
     in_float32 = path.convert(batch.target(source).float(), batch.x_t.float(), t.float(), source, target)
     assert in_float32.dtype == torch.float32
-    torch.testing.assert_close(in_float32.double(), batch.target(target), rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(in_float32.double(), batch.target(target), rtol=1e-3, atol=1e-3)
     for end in (0.0, 1.0, torch.zeros(7), torch.ones(7)):
         x_t = path.sample(x_1.float(), x_0.float(), end).x_t
         assert torch.isfinite(path.convert(x_1.float(), x_t, end, source, target)).all()
@@ -285,9 +285,9 @@ def test_edm_target_is_edms() -> None:
     for s in (0.5, 1.7):
         c_skip, c_out = s**2 / (level**2 + s**2), level * s / (level**2 + s**2).sqrt()
         target = (x_1 - c_skip * x) / c_out
-        torch.testing.assert_close(batch.target("edm", sigma_data=s), target)
+        torch.testing.assert_close(batch.target("edm", sigma_data=s), target, rtol=1e-14, atol=1e-14)
         loss = fm.cfm_loss(torch.zeros_like(x_1), batch, target="edm", sigma_data=s)
-        torch.testing.assert_close(loss, target.square().mean())
+        torch.testing.assert_close(loss, target.square().mean(), rtol=1e-14, atol=1e-14)
     torch.testing.assert_close(fm.cfm_loss(target, batch, target="edm", sigma_data=1.7), torch.zeros_like(loss))
     with pytest.raises(ValueError, match="sigma_data: expected none but for the target 'edm'"):
         fm.cfm_loss(x_1, batch, sigma_data=1.0)
@@ -300,14 +300,18 @@ def test_bridges_are_torchcfms() -> None:
     w = t[:, None]
     batch = SchrodingerBridge(0.5).sample(x_1, x_0, t, z=z)
     mean = w * x_1 + (1 - w) * x_0
-    torch.testing.assert_close(batch.x_t, mean + 0.5 * (w * (1 - w)).sqrt() * z)
+    torch.testing.assert_close(batch.x_t, mean + 0.5 * (w * (1 - w)).sqrt() * z, rtol=1e-14, atol=1e-14)
     flow = (1 - 2 * w) / (2 * w * (1 - w)) * (batch.x_t - mean) + x_1 - x_0
-    torch.testing.assert_close(batch.target(), flow)
+    torch.testing.assert_close(batch.target(), flow, rtol=1e-14, atol=1e-14)
     batch = ConstantBridge(0.1, base=Cosine()).sample(x_1, x_0, t, z=z)
     angle = math.pi / 2 * w
-    torch.testing.assert_close(batch.x_t, torch.cos(angle) * x_0 + torch.sin(angle) * x_1 + 0.1 * z)
-    torch.testing.assert_close(batch.target(), math.pi / 2 * (torch.cos(angle) * x_1 - torch.sin(angle) * x_0))
-    torch.testing.assert_close(batch.target("score"), -z / 0.1)
+    torch.testing.assert_close(
+        batch.x_t, torch.cos(angle) * x_0 + torch.sin(angle) * x_1 + 0.1 * z, rtol=1e-14, atol=1e-14
+    )
+    torch.testing.assert_close(
+        batch.target(), math.pi / 2 * (torch.cos(angle) * x_1 - torch.sin(angle) * x_0), rtol=1e-14, atol=1e-14
+    )
+    torch.testing.assert_close(batch.target("score"), -z / 0.1, rtol=1e-14, atol=1e-14)
     with pytest.raises(ValueError, match="target: expected one that is defined on a bridge"):
         batch.target("edm")
 

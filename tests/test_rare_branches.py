@@ -80,26 +80,14 @@ def test_the_scale_of_an_exponential_sde_is_in_its_noise() -> None:
 def test_the_lower_order_of_a_last_step_is_that_of_the_last_step(name: str) -> None:
     from fmkernels.solvers.methods import diffusion
 
-    def trajectory(lower: bool) -> Any:
+    def trajectory(lower: bool | str) -> Any:
         method = getattr(diffusion, name)(order=3, lower_order_final=lower)
-        return fm.sample(field, X, method=method, steps=5, return_trajectory=True)[1].trajectory
+        path = fm.paths.OptimalTransport()
+        return fm.sample(field, X, method=method, steps=5, path=path, return_trajectory=True)[1].trajectory
 
-    low, full = trajectory(True), trajectory(False)
+    low, full = trajectory("auto"), trajectory(False)
     assert torch.equal(low[3], full[3])
     assert not torch.equal(low[-1], full[-1])
-
-
-def test_a_likelihood_has_its_own_plan_beside_a_samplers() -> None:
-    fm.clear_caches()
-    given: dict[str, Any] = {"method": "midpoint", "time_grid": [0.0, 0.25, 1.0]}
-    alone = fm.log_prob(field, X, **given).log_prob
-    fm.clear_caches()
-    fm.sample(field, X, method="midpoint", time_grid=[1.0, 0.25, 0.0])
-    fm.sample(field, X, **given)
-    assert torch.equal(fm.log_prob(field, X, **given).log_prob, alone)
-    samples = fm.sample(field, X, **given)[0]
-    fm.clear_caches()
-    assert torch.equal(fm.sample(field, X, **given)[0], samples)
 
 
 def test_a_captured_graph_is_for_one_order_in_memory() -> None:

@@ -202,7 +202,7 @@ def test_trajectory_callback_and_progress() -> None:
     assert [i for i, _, _ in seen] == list(range(5))
     assert seen[-1][1] == 1.0
     assert all(torch.equal(x, result.trajectory[i + 1]) for i, _, x in seen)
-    assert torch.allclose(result.times, torch.linspace(0, 1, 6, dtype=torch.float64))
+    assert torch.allclose(result.times, torch.linspace(0, 1, 6, dtype=torch.float64), rtol=1e-15, atol=1e-15)
     pytest.importorskip("tqdm")
     fm.sample(field, x_0, steps=2, progress=True)
 

@@ -123,7 +123,7 @@ def test_any_function_of_time_is_a_diffusion_coefficient() -> None:
     )
     t, u = torch.linspace(0.0, 0.9, 10), torch.linspace(0.1, 1.0, 10)
     for wanted, got in zip(by_name.transition(VP(), t, u), by_function.transition(VP(), t, u), strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(got, wanted, rtol=3e-15, atol=3e-15)
     singular = SDE(lambda t: 1.0 / (t * (1.0 - t)))  # infinite at both ends
     assert bias(singular, CondOT(), 256) < 0.01
     constant = SDE(lambda t: 0.5).transition(CondOT(), torch.tensor(0.0), torch.tensor(0.1))
@@ -154,8 +154,8 @@ def test_euler_maruyama_is_the_drift_with_the_score(diffusion: str, path: Path) 
     v = torch.randn(5, 3, dtype=torch.float64)
     a, b, std = SDE(diffusion).transition(path, t, u)
     score = path.convert(v, x, t, "velocity", "score")
-    torch.testing.assert_close(a * x + b * v, x + 0.001 * (v + w * score), rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(std, torch.sqrt(2 * w * 0.001), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(a * x + b * v, x + 0.001 * (v + w * score), rtol=3e-15, atol=3e-15)
+    torch.testing.assert_close(std, torch.sqrt(2 * w * 0.001), rtol=3e-15, atol=3e-15)
 
 
 def test_flow_grpo_is_its_authors_step() -> None:
@@ -167,8 +167,8 @@ def test_flow_grpo_is_its_authors_step() -> None:
         level = 0.7 * torch.sqrt(sigma / (1 - (sigmas[1] if sigma == 1 else sigma)))
         mean = x * (1 + level**2 / (2 * sigma) * dt) - v * (1 + level**2 * (1 - sigma) / (2 * sigma)) * dt
         a, b, std = SDE("flow_grpo").transition(CondOT(), 1 - sigma, 1 - sigmas[i + 1])
-        torch.testing.assert_close(a * x + b * v, mean, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(std, level * torch.sqrt(-dt), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(a * x + b * v, mean, rtol=5e-15, atol=5e-15)
+        torch.testing.assert_close(std, level * torch.sqrt(-dt), rtol=3e-15, atol=3e-15)
 
 
 def test_exponential_steps_are_ddim_and_ddpm() -> None:
@@ -185,8 +185,8 @@ def test_exponential_steps_are_ddim_and_ddpm() -> None:
         variance = scale * sigma_u**2 / sigma**2 * (1.0 - alpha**2 / alpha_u**2)
         mean = alpha_u * x_1 + torch.sqrt(sigma_u**2 - variance) * x_0
         a, b, std = SDE("sbdm", scale=scale, method="exponential").transition(path, t, u)
-        torch.testing.assert_close(a * x + b * v, mean, rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(std, torch.sqrt(variance), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(a * x + b * v, mean, rtol=1e-14, atol=1e-14)
+        torch.testing.assert_close(std, torch.sqrt(variance), rtol=3e-15, atol=3e-15)
 
 
 @pytest.mark.parametrize(("method", "name"), [("euler", "euler"), ("heun", "heun2")])
@@ -219,7 +219,7 @@ def test_last_steps() -> None:
         x_0, x_1 = state - t * v, state + (1 - t) * v
         wanted = {"mean": state + h * (v - x_0), "tweedie": x_1, "euler": state + h * v}
         if last_step != "none":
-            torch.testing.assert_close(results[last_step], wanted[last_step], rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(results[last_step], wanted[last_step], rtol=3e-15, atol=3e-15)
     noise = (results["none"] - results["mean"]) / math.sqrt(2 * 0.2 * 0.2)
     assert 0.3 < float(noise.std()) < 3.0
 
@@ -251,7 +251,7 @@ def test_other_predictions_sample_the_same(method: str, prediction: str) -> None
     converted = lambda x, t: path.convert(velocity(x, t), x, t, "velocity", prediction)  # noqa: E731
     wanted = run(SDE(method=method), grid, path, velocity, x).result.clone()
     got = run(SDE(method=method), grid, path, converted, x, prediction=prediction).result
-    torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(got, wanted, rtol=1e-14, atol=1e-14)
 
 
 # ---------------------------------------------------------------------- numerics, calls, noise
@@ -273,7 +273,7 @@ def test_finite_at_both_ends(diffusion: str, method: str, path: Path) -> None:
             assert solve.result.abs().max() < 20.0
         results[dtype] = solve.result
     # the same noise in both; float32 times and velocities next to the ends
-    torch.testing.assert_close(results[torch.float32].double(), results[torch.float64], rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(results[torch.float32].double(), results[torch.float64], rtol=5e-6, atol=5e-6)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -184,12 +184,6 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
         "tests/test_row_dots.py",
     ),
     (
-        "csrc/combine/error_ratio.h",
-        "k > magnitude || k != k ? k",
-        "k > magnitude ? k",
-        RARE,
-    ),
-    (
         "csrc/regression_loss/penalty.h",
         "d < T(0) ? -delta : (d > T(0) ? delta : d)",
         "d < T(0) ? -delta : delta",

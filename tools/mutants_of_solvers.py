@@ -321,10 +321,4 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
     ),
     (f"{SOLVERS}/sampling/plan.py", "key = (method, steps, schedule,", "key = (method, schedule,", CACHES),
     (f"{SOLVERS}/sampling/plan.py", "key = (method, steps, schedule,", "key = (method, steps,", CACHES),
-    (
-        f"{SOLVERS}/programs/builder.py",
-        "(type(self), method_key(method), self._settings(), grid)",
-        "(method_key(method), self._settings(), grid)",
-        RARE,
-    ),
 ]
