@@ -12,6 +12,7 @@ from test_step_control import IMPLS, State, rules
 from torch import Tensor
 
 import fmkernels as fm
+from fmkernels import _cache
 from fmkernels.ops.step_control.op import Clock
 from fmkernels.solvers.methods.runge_kutta import stage_time
 from fmkernels.solvers.programs.captures import signature
@@ -170,3 +171,55 @@ def test_a_prediction_that_is_no_number_has_no_derivative_that_is_one(kind: str,
     loss = fm.regression_loss(pred, [torch.zeros_like(pred)], [1.0], kind=kind, delta=0.5, reduction="none", impl=impl)
     (grad,) = torch.autograd.grad(loss.sum(), pred)
     assert torch.equal(grad.isnan(), pred.isnan())
+
+
+def test_what_is_used_is_kept_before_what_is_not() -> None:
+    budget = _cache.Budget(10_000)
+    cache: _cache.Cache[bytes] = _cache.Cache("test", budget)
+    made = []
+    try:
+        for i in range(100):
+            cache.get(i + 1, lambda: bytes(1000))
+            cache.get(0, lambda: made.append(0) or bytes(1000))
+        assert made == [0]
+    finally:
+        del _cache._CACHES["test"]
+        budget.caches.clear()
+
+
+class Unkeyed(fm.guidance.Guidance):
+    branches = Twice.branches
+    velocity = Twice.velocity
+    factor = 2.0
+
+
+def test_a_class_attribute_of_a_guidance_of_ones_own_is_read_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    fm.clear_caches()
+    guidance = Unkeyed()
+    first = fm.sample(field, X, steps=1, guidance=guidance)[0] - X
+    monkeypatch.setattr(Unkeyed, "factor", 3.0)
+    torch.testing.assert_close(fm.sample(field, X, steps=1, guidance=guidance)[0] - X, 1.5 * first)
+
+
+@pytest.mark.parametrize("method", ["explicit_adams", "implicit_adams"])
+def test_max_order_is_the_order_of_adams_methods(method: str) -> None:
+    def error(order: int) -> float:
+        options = {"step_size": 0.1, "max_order": order}
+        y = fm.odeint(
+            lambda t, y: -y, torch.ones(1, dtype=D), torch.tensor([0.0, 1.0], dtype=D), method=method, options=options
+        )
+        return abs(float(y[-1]) - math.exp(-1.0))
+
+    assert error(2) > 10.0 * error(4) > 0.0
+
+
+def test_the_mean_log_density_is_of_what_gets_noise() -> None:
+    mask = torch.tensor([[True, True, False], [True, False, False], [True, True, True], [True, True, True]])
+
+    def solve(reduction: str) -> Any:
+        return fm.sample(
+            field, X, steps=2, sde=fm.SDE(log_prob=reduction), noise_transform=fm.MaskedNoise(mask),
+            generator=torch.Generator().manual_seed(0),
+        )[1].log_prob  # fmt: skip
+
+    torch.testing.assert_close(solve("mean")[0], solve("sum")[0] / mask.sum(1))

@@ -19,7 +19,8 @@ ARGUMENTS = "tests/test_wrong_arguments.py"
 MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
     # ------------------------------------------------------------------ guidance
     ("fmkernels/guidance/base.py", "low <= float(t) <= high", "low <= float(t) < high", LINEAR),
-    ("fmkernels/guidance/base.py", "(t >= low) & (t <= high)", "(t > low) & (t <= high)", LINEAR),
+    ("fmkernels/guidance/base.py", "np.asarray((t >= low) &", "np.asarray((t > low) &", LINEAR),
+    ("fmkernels/guidance/base.py", "torch.where((t >= low) &", "torch.where((t > low) &", LINEAR),
     ("fmkernels/guidance/cfg.py", "(square + 1e-8)", "(square + 1e-2)", LINEAR),
     ("fmkernels/guidance/cfg.py", "v_variance = (v_square - v_sum.square() / size)", "v_variance = v_square", LINEAR),
     ("fmkernels/guidance/cfg.py", "builder.step.number < self.zero_steps", "builder.step.number < 1", LINEAR),
@@ -256,4 +257,11 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
         "if entry is not None:",
         CACHES,
     ),
+    ("fmkernels/_cache.py", "        entry.used = _tick()\n", "", RARE),
+    ("fmkernels/_cache.py", "if self.budget.bytes > self.budget.limit:", "if False:", CACHES),
+    ("fmkernels/_cache.py", "self.budget.bytes -= entry.bytes", "pass", CACHES),
+    ("fmkernels/_keys.py", "and not value.requires_grad", "", CACHES),
+    ("fmkernels/guidance/base.py", "if not is_ours(type(self)):", "if False:", RARE),
+    ("fmkernels/paths/derivatives.py", "math.isfinite(value.detach().sum().item())", "True", SCHEDULES),
+    ("fmkernels/paths/derivatives.py", "slope.detach().sum().item() != 0.0", "True", SCHEDULES),
 ]

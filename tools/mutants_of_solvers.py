@@ -105,8 +105,8 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
     ),
     (
         f"{SOLVERS}/equations/outputs.py",
-        "(h != 0.0) & ~reached",
-        "(h != 0.0)",
+        "np.not_equal(h, 0.0) & ~reached",
+        "np.not_equal(h, 0.0)",
         "tests/test_odeint_gradients.py::test_outputs_where_steps_end_are_counted_once",
     ),
     (f"{SOLVERS}/equations/outputs.py", "-s * s * r * h", "s * s * r * h", f"{OPTIONS}::test_interp_of_fixed_grids"),
@@ -321,4 +321,28 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
     ),
     (f"{SOLVERS}/sampling/plan.py", "key = (method, steps, schedule,", "key = (method, schedule,", CACHES),
     (f"{SOLVERS}/sampling/plan.py", "key = (method, steps, schedule,", "key = (method, steps,", CACHES),
+    # ------------------------------------------------------------------ chosen beside those that were found
+    (f"{SOLVERS}/equations/events.py", "float(atol.min())", "float(atol.max())", EVENTS),
+    (f"{SOLVERS}/equations/options.py", "replace(found, order=min(max(order, least), MAX_ORDER))", "found", RARE),
+    (
+        f"{SOLVERS}/equations/options.py",
+        "sorted((beside(start, end), beside(end, start)))",
+        "sorted((beside(start, end), end))",
+        OPTIONS,
+    ),
+    (
+        f"{SOLVERS}/methods/step_density.py",
+        "count.clamp(min=1).to(z.dtype)",
+        "z[0].numel()",
+        RARE,
+    ),
+    (
+        f"{SOLVERS}/methods/noise_transforms.py",
+        "(points - 1).clamp(min=0)",
+        "points",
+        "tests/test_step_log_prob.py",
+    ),
+    (KEEPER, "    batch.count.zero_()\n", "", KEPT),
+    (KEEPER, "    batch.y.copy_(y0)\n", "", KEPT),
+    (f"{SOLVERS}/programs/tables.py", "return self._table._version == self._version", "return True", CACHES),
 ]
