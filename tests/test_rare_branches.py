@@ -13,8 +13,10 @@ from torch import Tensor
 
 import fmkernels as fm
 from fmkernels import _cache
+from fmkernels.guidance.base import scale_at
 from fmkernels.ops.step_control.op import Clock
 from fmkernels.solvers.methods.runge_kutta import stage_time
+from fmkernels.solvers.programs.builder import Builder
 from fmkernels.solvers.programs.captures import signature
 
 X = torch.linspace(-1.0, 1.0, 12).reshape(4, 3)
@@ -223,3 +225,23 @@ def test_the_mean_log_density_is_of_what_gets_noise() -> None:
         )[1].log_prob  # fmt: skip
 
     torch.testing.assert_close(solve("mean")[0], solve("sum")[0] / mask.sum(1))
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, np.array])
+def test_both_ends_of_an_interval_of_guidance_belong_to_it(kind: Any) -> None:
+    t = kind([0.1, 0.25, 0.5, 0.75, 0.9])
+    found = scale_at(Builder([0.0, 1.0], fm.paths.CondOT()), 2.0, t, (0.25, 0.75))
+    assert found.tolist() == [1.0, 2.0, 2.0, 2.0, 1.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_state_that_is_nothing_but_noise_has_the_states_dtype_and_layout(dtype: torch.dtype) -> None:
+    def renewed(builder: Builder) -> None:
+        for _ in builder.steps():
+            builder.advance(builder.noise())
+
+    x = torch.zeros(2, 3, 4, 5, dtype=dtype).to(memory_format=torch.channels_last)
+    found = fm.sample(field, x, steps=2, method=renewed, generator=torch.Generator().manual_seed(3))[0]
+    assert found.dtype == dtype
+    assert found.stride() == x.stride()
+    assert 0.5 < float(found.float().std()) < 1.5

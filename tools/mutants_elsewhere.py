@@ -20,7 +20,7 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
     # ------------------------------------------------------------------ guidance
     ("fmkernels/guidance/base.py", "low <= float(t) <= high", "low <= float(t) < high", LINEAR),
     ("fmkernels/guidance/base.py", "np.asarray((t >= low) &", "np.asarray((t > low) &", LINEAR),
-    ("fmkernels/guidance/base.py", "torch.where((t >= low) &", "torch.where((t > low) &", LINEAR),
+    ("fmkernels/guidance/base.py", "torch.where((t >= low) &", "torch.where((t > low) &", RARE),
     ("fmkernels/guidance/cfg.py", "(square + 1e-8)", "(square + 1e-2)", LINEAR),
     ("fmkernels/guidance/cfg.py", "v_variance = (v_square - v_sum.square() / size)", "v_variance = v_square", LINEAR),
     ("fmkernels/guidance/cfg.py", "builder.step.number < self.zero_steps", "builder.step.number < 1", LINEAR),

@@ -274,7 +274,7 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
         f"{SOLVERS}/programs/builder.py",
         "            bases.insert(0, self._state)\n            terms[self._state] = 0.0\n",
         "            pass\n",
-        f"{DIFFUSION}::test_a_sum_of_many_terms_is_split",
+        RARE,
     ),
     (
         f"{SOLVERS}/programs/run.py",
