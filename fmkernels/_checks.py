@@ -6,6 +6,7 @@ Every message reads ``name: expected <what>, got <what>``. A wrong type is a Typ
 from __future__ import annotations
 
 import math
+import operator
 import sys
 import warnings
 from collections.abc import Collection, Sequence
@@ -238,6 +239,15 @@ def check_int(name: str, value: Any, *, low: int | None = None, high: int | None
         raise value_error(name, f"an int <= {high}", value)
     if low is not None and value < low:
         raise value_error(name, f"an int >= {low}", value)
+
+
+def as_length(name: str, value: Any) -> int:
+    """A length of a shape: an int, or what stands for one (NumPy's integers) and need not be read from a device."""
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        return value  # type: ignore[return-value]
+    if hasattr(value, "__index__") and not isinstance(value, (bool, np.bool_, np.ndarray, Tensor)):
+        return operator.index(value)
+    raise type_error(name, "ints", value)
 
 
 def check_bool(name: str, value: Any) -> None:

@@ -78,7 +78,7 @@ def cfm_loss(
         impl: "auto", "reference", "native" or "triton".
 
     Returns:
-        The loss in float32 (float64 for float64 data), 0-dim or (B,).
+        The loss in float32 (float64 where pred or the data is float64), 0-dim or (B,).
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device, missing, or given twice.
@@ -138,7 +138,7 @@ class LossBins:
         bins.all_reduce().mean     # (10,), of all ranks; NaN where there was no sample
 
     Sums are in float64 and of fixed order. Bin i holds the times in [i / bins, (i + 1) / bins), the last one 1 too; a
-    time that is NaN counts nowhere.
+    time outside [0, 1], or NaN, counts nowhere, and neither does a loss of weight 0, even where it is infinite or NaN.
 
     Args:
         bins: int from 1 to 2^20.
@@ -202,10 +202,15 @@ class LossBins:
         elif self._sums.device != t.device:
             raise value_error("t", f"a tensor on {self._sums.device}, where the sums are", t)
         with torch.no_grad():
-            place = (t.detach().double().flatten() * self.bins).floor().clamp(0, self.bins - 1)
+            times, losses = t.detach().double().flatten(), loss.detach().double().flatten()
+            place = (times * self.bins).floor().clamp(max=self.bins - 1)
             inside = place == torch.arange(self.bins, dtype=torch.float64, device=t.device)[:, None]
-            share = torch.ones_like(place) if weight is None else weight.detach().double().flatten()
-            rows = torch.stack((share * loss.detach().double().flatten(), share))
+            inside &= times <= 1.0
+            if weight is None:
+                rows = torch.stack((losses, torch.ones_like(losses)))
+            else:
+                share = weight.detach().double().flatten()
+                rows = torch.stack((torch.where(share == 0.0, 0.0, share * losses), share))
             self._sums += torch.where(inside, rows[:, None], 0.0).sum(-1)
 
     def reset(self) -> None:

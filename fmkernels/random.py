@@ -68,7 +68,8 @@ class Noise:
     ``stream`` under ``seed``, ``row`` being the number of elements of a sample (an index of the first dimension).
 
     Args:
-        seed: int64 tensor with one element on the data's device (see :func:`draw_seed`).
+        seed: int64 tensor with one element on the data's device (see :func:`draw_seed`). Its value now counts: a copy
+            is kept, on the device, so that what becomes of the tensor later changes no noise.
         stream: int from 0 to 2^63 - 1; streams of one seed are independent.
         row_offset: int >= 0; the index of the first sample in the whole batch, so that the shards of a batch draw
             together what the whole batch would.
@@ -80,9 +81,19 @@ class Noise:
         check_tensor("seed", seed)
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise value_error("seed", "an int64 tensor with one element", seed)
+        self._set(seed.detach().clone(), stream, row_offset)
+
+    def _set(self, seed: Tensor, stream: int, row_offset: int) -> None:
         check_int("stream", stream, low=0, high=MAX_STREAM)
         check_int("row_offset", row_offset, low=0, high=MAX_ELEMENTS)
         self.seed, self.stream, self.row_offset = seed, stream, row_offset
+
+    @classmethod
+    def _of(cls, seed: Tensor, stream: int, row_offset: int) -> Noise:
+        """Noise of a seed that nobody else writes to."""
+        noise = cls.__new__(cls)
+        noise._set(seed, stream, row_offset)
+        return noise
 
     def __repr__(self) -> str:
         return f"Noise(seed={self.seed!r}, stream={self.stream}, row_offset={self.row_offset})"

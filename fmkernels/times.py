@@ -19,7 +19,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._checks import check_bool, check_device, check_float_tensor, check_int, check_number, type_error, value_error
+from ._checks import (
+    as_length,
+    check_bool,
+    check_device,
+    check_float_tensor,
+    check_int,
+    check_number,
+    type_error,
+    value_error,
+)
 from .ops.random import kinds
 from .ops.random.op import draw
 from .random import as_seed
@@ -33,14 +42,15 @@ TIME_STREAM = 2
 
 
 def _shape(shape: Shape) -> tuple[int, ...]:
-    if isinstance(shape, (int, torch.SymInt)) and not isinstance(shape, bool):
-        shape = (shape,)
+    if isinstance(shape, (int, torch.SymInt, np.integer)) and not isinstance(shape, bool):
+        shape = (shape,)  # type: ignore[assignment]
     elif not isinstance(shape, Sequence) or isinstance(shape, str):
         raise type_error("shape", "an int or a sequence of ints", shape)
+    sizes = tuple([as_length("shape", size) for size in shape])
     if not torch.compiler.is_compiling():  # there a size may be symbolic
-        for size in shape:
+        for size in sizes:
             check_int("shape", size, low=0, high=2**48)
-    return tuple(shape)
+    return sizes
 
 
 def check_row_offset(row_offset: int, shape: Sequence[int]) -> None:
@@ -373,7 +383,7 @@ class UShaped(Sampler):
     Drawn by inversion: t = 1/2 + asinh((2u - 1) sinh a) / (2a).
 
     Args:
-        a: > 0; the larger, the more weight at the ends.
+        a: > 0 and at most 80 (sinh a must be a float32); the larger, the more weight at the ends.
     """
 
     a: float = 4.0

@@ -75,6 +75,34 @@ def test_seeds_differ_and_repeat() -> None:
     assert torch.equal(bridge.z, fm.randn(6, 4, seed=1, stream=1))
 
 
+@pytest.mark.parametrize("store", [None, True, False])
+@pytest.mark.parametrize("given", ["seed", "sampler", "noise"])
+@pytest.mark.parametrize("path", PATHS, ids=repr)
+def test_a_seed_that_the_caller_advances_changes_no_noise_of_before(path: Path, given: str, store: bool | None) -> None:
+    seed, x_1 = torch.tensor(1), torch.zeros(4, 3)
+    if given == "noise":
+        noises = [fm.Noise(seed, stream) for stream in (0, 1)]
+        bridge = {"z": noises[1]} if path.gamma(torch.ones(())) is not None else {}
+        batch = path.sample(x_1, noises[0], torch.full((4,), 0.5), store_noise=store, **bridge)
+    else:
+        sampler = times.Beta() if given == "sampler" else None
+        batch = path.sample(x_1, seed=seed, store_noise=store, time_sampler=sampler)
+    pred = torch.ones(4, 3, requires_grad=True)
+    first = fm.cfm_loss(pred, batch), batch.x_0, batch.target(), batch[1:3].x_0
+    seed += 1
+    second = fm.cfm_loss(pred, batch), batch.x_0, batch.target(), batch[1:3].x_0
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(batch.x_0, fm.randn(4, 3, seed=1))
+
+
+def test_interpolate_keeps_no_seed_of_the_callers() -> None:
+    seed, x_1 = torch.tensor(1), torch.zeros(4, 3)
+    point = fm.interpolate(x_1, fm.Noise(seed), alpha=0.5, sigma=0.5)
+    seed += 1
+    assert torch.equal(fm.combine([x_1, point.x_0], [0.0, 1.0]), fm.randn(4, 3, seed=1))
+
+
 @pytest.mark.parametrize("target", ["x_0", "velocity", "score"])
 def test_a_narrow_prediction_does_not_round_the_noise_it_is_compared_with(target: str) -> None:
     x_1 = torch.randn(64, 5)

@@ -37,6 +37,20 @@ def test_empty_bins_are_nan_and_nan_times_count_nowhere() -> None:
     assert bins.count.sum() == 0
 
 
+def test_times_outside_the_bins_and_losses_of_weight_zero_count_nowhere() -> None:
+    bins = fm.LossBins(10)
+    outside = torch.tensor([-0.1, -1e-30, 1.1, float("inf"), float("-inf"), 1 + 2**-20])
+    bins.update(outside, torch.ones(6))
+    assert bins.count.sum() == 0
+    bins.update(torch.tensor([-0.0, 1.0]), torch.ones(2))
+    assert bins.count.tolist() == [1.0] + [0.0] * 8 + [1.0]
+    bins = fm.LossBins(10)
+    losses = torch.tensor([float("nan"), 1.0, float("inf")])
+    bins.update(torch.tensor([0.11, 0.15, 0.31]), losses, torch.tensor([0.0, 1.0, -0.0]))
+    assert bins.mean[1] == 1
+    assert bins.total[3] == 0
+
+
 def test_a_bad_loss_stays_in_its_bin() -> None:
     bins = fm.LossBins(2)
     bins.update(torch.tensor([0.1, 0.9]), torch.tensor([float("inf"), 3.0]))

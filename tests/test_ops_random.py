@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -205,3 +206,21 @@ def test_regression_loss(device: str, impl: str, case: int) -> None:
     with torch.no_grad():
         forward_only = fm.regression_loss(pred, operands, coefficients, impl=impl, **options)
     torch.testing.assert_close(forward_only, loss, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("length", [np.int64(3), np.uint8(3)])
+def test_lengths_may_be_numpys_integers(length) -> None:
+    want = fm.randn(3, 2, seed=1)
+    assert torch.equal(fm.randn(length, 2, seed=1), want)
+    assert torch.equal(fm.randn((length, np.int32(2)), seed=1), want)
+    assert fm.rand(length, seed=1).shape == fm.random_words([length], seed=1).shape == (3,)
+    sampler = fm.times.Uniform()
+    assert torch.equal(sampler(length, seed=1), sampler(3, seed=1))
+    assert sampler((length, 2), seed=1).shape == (3, 2)
+
+
+@pytest.mark.parametrize("length", [True, np.True_, 3.0, np.float64(3), "3", None, torch.tensor(3)])
+def test_lengths_that_are_no_int_are_told(length) -> None:
+    for draw in (lambda: fm.randn(2, length), lambda: fm.times.Uniform()((2, length))):
+        with pytest.raises(TypeError, match=r"(size|shape): expected ints, got"):
+            draw()

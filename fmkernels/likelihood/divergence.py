@@ -280,7 +280,7 @@ class Divergence:
         if self.method == "exact":
             return []
         stream = noise.stream + evaluation * streams_of(self.probes, self.distribution)
-        return draw_probes(like, Noise(noise.seed, stream, noise.row_offset), self.probes, self.distribution)
+        return draw_probes(like, Noise._of(noise.seed, stream, noise.row_offset), self.probes, self.distribution)
 
 
 def divergence(

@@ -74,7 +74,7 @@ class Layout:
     def operand(self, name: str, value: Operand) -> Operand:
         if isinstance(value, Noise):
             first = _torch.first_local_row(self.data.shape, self.mesh, self.placements)
-            return Noise(value.seed, value.stream, value.row_offset + first)
+            return Noise._of(value.seed, value.stream, value.row_offset + first)
         return self.local(name, value)
 
     def coefficient(self, name: str, value: Coefficient | None) -> Any:

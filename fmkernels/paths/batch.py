@@ -124,7 +124,7 @@ class Batch:
                 return operand[index]
             if first is None:
                 raise value_error("index", "a slice of step 1, as noise was not stored (store_noise=True)", index)
-            return Noise(operand.seed, operand.stream, operand.row_offset + first)
+            return Noise._of(operand.seed, operand.stream, operand.row_offset + first)
 
         source, bridge = cut(self.source), None if self.bridge is None else cut(self.bridge)
         t = self.t if self.t.dim() == 0 else self.t[index]
@@ -156,7 +156,7 @@ class Batch:
         def moved(operand: Operand) -> Operand:
             if isinstance(operand, Tensor):
                 return function(operand)
-            return Noise(function(operand.seed), operand.stream, operand.row_offset)
+            return Noise._of(function(operand.seed), operand.stream, operand.row_offset)
 
         bridge = None if self.bridge is None else moved(self.bridge)
         tensors = function(self.x_t), function(self.t), function(self.x_1)
@@ -288,6 +288,8 @@ def sample(
     elif type(store_noise) is not bool:
         check_bool("store_noise", store_noise)
     source = None if seed is None else as_seed(seed, device, generator)
+    if source is seed and source is not None and not store_noise:
+        source = source.detach().clone()  # the loss reads it again, when the caller's may hold another value
     drawn = t is None
     if t is not None:
         if time_sampler is not None:
@@ -306,8 +308,8 @@ def sample(
         raise value_error("z", f"None, as {path!r} has no gamma term", z)
     if x_0 is None or (gamma is not None and z is None):
         source = draw_seed(device, generator) if source is None else source
-        x_0 = Noise(source, X_0_STREAM, row_offset) if x_0 is None else x_0
-        z = Noise(source, Z_STREAM, row_offset) if gamma is not None and z is None else z
+        x_0 = Noise._of(source, X_0_STREAM, row_offset) if x_0 is None else x_0
+        z = Noise._of(source, Z_STREAM, row_offset) if gamma is not None and z is None else z
     elif not drawn and (seed is not None or row_offset > 0):
         name, value, none = ("row_offset", row_offset, 0) if seed is None else ("seed", seed, None)
         raise value_error(name, f"{none} where nothing is drawn: x_0 and t are given", value)

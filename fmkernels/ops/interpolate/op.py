@@ -78,8 +78,8 @@ def interpolate(
         raise value_error("z", "None without gamma, its coefficient", z)
     if x_0 is None or (gamma is not None and z is None):
         seed = draw_seed(x_1.device, generator)
-        x_0 = Noise(seed, X_0_STREAM, row_offset) if x_0 is None else x_0
-        z = Noise(seed, Z_STREAM, row_offset) if gamma is not None and z is None else z
+        x_0 = Noise._of(seed, X_0_STREAM, row_offset) if x_0 is None else x_0
+        z = Noise._of(seed, Z_STREAM, row_offset) if gamma is not None and z is None else z
     else:  # nothing is drawn
         _check_drawing(generator, row_offset)
     if _sharded.is_sharded(x_1, x_0, z):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ... import _dispatch
-from ..._checks import FLOATING, check_device, check_int, type_error, value_error
+from ..._checks import FLOATING, as_length, check_device, check_int, value_error
 from ..._torch import remembered_generator
 from ...random import MAX_ELEMENTS, MAX_STREAM, as_seed, draw_seed, first_element
 from ..library import LIBRARY
@@ -50,9 +50,8 @@ torch.library.register_fake(
 
 def _shape(size: tuple[Any, ...]) -> tuple[int, ...]:
     shape = tuple(size[0]) if len(size) == 1 and isinstance(size[0], Sequence) else size
+    shape = tuple([as_length("size", length) for length in shape])
     for length in shape:
-        if not isinstance(length, (int, torch.SymInt)) or isinstance(length, bool):
-            raise type_error("size", "ints", length)
         if length < 0:
             raise value_error("size", "lengths >= 0", shape)
     if not torch.compiler.is_compiling() and math.prod(max(length, 1) for length in shape) > MAX_ELEMENTS:

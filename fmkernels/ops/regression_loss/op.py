@@ -212,9 +212,10 @@ def regression_loss(
         reduction: "mean" divides the sum by the number of unmasked elements (weights do not count), "weighted_mean" by
             the sum of the unmasked elements' weights, "sum" does not divide, "none" returns the mean over the unmasked
             elements of each sample, shape (B,). Where everything is masked out, or the weights add to 0, the loss is 0.
-        count: > 0, what "mean" divides by instead: a number, or a tensor with one element on pred's device. A batch in
-            parts (micro-batches, ranks) has the whole's mean, and gradient, as the sum of its parts' where each gives
-            the number of unmasked elements of the whole (or their weights' sum, for the weighted mean).
+        count: > 0, what "mean" divides by instead (and no other reduction): a number, or a tensor with one element on
+            pred's device. A batch in parts (micro-batches, ranks) has the whole's mean, and gradient, as the sum of its
+            parts' where each gives the number of unmasked elements of the whole; the whole's weighted mean where each
+            gives the sum of the unmasked elements' weights, with reduction="mean" as well.
         kind: "squared", "huber", "pseudo_huber" or "l1".
         delta: > 0; the bend of "huber" and "pseudo_huber".
         noise_dtype: dtype to which drawn noise is rounded; that of the first tensor operand if None, else pred's.
@@ -222,7 +223,8 @@ def regression_loss(
             takes the reference where another argument requires grad.
 
     Returns:
-        The loss in float32 (float64 where any tensor is float64), 0-dim or (B,).
+        The loss in float32 (float64 where pred or an operand is float64; coefficients, weights and counts are taken in
+        the loss's dtype, whatever their own), 0-dim or (B,).
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device.

@@ -98,7 +98,7 @@ class Run:
         self.draws = Draws((), x_0, None)  # what functions take
         if program.streams:
             assert seed is not None
-            self.noises = [Noise(seed, stream, row_offset) for stream in range(program.streams)]
+            self.noises = [Noise._of(seed, stream, row_offset) for stream in range(program.streams)]
             self.draws = Draws(self.noises, x_0, noise_transform)
             if noise_transform is not None:
                 self.noises = self.draws
