@@ -1,7 +1,8 @@
 r"""Loss weightings w(t): factors of the squared error of a target.
 
 A weighting is a name, an instance of one of the classes below, a tensor, or any callable that maps times to weights.
-Each is finite at both ends: standard deviations and distances from the end count as at least 1e-4.
+Each is finite at both ends: standard deviations that vanish at an end, and distances from the end, count there as at
+least 1e-4.
 
 Two weightings of two targets may be one loss: the squared error of x_0 is SNR times that of x_1, and on CondOT that
 of the velocity is 1 / (1 - t)^2 times that of x_1.
@@ -14,11 +15,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, final, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from ._checks import check_choice, check_float_tensor, check_number, type_error
-from .paths.derivatives import SMALL, filled
-from .paths.schedule import Schedule, tensor_at
+from .paths.derivatives import SMALL, as_tensor, filled
+from .paths.schedule import Schedule, divisor, tensor_at
 
 
 @runtime_checkable
@@ -51,7 +53,10 @@ def _check(path: Any, t: Any) -> None:
 
 
 def _sigma(path: Schedule, t: Tensor) -> Tensor:
-    return tensor_at(path, "sigma", t).clamp(min=SMALL)
+    sigma = divisor(path, "sigma", t)
+    if not isinstance(sigma, Tensor) and sigma == 0.0:
+        sigma = SMALL
+    return as_tensor(sigma, t)
 
 
 def _snr(path: Schedule, t: Tensor) -> Tensor:
@@ -142,7 +147,8 @@ class Likelihood(_Formula):
     def _weight(self, path: Schedule, t: Tensor) -> Tensor:
         alpha, sigma = tensor_at(path, "alpha", t), _sigma(path, t)
         d_alpha, d_sigma = tensor_at(path, "d_alpha", t), tensor_at(path, "d_sigma", t)
-        return alpha / (sigma * (sigma * d_alpha - alpha * d_sigma)).clamp(min=SMALL * SMALL)
+        half = sigma * (sigma * d_alpha - alpha * d_sigma)
+        return alpha / torch.where(half > 0.0, half, SMALL * SMALL)  # 0 where both derivatives vanish, with alpha
 
 
 @final

@@ -228,6 +228,26 @@ def test_a_schedule_infinite_at_an_end_is_held_at_a_distance_from_it(name: str, 
         assert torch.isfinite(path.convert(x, batch.x_t, ends, "velocity", target)).all(), target
 
 
+@pytest.mark.parametrize("mode", ["eager", "vmap", "compile"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_times_next_to_an_infinite_end_are_held_and_no_others(dtype: torch.dtype, mode: str) -> None:
+    path = infinite("root at 0")
+    t = torch.tensor([0.0, 1e-45, 1e-30, 1e-8, 9e-5, 1e-4, 2e-4, 0.5, 1 - 1e-6, 1.0], dtype=dtype)
+    transforms = {"vmap": torch.vmap, "compile": lambda f: torch.compile(f, backend="aot_eager", fullgraph=True)}
+    alpha, _, d_alpha, _ = transforms.get(mode, lambda f: f)(lambda t: path.coefficients(t)[:4])(t)
+    torch.testing.assert_close(alpha, t.sqrt())  # finite there: not held
+    torch.testing.assert_close(d_alpha, 0.5 * t.clamp(min=1e-4).rsqrt())
+    x = torch.ones(10, 2, dtype=dtype)
+    batch = path.sample(x, x, t)
+    for target in ("velocity", "score", "edm", "v"):
+        assert torch.isfinite(fm.cfm_loss(x, batch, target=target)), target
+    one = path.coefficients(torch.tensor(1e-45, dtype=dtype))
+    torch.testing.assert_close(one.d_alpha_t, torch.tensor(50.0, dtype=dtype))
+    learnt = torch.tensor([1e-9, 0.25], dtype=dtype, requires_grad=True)
+    path.coefficients(learnt).d_alpha_t.sum().backward()
+    torch.testing.assert_close(learnt.grad, torch.tensor([0.0, -2.0], dtype=dtype))
+
+
 @pytest.mark.parametrize(
     ("function", "error", "message"),
     [

@@ -10,7 +10,18 @@ import torch
 
 import fmkernels as fm
 from fmkernels import times, weightings
-from fmkernels.paths import VE, VP, CondOT, Cosine, LinearVP, OptimalTransport, Path, Polynomial
+from fmkernels.paths import (
+    VE,
+    VP,
+    CondOT,
+    ConstantBridge,
+    Cosine,
+    LinearVP,
+    OptimalTransport,
+    Path,
+    Polynomial,
+    SchrodingerBridge,
+)
 
 
 class Mine(Path):
@@ -93,7 +104,8 @@ def test_noise_and_score_are_one_prediction(path: Path, at: float) -> None:
     """score = -x_0 / sigma needs no x_t: even next to t = 0, where x_0 nearly is x_t, all comes from the prediction."""
     torch.manual_seed(0)
     prediction, x_t, t = torch.randn(5, 3), torch.randn(5, 3), torch.full((5,), at)
-    sigma = path.coefficients(t).sigma_t.clamp(min=1e-4)[:, None]
+    sigma, held = (path.coefficients(s).sigma_t[:, None] for s in (t.double(), t.double().clamp(1e-4, 1 - 1e-4)))
+    sigma = torch.maximum(sigma, held.clamp(max=1e-4)).float()
     torch.testing.assert_close(path.convert(prediction, x_t, t, "x_0", "score"), -prediction / sigma)
     torch.testing.assert_close(path.convert(prediction, x_t, t, "score", "x_0"), -prediction * sigma)
 
@@ -191,6 +203,76 @@ def test_a_users_schedule_has_its_derivatives_under_transforms_and_compile() -> 
         return fm.cfm_loss(pred, x_1=x_1, x_0=x_0, t=t, path=path)
 
     torch.testing.assert_close(loss(x_0), fm.cfm_loss(x_0, x_1=x_1, x_0=x_0, t=t, path=path))
+
+
+class OfSigma(Path):
+    """alpha = 0 and any sigma."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def alpha(self, t):
+        return 0.0
+
+    def sigma(self, t):
+        return self.function(t)
+
+
+@pytest.mark.parametrize(
+    ("path", "deviation"),
+    [
+        (ConstantBridge(1e-5), lambda t: 1e-5 + 0 * t),
+        (SchrodingerBridge(1e-5), lambda t: 1e-5 * (t * (1 - t)).sqrt()),
+        (SchrodingerBridge(1e-3, VE()), lambda t: 1e-3 * (t * (1 - t)).sqrt()),
+        (OptimalTransport(1e-6), lambda t: (1 - t) + 1e-6 * t),
+        (VE(1e-6, 1e-5), lambda t: 1e-6 * 10 ** (1 - t)),
+        (OfSigma(lambda t: 1e-6 * (1 - t)), lambda t: 1e-6 * (1 - t)),
+        (OfSigma(lambda t: (1e-12 + 1 - t).sqrt()), lambda t: (1e-12 + 1 - t).sqrt()),
+        (OfSigma(lambda t: -1e-5), lambda t: -1e-5 + 0 * t),
+    ],
+)
+@pytest.mark.parametrize("mode", ["eager", "vmap"])
+def test_a_score_is_held_only_where_it_is_infinite_at_an_end(path: Path, deviation, mode: str) -> None:
+    t = torch.tensor([0.0, 1e-3, 0.5, 1 - 1e-3, 1 - 1e-5, 1.0], dtype=torch.float64)
+    bridge = path.gamma(t) is not None
+
+    def score(t: torch.Tensor) -> torch.Tensor:
+        coefficient = path.target_coefficients(t, "score")[2 if bridge else 1]
+        return coefficient if isinstance(coefficient, torch.Tensor) else coefficient + 0 * t
+
+    got = (torch.vmap(score) if mode == "vmap" else score)(t)
+    want = -1 / deviation(t)
+    assert torch.isfinite(got).all()
+    exact = torch.isfinite(-1 / deviation(t.round())) | ((t > 2e-4) & (t < 1 - 2e-4))
+    torch.testing.assert_close(got[exact], want[exact], rtol=1e-9, atol=0)
+    x = torch.ones(6, 2, dtype=torch.float64)
+    batch = path.sample(x, x, t, z=x if bridge else None)
+    torch.testing.assert_close(batch.target("score")[:, 0], got)
+
+
+@pytest.mark.parametrize("path", [ConstantBridge(0.0), SchrodingerBridge(0.0), OfSigma(lambda t: 0.0)])
+def test_without_noise_there_is_no_score(path: Path) -> None:
+    x = torch.ones(2, 2)
+    batch = path.sample(x, x, 0.5)
+    assert torch.equal(batch.x_t, x if path.gamma(batch.t) is not None else 0 * x)
+    with pytest.raises(ValueError, match="target: expected one that exists without noise"):
+        fm.cfm_loss(x, batch, target="score")
+    assert torch.isfinite(fm.cfm_loss(x, batch))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weights_of_small_deviations_are_what_they_are(dtype: torch.dtype) -> None:
+    t = torch.tensor([0.0, 0.3, 1.0], dtype=dtype)
+    for path in (VE(1e-6, 1e-5), OptimalTransport(1e-6)):
+        alpha, sigma, d_alpha, d_sigma = path.coefficients(t.double())[:4]
+        want = {
+            "snr": (alpha / sigma) ** 2,
+            "sigma_sqrt": sigma**-2,
+            "likelihood": alpha / (sigma * (sigma * d_alpha - alpha * d_sigma)),
+        }
+        for name, value in want.items():
+            got = weightings.resolve(name, path, t)
+            torch.testing.assert_close(got, value.to(dtype), rtol=1e-4 if dtype == torch.float32 else 1e-9, atol=0)
 
 
 def test_coefficients_have_the_shape_of_t() -> None:

@@ -85,7 +85,9 @@ class SchrodingerBridge(_Bridge):
         self._set(sigma, base)
 
     def gamma(self, t: Tensor) -> Tensor | float | None:
-        return self._sigma * root(t * (1.0 - t))
+        return self._sigma * root(t * (1.0 - t)) if self._sigma != 0.0 else 0.0
 
     def d_gamma(self, t: Tensor) -> Tensor | float | None:
+        if self._sigma == 0.0:
+            return 0.0
         return (0.5 * self._sigma) * (1.0 - 2.0 * t) / root(t * (1.0 - t)).clamp(min=SMALL)

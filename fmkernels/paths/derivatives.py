@@ -14,9 +14,10 @@ from .._checks import FLOATING, type_error, value_error
 from .._dispatch import plain, untraced
 from .._torch import constant_while_compiling, transform_active
 
-# Below this, a standard deviation or a distance from an end of the path counts as this: quotients by it stay finite in
-# float32 and bfloat16 (1e-4 squared is 1e-8, and float32 resolves t next to 1 to 6e-8). The schedules themselves are
-# exact; only quantities whose limit is infinite (a score at sigma = 0, a derivative of sqrt(1 - t)) are held here.
+# Below this, a standard deviation that vanishes at an end of the path, or a distance from the end, counts as this:
+# quotients by it stay finite in float32 and bfloat16 (1e-4 squared is 1e-8, and float32 resolves t next to 1 to 6e-8).
+# The schedules themselves are exact; only quantities whose limit at an end is infinite (a score at sigma = 0, a
+# derivative of sqrt(1 - t)) are held here, at the end and nearer to it than this.
 SMALL = 1e-4
 
 
@@ -80,8 +81,8 @@ def _is_finite(owner: Any, name: str, value: Tensor, t: Tensor) -> bool:
 
 
 def checked(owner: Any, name: str, value: Any, t: Tensor) -> Tensor | float:
-    """What a schedule's function returned at t: a float, or a floating tensor that broadcasts to t's shape; where it
-    has no finite value at an end of the path, that at a distance of SMALL from it."""
+    """What a schedule's function returned at t: a float, or a floating tensor that broadcasts to t's shape; nearer than
+    SMALL to an end of the path where it has no finite value, that at a distance of SMALL from it."""
     label = f"{type(owner).__name__}.{name}(t)"
     if not isinstance(value, Tensor):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -93,10 +94,35 @@ def checked(owner: Any, name: str, value: Any, t: Tensor) -> Tensor | float:
         raise type_error(label, "a floating tensor", value)
     if value.shape != t.shape and not _expands(value.shape, t.shape):
         raise value_error(label, f"t's shape, {tuple(t.shape)}", value)
-    if _is_finite(owner, name, value, t):
+    known = _is_finite(owner, name, value, t)
+    if known and (torch.compiler.is_compiling() or _inside(t)):
         return value
-    inner = torch.where(torch.isfinite(value.detach()), t, t.clamp(SMALL, 1.0 - SMALL))
-    return getattr(owner, name)(inner)
+    function = getattr(owner, name)
+    with torch.no_grad():
+        end = function(nearest_end(t))
+    if known and _readable(end) and math.isfinite(end.sum().item()):
+        return value
+    return function(torch.where(torch.isfinite(end), t, t.clamp(SMALL, 1.0 - SMALL)))
+
+
+def _inside(t: Tensor) -> bool:
+    """Whether all times are known to be at least SMALL away from both ends."""
+    if not _readable(t):
+        return False
+    if t.numel() == 0:
+        return True
+    low, high = t.detach().aminmax()
+    return low.item() >= SMALL and high.item() <= 1.0 - SMALL
+
+
+def not_below(value: Tensor, limit: float) -> bool:
+    """Whether all magnitudes are known to be at least a limit."""
+    return _readable(value) and (value.numel() == 0 or value.detach().abs().amin().item() >= limit)
+
+
+def nearest_end(t: Tensor) -> Tensor:
+    """0 or 1 for each time, whichever is nearer."""
+    return t.detach().round().clamp(0.0, 1.0)
 
 
 def _expands(shape: torch.Size, wanted: torch.Size) -> bool:

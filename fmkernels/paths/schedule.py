@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._checks import check_float_tensor, check_number, type_error
 from ..ops._operands import Coefficient
-from .derivatives import as_tensor, checked, derivative
+from .derivatives import SMALL, as_tensor, checked, derivative, nearest_end, not_below
 
 
 def promoted(name: str, value: Tensor | float) -> Tensor:
@@ -169,7 +169,7 @@ class Schedule:
 def at(schedule: Schedule, name: str, t: Tensor) -> Any:
     """A schedule's function at times t: a float, or a tensor that broadcasts to t's shape; None for no gamma.
 
-    Where a schedule of a user's own has no finite value at an end, its value at a distance of 1e-4 from there.
+    Where a schedule of a user's own has no finite value at an end, nearer to it than 1e-4 its value at that distance.
 
     Raises:
         TypeError, ValueError: the function returned neither, or another shape.
@@ -183,6 +183,19 @@ def at(schedule: Schedule, name: str, t: Tensor) -> Any:
 def tensor_at(schedule: Schedule, name: str, t: Tensor) -> Tensor:
     """A schedule's function at times t as a tensor of t's shape."""
     return as_tensor(at(schedule, name, t), t)
+
+
+def divisor(schedule: Schedule, name: str, t: Tensor) -> Tensor | float:
+    """A schedule's standard deviation to divide by: nearest to an end where it vanishes it counts as at least 1e-4, or
+    as its value at a distance of 1e-4 from there if that is smaller; everywhere else it is what it is."""
+    value = at(schedule, name, t)
+    if not isinstance(value, Tensor) or not_below(value, SMALL):
+        return value
+    near = tensor_at(schedule, name, t.clamp(SMALL, 1.0 - SMALL))
+    with torch.no_grad():
+        vanishes = tensor_at(schedule, name, nearest_end(t)) == 0.0
+    limit = torch.where(vanishes, near.abs().clamp(max=SMALL), 0.0)
+    return torch.where(value.abs() < limit, torch.where(near < 0.0, -limit, limit), value)
 
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)

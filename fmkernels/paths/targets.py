@@ -7,7 +7,8 @@ function that fills them:
 velocity    d alpha x_1 + d sigma x_0 (+ d gamma z)       dx/dt (Lipman et al. 2022, eq. 14)
 x_1         x_1                                           data prediction; also called "data"
 x_0         x_0                                           noise prediction; also called "noise"
-score       -x_0 / sigma; on a bridge -z / gamma          gradient of log p(x_t | x_1), Gaussian source
+score       -x_0 / sigma; on a bridge -z / gamma          gradient of log p(x_t | x_1), Gaussian source; none where
+                                                          sigma (gamma) is the number 0
 v           alpha x_0 - sigma x_1                         v-prediction (Salimans & Ho 2022, section 4)
 edm         sigma/(s r) x_1 - alpha s / r x_0,            what EDM's F learns (Karras et al. 2022, eq. 8; F is in
             r = sqrt(alpha^2 s^2 + sigma^2)               eq. 7, c_skip and c_out in table 1), with noise level
@@ -26,13 +27,9 @@ from .._checks import check_choice, check_float_tensor, check_like, check_number
 from ..ops._operands import Coefficient, compute_dtype
 from ..ops.combine.op import combine
 from .derivatives import SMALL, as_tensor, filled
-from .schedule import Schedule, at, promoted, tensor_at
+from .schedule import Schedule, at, divisor, promoted, tensor_at
 
 Triple = tuple[Coefficient, Coefficient, Coefficient | None]
-
-
-def _floor(path: Schedule, name: str, t: Tensor) -> Tensor:
-    return tensor_at(path, name, t).clamp(min=SMALL)
 
 
 def _no_bridge(path: Schedule, t: Tensor, target: str) -> None:
@@ -55,9 +52,12 @@ def _x_0(path: Schedule, t: Tensor) -> Triple:
 
 
 def _score(path: Schedule, t: Tensor) -> Triple:
-    if path.gamma(t) is not None:
-        return 0.0, 0.0, -1.0 / _floor(path, "gamma", t)
-    return 0.0, -1.0 / _floor(path, "sigma", t), None
+    bridge = path.gamma(t) is not None
+    deviation = divisor(path, "gamma" if bridge else "sigma", t)
+    if isinstance(deviation, float) and deviation == 0.0:
+        raise value_error("target", f"one that exists without noise ({path!r}): velocity, x_1, x_0", "score")
+    factor = -1.0 / deviation
+    return (0.0, 0.0, factor) if bridge else (0.0, factor, None)
 
 
 def _v(path: Schedule, t: Tensor) -> Triple:
