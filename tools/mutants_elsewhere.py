@@ -83,8 +83,8 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
     ("fmkernels/paths/batch.py", "((t >= 0) & (t <= 1)).all()", "(t <= 1).all()", ARGUMENTS),
     (
         "fmkernels/paths/batch.py",
-        "Noise(operand.seed, operand.stream, operand.row_offset + first)",
-        "Noise(operand.seed, operand.stream, operand.row_offset)",
+        "Noise._of(operand.seed, operand.stream, operand.row_offset + first)",
+        "Noise._of(operand.seed, operand.stream, operand.row_offset)",
         BATCHES,
     ),
     (
@@ -102,7 +102,10 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
         BATCHES,
     ),
     ("fmkernels/paths/derivatives.py", "wanted and _has_other_leaf(value, leaf)", "False", SCHEDULES),
-    ("fmkernels/paths/derivatives.py", "if _is_finite(owner, name, value, t):", "if True:", SCHEDULES),
+    ("fmkernels/paths/derivatives.py", "known = _is_finite(owner, name, value, t)", "known = True", SCHEDULES),
+    ("fmkernels/paths/derivatives.py", "is_compiling() or _inside(t)):", "is_compiling() or True):", SCHEDULES),
+    ("fmkernels/paths/schedule.py", "near.abs().clamp(max=SMALL)", "SMALL", TARGETS),
+    ("fmkernels/random.py", "seed.detach().clone()", "seed", BATCHES),
     (
         "fmkernels/paths/derivatives.py",
         "slope is not None and bool((slope != 0).any())",
@@ -116,8 +119,8 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
     ("fmkernels/paths/targets.py", "            times = times.double()\n", "            pass\n", TARGETS),
     (
         "fmkernels/losses.py",
-        ".floor().clamp(0, self.bins - 1)",
-        ".floor().clamp(0, self.bins)",
+        ".floor().clamp(max=self.bins - 1)",
+        ".floor().clamp(max=self.bins)",
         "tests/test_loss_bins.py",
     ),
     ("fmkernels/losses.py", "return self._held()[0].clone()", "return self._held()[0]", "tests/test_loss_bins.py"),
@@ -137,8 +140,8 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
     ("fmkernels/weightings.py", "(1.0 - t).clamp(min=SMALL)", "(1.0 - t).clamp(min=1e-8)", WEIGHTS),
     (
         "fmkernels/weightings.py",
-        'tensor_at(path, "sigma", t).clamp(min=SMALL)',
-        'tensor_at(path, "sigma", t).clamp(min=1e-8)',
+        'divisor(path, "sigma", t)',
+        'at(path, "sigma", t)',
         WEIGHTS,
     ),
     ("fmkernels/weightings.py", "math.exp(self.bias)", "math.exp(-self.bias)", WEIGHTS),
