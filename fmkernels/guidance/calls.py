@@ -100,7 +100,8 @@ class _Joined(JoinedCall):
         count = len(self.kwargs)
         kwargs = self._kwargs(x.shape[0])
         if kwargs is None:
-            return tuple(call(x, t) for call in self.apart)  # type: ignore[misc]  # one output each
+            # each with times of its own, to which the network may write
+            return tuple(call(x, t.clone()) for call in self.apart)  # type: ignore[misc]  # one output each
         every = torch.cat([x] * count)
         v = self._output(every, t if t.dim() == 0 else torch.cat([t] * count), kwargs)
         if not self.looked and is_plain_context():

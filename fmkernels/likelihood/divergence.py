@@ -95,7 +95,7 @@ class _Reverse:
         self.gradient, self.name = gradient, name
         with torch.enable_grad():
             self.x = x if gradient and x.requires_grad else x.detach().requires_grad_()
-            self.v = as_state(self.name, func(t, self.x, **kwargs), x)
+            self.v = as_state(self.name, func(t.clone(), self.x, **kwargs), x)
         if not self.v.requires_grad:
             raise _no_derivative(self.name)
 
@@ -133,7 +133,7 @@ class _Forward:
 
     def product(self, e: Tensor, last: bool) -> Tensor:
         with torch.set_grad_enabled(self.gradient), forward_ad.dual_level():
-            output = self.func(self.t, forward_ad.make_dual(self.x, e.contiguous()), **self.kwargs)
+            output = self.func(self.t.clone(), forward_ad.make_dual(self.x, e.contiguous()), **self.kwargs)
             dual = as_state(self.name, output, self.x)
             self.velocity, tangent = forward_ad.unpack_dual(dual)
         if tangent is None:
@@ -150,13 +150,13 @@ class _Forward:
         return tangents
 
     def _at(self, x: Tensor) -> Tensor:
-        return as_state(self.name, self.func(self.t, x, **self.kwargs), x)
+        return as_state(self.name, self.func(self.t.clone(), x, **self.kwargs), x)
 
     @property
     def v(self) -> Tensor:
         if self.velocity is None:  # no directions at all
             with torch.set_grad_enabled(self.gradient):
-                self.velocity = as_state(self.name, self.func(self.t, self.x, **self.kwargs), self.x)
+                self.velocity = as_state(self.name, self.func(self.t.clone(), self.x, **self.kwargs), self.x)
         return self.velocity
 
 

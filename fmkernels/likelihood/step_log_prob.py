@@ -107,7 +107,8 @@ def sde_step_log_prob(
     if last is False:
         sde = replace(sde, last_step="none")
     times = start.to(dtype)
-    output = as_state("model", model(x, times.expand(x.shape[0]) if times.dim() == 0 else times, **given), x)
+    times = (times.expand(x.shape[0]) if times.dim() == 0 else times).clone()  # the network may write to them
+    output = as_state("model", model(x, times, **given), x)
     if start.dim() and end.dim() and start.shape != end.shape:
         raise value_error("t_next", f"a number, or the shape of t, {tuple(start.shape)}", t_next)
     start, end = torch.broadcast_tensors(start.double(), end.double())

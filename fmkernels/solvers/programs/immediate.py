@@ -50,7 +50,8 @@ class Immediate(Builder):
     def evaluate_all(self, x: Expr, t: Number, branch: str, count: int, prediction: str | None = None) -> list[Expr]:
         state = self.keep(x)
         x_t = self.tensor(state)
-        output = self._calls[branch](x_t, t if isinstance(t, Tensor) else torch.as_tensor(t))
+        # the network may write to its times, which other branches and conversions read
+        output = self._calls[branch](x_t, t.clone() if isinstance(t, Tensor) else torch.as_tensor(t))
         references = references_of(output) if self._look else 0
         # the next branch's call may write to what this one returned
         if count > 1:

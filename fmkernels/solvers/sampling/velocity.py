@@ -109,7 +109,9 @@ class Velocity:
     ) -> Tensor:
         self._velocities += 1
         if self.guidance is None:
-            v = self.model(x, t, **shared, **batched) if shared or batched else self.model(x, t)
+            # the network may write to its times
+            own = t if self.prediction == "velocity" else t.clone()
+            v = self.model(x, own, **shared, **batched) if shared or batched else self.model(x, own)
             if self.prediction == "velocity":
                 return v
             return self.path.convert(as_state("model", v, x), x, t, self.prediction, "velocity")
