@@ -26,6 +26,16 @@ def constant_while_compiling(function: _Function) -> _Function:
     return function
 
 
+def untraced(function: _Function) -> _Function:
+    """The function, which torch.compile does not look into where it has broken its graph and goes on with each frame.
+
+    Importing the compiler only to say so takes a second.
+    """
+    if torch.compiler.is_compiling() or torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None:
+        return torch.compiler.disable(function)  # type: ignore[no-any-return]
+    return function
+
+
 @constant_while_compiling
 def transform_active() -> bool:
     """True inside torch.func transforms and forward-mode AD, where only differentiable PyTorch code is right.

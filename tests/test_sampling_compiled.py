@@ -129,3 +129,17 @@ def test_a_static_buffer_under_compile() -> None:
     compiled = torch.compile(lambda x: fm.sample(model, x, steps=2, method="rk4")[0], backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(X), fm.sample(field, X, steps=2, method="rk4")[0])
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [torch.tensor([0.0, 0.5, 1.0]), np.array([0.0, 0.4, 1.0]), torch.tensor([[0.0] * 3, [0.2, 0.3, 0.4], [1.0] * 3])],
+    ids=["tensor", "array", "of each sample"],
+)
+def test_times_that_no_guard_sees_break_the_graph_whatever_ran_before(grid: Any) -> None:
+    torch._dynamo.reset()
+    fm.clear_caches()
+    compiled = torch.compile(lambda x, g: fm.sample(field, x, time_grid=g)[0], backend="eager")
+    torch.testing.assert_close(compiled(X, grid), fm.sample(field, X, time_grid=grid)[0])
+    other = grid * 0.9
+    torch.testing.assert_close(compiled(X, other), fm.sample(field, X, time_grid=other)[0])

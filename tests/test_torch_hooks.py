@@ -182,3 +182,20 @@ def test_transformed_tensors_are_seen() -> None:
         see(torch.autograd.forward_ad.make_dual(torch.rand(2), torch.rand(2)))
     assert seen == [(True, False)] * 4
     assert not _torch.is_transformed(x)
+
+
+def test_the_compiler_does_not_look_into_what_it_is_not_to_trace() -> None:
+    traced = []
+
+    def hidden(x):
+        traced.append(torch.compiler.is_compiling())
+        return x + 1.0
+
+    def function(x):
+        torch._dynamo.graph_break()
+        return _torch.untraced(hidden)(x)
+
+    assert _torch.untraced(hidden) is hidden
+    x = torch.zeros(2)
+    assert torch.equal(torch.compile(function, backend="eager")(x), x + 1.0)
+    assert traced == [False]

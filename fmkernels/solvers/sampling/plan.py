@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..._checks import type_error
 from ..._keys import NoKey, attributes, is_ours, key_of
-from ..._torch import constant_while_compiling
+from ..._torch import constant_while_compiling, untraced
 from ...paths import Path
 from ...times import Shift
 from ..methods import registry as methods
@@ -32,7 +32,18 @@ def plan(
     guidance: Guidance | None,
 ) -> Program:
     """The program of a fixed-grid method: the same object for equal settings."""
+    return untraced(_plan)(method, steps, schedule, time_grid, path, prediction, guidance)
 
+
+def _plan(
+    method: str | Method,
+    steps: int,
+    schedule: str | Shift | grids.Schedule,
+    time_grid: TimeGrid | None,
+    path: Path,
+    prediction: str,
+    guidance: Guidance | None,
+) -> Program:
     def builder() -> Builder:
         return Builder(grids.make_grid(steps, schedule, time_grid, waiting=True), path, prediction, guidance)
 
