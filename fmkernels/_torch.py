@@ -5,6 +5,7 @@ Nothing here is touched at import; tests/test_torch_hooks.py shows that each hoo
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -24,6 +25,21 @@ def constant_while_compiling(function: _Function) -> _Function:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def beside_graphs(function: _Function) -> _Function:
+    """Makes a function run as it is within what torch.compile traces, which breaks the graph around it.
+
+    For what looks at values and so cannot be part of a graph: under ``fullgraph=True`` PyTorch raises.
+    """
+
+    @functools.wraps(function)
+    def beside(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return beside  # type: ignore[return-value]
 
 
 def untraced(function: _Function) -> _Function:

@@ -193,3 +193,16 @@ def test_odeint_dense(direction: float) -> None:
     grads = [torch.autograd.grad((y**2).sum(), [y0, *net.parameters()]) for y in pairs]
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("method", ["euler", "explicit_adams", "dopri5", "implicit_euler"])
+def test_torch_compile_goes_on_around_it(method: str) -> None:
+    def solve(y: Tensor, t: Tensor) -> Tensor:
+        return 2.0 * fm.odeint(lambda t, y: torch.tanh(y) * torch.cos(t), y + 1.0, t, method=method)
+
+    torch._dynamo.reset()
+    fm.clear_caches()
+    y0, t = torch.randn(4, 3, dtype=torch.float64), torch.linspace(0, 1, 6, dtype=torch.float64)
+    compiled = torch.compile(solve, backend="eager")
+    torch.testing.assert_close(compiled(y0, t), solve(y0, t))
+    torch.testing.assert_close(compiled(y0, t * 0.5), solve(y0, t * 0.5))

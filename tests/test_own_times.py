@@ -96,18 +96,20 @@ def test_likelihoods(method: str, mode: str, guidance: str, chunk: int | None) -
     options: dict[str, Any] = {"steps": 5} if method == "rk4" else {}
     for prediction in ("velocity", "x_0"):
         both(
-            lambda f, p=prediction: fm.log_prob(
-                f,
-                state(),
-                method=method,
-                mode=mode,
-                chunk=chunk,
-                guidance=GUIDANCE[guidance](False),
-                prediction=p,
-                t_0=0.1,
-                y=torch.ones(B),
-                **options,
-            ).log_prob
+            lambda f, p=prediction: (
+                fm.log_prob(
+                    f,
+                    state(),
+                    method=method,
+                    mode=mode,
+                    chunk=chunk,
+                    guidance=GUIDANCE[guidance](False),
+                    prediction=p,
+                    t_0=0.1,
+                    y=torch.ones(B),
+                    **options,
+                ).log_prob
+            )
         )
 
 
