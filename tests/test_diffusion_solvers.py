@@ -284,15 +284,15 @@ def test_edm_is_the_published_one(path, heun):
     steps, grid, x_0 = 6, even(0.25, 1.0, 6), states()
     method = EDM(s_churn=1.2, s_tmin=0.3, s_tmax=2.0, s_noise=1.1, heun=heun)
     alphas, sigmas = zip(*(level(path, t) for t in grid), strict=True)
-    x, denoise, stream = x_0 / alphas[0], ve_problem(path), 0
+    x, denoise, churned = x_0 / alphas[0], ve_problem(path), 0
     for i in range(steps):
         s, n = sigmas[i] / alphas[i], sigmas[i + 1] / alphas[i + 1]
         if 0.3 <= s <= 2.0:
             hat = s * (1.0 + min(1.2 / steps, math.sqrt(2.0) - 1.0))
-            x = x + math.sqrt(hat**2 - s**2) * 1.1 * noise(x, stream)
-            s, stream = hat, stream + 1
+            x = x + math.sqrt(hat**2 - s**2) * 1.1 * noise(x, i)
+            s, churned = hat, churned + 1
         x = ve_heun(x, s, n, denoise, heun)
-    assert 0 < stream < steps
+    assert 0 < churned < steps
     torch.testing.assert_close(
         solve(method, grid, path, data_network, x_0, "x_1"), x * alphas[-1], rtol=1e-13, atol=1e-13
     )

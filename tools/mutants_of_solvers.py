@@ -23,6 +23,7 @@ DIFFUSION = "tests/test_diffusion_solvers.py"
 STOCHASTIC = "tests/test_stochastic.py"
 CACHES = "tests/test_caches.py"
 RARE = "tests/test_rare_branches.py"
+WAITING = "tests/test_waiting.py"
 
 SOLVERS = "fmkernels/solvers"
 KEEPER = f"{SOLVERS}/adaptive/kept_steppers.py"
@@ -145,8 +146,8 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
     ),
     (
         f"{SOLVERS}/methods/diffusion.py",
-        "ei.extrapolated(ei.places(history, start, end), builder, self.lower_order_final)",
-        "ei.places(history, start, end)",
+        "past.each(count, partial(ei.interpolated",
+        "past.each(past.count, partial(ei.interpolated",
         f"{DIFFUSION}::test_deis_and_lms_integrate_their_polynomials",
     ),
     (
@@ -161,9 +162,9 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
         "ei.fresh(first)) * z",
         "tests/test_diffusion_laws.py",
     ),
-    (f"{SOLVERS}/methods/diffusion.py", "simple=2 if len(nodes) == 1 else 0", "simple=0", DIFFUSION),
+    (f"{SOLVERS}/methods/diffusion.py", "2 if count == 1 else 0, count + 1", "0, count + 1", DIFFUSION),
     (f"{SOLVERS}/methods/edm.py", "& (t.ratio <= self.s_tmax)", "", f"{DIFFUSION}::test_edm_is_the_published_one"),
-    (f"{SOLVERS}/methods/edm.py", "interval.sigma_min, steps, self.rho)", "interval.sigma_min, steps, 1.0)", DIFFUSION),
+    (f"{SOLVERS}/methods/edm.py", "i / steps, 1.0), self.rho)", "i / steps, 1.0), 1.0)", DIFFUSION),
     (f"{SOLVERS}/methods/noise_levels.py", "if rate else 1.0", "", f"{DIFFUSION}::test_finite_from_end_to_end"),
     (
         f"{SOLVERS}/methods/noise_levels.py",
@@ -185,8 +186,8 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
     ),
     (
         f"{SOLVERS}/methods/adams.py",
-        "history = [(step.t, predicted), *history[: self.order - 2]]",
-        "history = [(step.t, predicted), *history[: self.order - 3]]",
+        "past, start = Past(builder, self.order - 1)",
+        "past, start = Past(builder, max(1, self.order - 2))",
         "tests/test_sampling.py::test_converges_with_its_order",
     ),
     (
@@ -199,7 +200,7 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
     (SDE, "torch.minimum(free, torch.maximum(sigma_t, sigma_u))", "free", STOCHASTIC),
     (SDE, "free = h.abs() * self.scale *", "free = h.abs() *", STOCHASTIC),
     (SDE, "lost = self.scale * renewed", "lost = renewed", RARE),
-    (SDE, "- np.sign(last - first) * size", "- size", STOCHASTIC),
+    (SDE, "- np.sign(end - first) * size", "- size", STOCHASTIC),
     (
         f"{SOLVERS}/methods/sde_coefficients.py",
         "torch.where(at.alpha_t == 0.0, path.coefficients(other).alpha_t, at.alpha_t)",
@@ -265,11 +266,21 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
         RARE,
     ),
     (
-        f"{SOLVERS}/programs/builder.py",
-        "return self.step.number == len(self.grid) - 2",
-        "return self.step.number == len(self.grid) - 1",
+        f"{SOLVERS}/methods/own_steps.py",
+        "not np.any(left == 1)",
+        "not np.any(left == 0)",
         RARE,
     ),
+    (f"{SOLVERS}/methods/own_steps.py", "wide = (left == 1) & ", "wide = ", WAITING),
+    (
+        f"{SOLVERS}/methods/own_steps.py",
+        "& ~moving.any(inner, keepdims=True)",
+        "",
+        "tests/test_waiting.py::test_a_past_from_before_a_wait_is_no_past_where_others_moved_meanwhile",
+    ),
+    (f"{SOLVERS}/methods/own_steps.py", "where(waits[i - 1], before[i - 1], 0)", "where(waits[i - 1], 0, 0)", WAITING),
+    (f"{SOLVERS}/methods/edm.py", "inside[1:] &= moving", "pass", WAITING),
+    (f"{SOLVERS}/methods/edm.py", "np.maximum(OwnSteps(builder.grid).total, 1)", "len(builder.grid) - 1", WAITING),
     (
         f"{SOLVERS}/programs/builder.py",
         "            bases.insert(0, self._state)\n            terms[self._state] = 0.0\n",

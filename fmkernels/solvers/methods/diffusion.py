@@ -8,15 +8,17 @@ network call, for a step from t to u with :math:`h = \lambda_u - \lambda_t`; pri
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from functools import partial
+from typing import NamedTuple, final
 
 import numpy as np
 
 from ..._checks import check_bool, check_choice, check_int, check_number, is_word, value_error
 from ..programs.builder import Builder
-from ..programs.expressions import ZERO, Expr, Number
+from ..programs.expressions import Expr, Number
 from . import noise_levels as ei
-from .noise_levels import Level, Node, Prediction
+from .noise_levels import Level, Prediction
+from .own_steps import Count, Node, Past
 
 
 @final
@@ -43,7 +45,7 @@ class DDIM:
             kept: Number = 1.0
             if self.eta > 0.0:
                 kept = ei.fresh(self.eta * np.sqrt(-np.expm1(-2.0 * ei.width(t, u))))
-            builder.advance(ei.noisy(builder, ei.moved(p, u, kept), u.sigma * ei.fresh(kept)))
+            builder.advance(ei.noisy(ei.moved(p, u, kept), u.sigma * ei.fresh(kept), builder.noise()))
 
 
 @final
@@ -73,7 +75,7 @@ class Ancestral:
             # down' / (1 - down) over sigma' / alpha': the share of the noise that stays
             factor = 1.0 + (flow_u * ei.inverse(flow_t) - 1.0) * self.eta if self.eta > 0.0 else 1.0
             kept = factor * (1.0 - flow_u) * ei.inverse(1.0 - flow_u * factor)
-            builder.advance(ei.noisy(builder, ei.moved(p, u, kept), u.sigma * ei.fresh(kept)))
+            builder.advance(ei.noisy(ei.moved(p, u, kept), u.sigma * ei.fresh(kept), builder.noise()))
 
 
 @final
@@ -88,7 +90,7 @@ class LCM:
     def __call__(self, builder: Builder) -> None:
         for t, u in ei.levels(builder, to_data=True):
             p = ei.predict(builder, builder.x, t)
-            builder.advance(ei.noisy(builder, u.alpha * p.x_1, u.sigma))
+            builder.advance(ei.noisy(u.alpha * p.x_1, u.sigma, builder.noise()))
 
 
 def _check_final(value: bool | str) -> None:
@@ -133,21 +135,23 @@ class DPMSolverPP:
         _check_final(self.lower_order_final)
 
     def __call__(self, builder: Builder) -> None:
-        history: list[Node] = []
+        past = Past(builder, self.order)
         for t, u in ei.levels(builder, to_data=self.eta > 0.0):
             p, h = ei.predict(builder, builder.x, t), ei.width(t, u)
-            history = [Node(t.log_ratio, p.x_1), *history[: self.order - 1]]
             kept = ei.decay(self.eta, h)
-            nodes = ei.extrapolated(ei.places(history, t.log_ratio, u.log_ratio), builder, self.lower_order_final)
-            x = ei.moved(p, u, kept) + u.alpha * self._change(nodes, (1.0 + self.eta) * h)
-            builder.advance(ei.noisy(builder, x, u.sigma * ei.fresh(kept)))
+            nodes = ei.places(past.add(t.log_ratio, p.x_1), t.log_ratio, u.log_ratio)
+            count = past.lowered(nodes, self.lower_order_final, ei.WIDEST)
+            change = past.each(count, partial(self._change, nodes, (1.0 + self.eta) * h))
+            x = ei.moved(p, u, kept) + u.alpha * change
+            builder.advance(ei.noisy(x, u.sigma * ei.fresh(kept), builder.noise()))
 
-    def _change(self, nodes: list[Node], h: Number) -> Expr:
-        moments = ei.exponential_moments(h, len(nodes))
+    def _change(self, nodes: list[Node], h: Number, count: int) -> Expr:
+        nodes = nodes[:count]
+        moments = ei.exponential_moments(h, count)
         weights = ei.newton_weights(nodes, moments)
-        if len(nodes) == 2 and self.solver_type == "midpoint":
+        if count == 2 and self.solver_type == "midpoint":
             weights[0] = 0.5 * moments[0]
-        if len(nodes) == 3 and self.solver_type != "exact":
+        if count == 3 and self.solver_type != "exact":
             # D2 s^2 / 2 in the place of D2 s^2, beside the slope at s = 0
             weights[1] = weights[1] - 0.5 * moments[2]
         return ei.weighted(weights, ei.differences(nodes))
@@ -179,8 +183,10 @@ class DPMSolverPP2S:
             p, h = ei.predict(builder, builder.x, t), ei.width(t, u)
             kept = ei.decay(self.eta, h)
             x = ei.moved(p, u, kept)
+            # the same noises in every step, whatever others in the batch need
+            z_s, z_u = builder.noise(), builder.noise()
             if not np.any(np.isfinite(h)):
-                builder.advance(ei.noisy(builder, x, u.sigma * ei.fresh(kept)))
+                builder.advance(ei.noisy(x, u.sigma * ei.fresh(kept), z_u))
                 continue
             # samples without a time between stay where they are, and its prediction has no weight for them
             between = ei.level_at(builder.path, t.log_ratio + self.r * ei.or_zero(h))
@@ -188,15 +194,33 @@ class DPMSolverPP2S:
             first, second = ei.decay(self.eta, part), ei.decay(self.eta, h - part)
             x_s = ei.moved(p, between, first)
             if self.eta > 0.0:
-                z = builder.noise()
-                x_s = x_s + (between.sigma * ei.fresh(first)) * z
-                x = x + (u.sigma * second * ei.fresh(first)) * z + (u.sigma * ei.fresh(second)) * builder.noise()
+                x_s = x_s + (between.sigma * ei.fresh(first)) * z_s
+                x = x + (u.sigma * second * ei.fresh(first)) * z_s + (u.sigma * ei.fresh(second)) * z_u
             history = [Node(t.log_ratio, p.x_1), Node(between.log_ratio, ei.predict(builder, x_s, between).x_1)]
             (slope,) = ei.differences(ei.places(history, t.log_ratio, u.log_ratio))
             builder.advance(x + (0.5 * u.alpha * ei.exponential_moments((1.0 + self.eta) * h, 1)[0]) * slope)
 
 
 VARIANTS = ("bh1", "bh2")
+
+
+class _Taken(NamedTuple):
+    """A step of UniPC: its ends, the nodes it followed and how many, and what they added."""
+
+    t: Level
+    u: Level
+    nodes: list[Node]
+    count: Count
+    added: Expr
+
+    def unless(self, before: _Taken | None, past: Past) -> _Taken:
+        """This step, or the one before for who has waited in this."""
+        if before is None or past.held is None:
+            return self
+        t, u = (Level(*map(past.hold_number, *pair)) for pair in ((before.t, self.t), (before.u, self.u)))
+        nodes = [*map(past.hold, before.nodes, self.nodes), *self.nodes[len(before.nodes) :]]
+        added = past.hold_value(before.added, self.added)
+        return _Taken(t, u, nodes, past.hold_number(before.count, self.count), added)
 
 
 @final
@@ -229,31 +253,36 @@ class UniPC:
         _check_final(self.lower_order_final)
 
     def __call__(self, builder: Builder) -> None:
-        history: list[Node] = []
-        taken: tuple[Level, Level, list[Node], Expr] | None = None
+        past = Past(builder, self.order)
+        taken: _Taken | None = None  # the step whose correction is due
+        last: _Taken | None = None
         for t, u in ei.levels(builder):
-            p = ei.predict(builder, builder.x, t)
+            p, h = ei.predict(builder, builder.x, t), ei.width(t, u)
             x = ei.moved(p, u)
-            if self.corrector and taken is not None:
-                change = self._correction(*taken, p)
+            if self.corrector and last is not None:
+                taken = last.unless(taken, past)
+                due: Count = np.where(past.taken > 0, taken.count, 0) if np.ndim(past.taken) else taken.count
+                change = past.each(due, partial(self._correction, taken, p))
                 # the noise in the corrected state, for the same data prediction
                 x = x + (u.sigma * ei.inverse(t.sigma)) * change
-            history = [Node(t.log_ratio, p.x_1), *history[: self.order - 1]]
-            nodes = ei.extrapolated(ei.places(history, t.log_ratio, u.log_ratio), builder, self.lower_order_final)
-            added = u.alpha * self._change(nodes, ei.width(t, u), simple=2)
-            taken = t, u, nodes, added
+            nodes = ei.places(past.add(t.log_ratio, p.x_1), t.log_ratio, u.log_ratio)
+            count = past.lowered(nodes, self.lower_order_final, ei.WIDEST)
+            added = u.alpha * past.each(count, partial(self._change, nodes, h, 2))
+            last = _Taken(t, u, nodes, count, added)
             builder.advance(x + added)
 
-    def _correction(self, t: Level, u: Level, nodes: list[Node], predicted: Expr, p: Prediction) -> Expr:
-        """What the prediction p at the end of the last step adds to that step."""
-        corrected = [nodes[0], Node(1.0, p.x_1), *nodes[1:]]
-        return u.alpha * self._change(corrected, ei.width(t, u), simple=2 if len(nodes) == 1 else 0) - predicted
+    def _correction(self, taken: _Taken, p: Prediction, count: int) -> Expr:
+        """What the prediction p at a step's end adds to that step."""
+        t, u, nodes = taken.t, taken.u, taken.nodes
+        corrected = [nodes[0], Node(1.0, p.x_1), *nodes[1:count]]
+        change = self._change(corrected, ei.width(t, u), 2 if count == 1 else 0, count + 1)
+        return u.alpha * change - taken.added
 
-    def _change(self, nodes: list[Node], h: Number, simple: int) -> Expr:
-        if len(nodes) == simple:
+    def _change(self, nodes: list[Node], h: Number, simple: int, count: int) -> Expr:
+        if count == simple:
             b = ei.or_zero(h) if self.variant == "bh1" else ei.exponential_moments(h, 1)[0]
-            return 0.5 * b * ei.differences(nodes)[0]
-        return ei.interpolated(nodes, ei.exponential_moments(h, len(nodes)))
+            return 0.5 * b * ei.differences(nodes[:count])[0]
+        return ei.interpolated(nodes, ei.exponential_moments(h, count), count)
 
 
 VARIABLES = ("log_rho", "t")
@@ -285,20 +314,19 @@ class DEIS:
         _check_final(self.lower_order_final)
 
     def __call__(self, builder: Builder) -> None:
-        history: list[Node] = []
+        past = Past(builder, self.order)
+        in_time = self.variable == "t"
         for t, u in ei.levels(builder):
             p = ei.predict(builder, builder.x, t)
-            in_time = self.variable == "t"
             start, end = (t.t, u.t) if in_time else (t.log_ratio, u.log_ratio)
-            history = [Node(start, p.x_0), *history[: self.order - 1]]
-            nodes = ei.extrapolated(ei.places(history, start, end), builder, self.lower_order_final)
-            change = ZERO
-            if len(nodes) > 1 and in_time:
-                change = ei.interpolated(nodes, ei.time_moments(builder.path, t, u, len(nodes)))
-            elif len(nodes) > 1:
+            nodes = ei.places(past.add(start, p.x_0), start, end)
+            count = past.lowered(nodes, self.lower_order_final, ei.WIDEST)
+            if in_time:
+                moments = ei.time_moments(builder.path, t, u, len(nodes)) if len(nodes) > 1 else []
+            else:
                 # rho falls like e^(-lambda): the weight of a data prediction with the step turned round
-                change = u.sigma * ei.interpolated(nodes, ei.exponential_moments(-ei.width(t, u), len(nodes)))
-            builder.advance(ei.moved(p, u) + change)
+                moments = [u.sigma * m for m in ei.exponential_moments(-ei.width(t, u), len(nodes))]
+            builder.advance(ei.moved(p, u) + past.each(count, partial(ei.interpolated, nodes, moments)))
 
 
 @final
@@ -319,10 +347,9 @@ class LMS:
         check_int("order", self.order, low=1, high=4)
 
     def __call__(self, builder: Builder) -> None:
-        history: list[Node] = []
+        past = Past(builder, self.order)
         for t, u in ei.levels(builder):
             p, start, end = ei.predict(builder, builder.x, t), t.ratio, u.ratio
-            history = [Node(start, p.x_0), *history[: self.order - 1]]
-            nodes = ei.places(history, start, end)
-            size = u.alpha * ei.difference(end, start)
-            builder.advance(ei.moved(p, u) + ei.interpolated(nodes, ei.uniform_moments(size, len(nodes))))
+            nodes = ei.places(past.add(start, p.x_0), start, end)
+            moments = ei.uniform_moments(u.alpha * ei.difference(end, start), len(nodes))
+            builder.advance(ei.moved(p, u) + past.each(past.count, partial(ei.interpolated, nodes, moments)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from ..programs.builder import Builder
 from ..programs.expressions import Expr, Number
 from . import noise_levels as ei
 from .noise_levels import Level
+from .own_steps import OwnSteps, either
 
 
 def _step(builder: Builder, x: Expr, t: Level, u: Level, heun: bool) -> Expr:
@@ -30,12 +31,12 @@ def _step(builder: Builder, x: Expr, t: Level, u: Level, heun: bool) -> Expr:
     return x + weight * (ei.predict(builder, x, u).x_0 - p.x_0)
 
 
-def _noised_back(builder: Builder, x: Expr, t: Level, to: Level, s_noise: float) -> Expr:
+def _noised_back(x: Expr, t: Level, to: Level, s_noise: float, z: Expr) -> Expr:
     """The state with the noise of an earlier level; as it is where the levels are the same."""
     same = np.equal(to.t, t.t)
     a: Number = np.where(same, 1.0, to.alpha / np.where(same, 1.0, t.alpha))[()]
     deviation = np.where(same, 0.0, np.sqrt(np.maximum(to.sigma**2 - (a * t.sigma) ** 2, 0.0)))[()]
-    return ei.noisy(builder, a * x, s_noise * deviation)
+    return ei.noisy(a * x, s_noise * deviation, z)
 
 
 def _level_where(builder: Builder, condition: Number, log_ratio: Number, other: Level) -> Level:
@@ -52,9 +53,9 @@ class EDM:
     r"""EDM's stochastic sampler (Karras et al. 2022, alg. 2) with Heun's or Euler's step.
 
     Where :math:`s_{tmin} \le \rho \le s_{tmax}` noise is added first, up to the level :math:`\hat\rho = (1 + \gamma)
-    \rho`, :math:`\gamma = \min(s_{churn} / n, \sqrt 2 - 1)` for n steps (no further than the path's beginning), then
-    :math:`d(x / \alpha) = E d\rho` is solved from there. Two calls a step with Heun, one in a step from pure noise or
-    to pure data, which is Euler's; one with Euler.
+    \rho`, :math:`\gamma = \min(s_{churn} / n, \sqrt 2 - 1)` for n steps of a sample's own (no further than the path's
+    beginning), then :math:`d(x / \alpha) = E d\rho` is solved from there. Two calls a step with Heun, one in a step
+    from pure noise or to pure data, which is Euler's; one with Euler.
 
     Args:
         s_churn: >= 0; 0 adds no noise and solves the ODE.
@@ -77,13 +78,14 @@ class EDM:
             check_number("s_tmax", self.s_tmax, low=self.s_tmin)
 
     def __call__(self, builder: Builder) -> None:
-        growth = math.log1p(min(self.s_churn / max(len(builder.grid) - 1, 1), math.sqrt(2.0) - 1.0))
+        steps = np.maximum(OwnSteps(builder.grid).total, 1)
+        growth = np.log1p(np.minimum(self.s_churn / steps, math.sqrt(2.0) - 1.0))
         for t, u in ei.levels(builder, to_data=self.s_churn > 0.0):
-            x = builder.x
+            x, z = builder.x, builder.noise()
             churned = np.isfinite(t.ratio) & (t.ratio >= self.s_tmin) & (t.ratio <= self.s_tmax)
-            if growth > 0.0 and np.any(churned):
+            if self.s_churn > 0.0 and np.any(churned):
                 start = _level_where(builder, churned, t.log_ratio - growth, t)
-                x, t = _noised_back(builder, x, t, start, self.s_noise), start
+                x, t = _noised_back(x, t, start, self.s_noise, z), start
             builder.advance(_step(builder, x, t, u, self.heun))
 
 
@@ -94,8 +96,8 @@ class RestartInterval:
 
     Args:
         sigma_min, sigma_max: 0 < sigma_min < sigma_max.
-        steps: steps of each way down, >= 1; None takes as many as the grid has there, so that a finer grid also makes
-            the restarts better. With a number their error stays.
+        steps: steps of each way down, >= 1; None takes as many as a sample's own grid has there, so that a finer grid
+            also makes the restarts better. With a number their error stays.
         repeats: how often, >= 0.
     """
 
@@ -143,40 +145,51 @@ class Restart:
 
     def __call__(self, builder: Builder) -> None:
         intervals = sorted(self.intervals, key=lambda interval: -interval.sigma_min)
+        # each sample comes by an interval once, whenever that is: its noise there is its own
+        noises = [[builder.noise() for _ in range(interval.repeats)] for interval in intervals]
         for t, u in ei.levels(builder, to_data=True):
             x, here = builder.x, t
-            for interval in intervals:
+            for interval, drawn in zip(intervals, noises, strict=True):
                 low = -math.log(interval.sigma_min)
                 reached = (t.log_ratio < low) & (low <= u.log_ratio)
-                if interval.repeats and np.any(reached):
-                    x, here = self._restarts(builder, x, here, interval, reached)
+                if drawn and np.any(reached):
+                    x, here = self._restarts(builder, x, here, interval, reached, drawn)
             if np.any(here.t != u.t):
                 x = _step(builder, x, here, u, self.heun)
             builder.advance(x)
 
+    def _way_down(self, builder: Builder, interval: RestartInterval, here: Level, reached: Number) -> list[Level]:
+        """The levels from the interval's upper one to its lower one; whose way is shorter stays there at its end."""
+        steps: Any = interval.steps or self._steps_between(builder, interval)
+        down = []
+        for i in range(int(np.max(np.where(reached, steps, 1))) + 1):
+            ratio = ei.power_level(interval.sigma_max, interval.sigma_min, np.minimum(i / steps, 1.0), self.rho)
+            down.append(_level_where(builder, reached, -np.log(ratio), here))
+        return down
+
     @staticmethod
-    def _steps_between(builder: Builder, interval: RestartInterval) -> int:
-        """How many steps the grid takes from the interval's upper level to its lower one, those cut by them too."""
-        ratios = ei.level(builder.path, np.asarray(builder.grid, dtype=np.float64)).ratio
+    def _steps_between(builder: Builder, interval: RestartInterval) -> Any:
+        """How many steps a grid takes from the interval's upper level to its lower one, those cut by them too."""
+        ratios = np.asarray(ei.level(builder.path, np.asarray(builder.grid, dtype=np.float64)).ratio)
         inside = (ratios > interval.sigma_min) & (ratios < interval.sigma_max)
-        return 1 + int(np.max(np.sum(inside, axis=0)))
+        moving = OwnSteps(builder.grid).moving
+        if moving is not None:  # a wait has its level once
+            inside[1:] &= moving
+        return 1 + np.sum(inside, axis=0)
 
     def _restarts(
-        self, builder: Builder, x: Expr, here: Level, interval: RestartInterval, reached: Number
+        self, builder: Builder, x: Expr, here: Level, interval: RestartInterval, reached: Number, noises: list[Expr]
     ) -> tuple[Expr, Level]:
         """The state after an interval's restarts, at its lower level; samples that did not reach it stay ``here``."""
 
         def way(x: Expr, start: Level, end: Level) -> Expr:
-            stepped = _step(builder, x, start, end, self.heun)
-            return stepped if np.all(reached) else x + np.where(reached, 1.0, 0.0) * (stepped - x)
+            return either(np.not_equal(start.t, end.t), _step(builder, x, start, end, self.heun), x)
 
-        steps = interval.steps or self._steps_between(builder, interval)
-        ratios = ei.power_grid(interval.sigma_max, interval.sigma_min, steps, self.rho)
-        down = [_level_where(builder, reached, -math.log(ratio), here) for ratio in ratios]
+        down = self._way_down(builder, interval, here, reached)
         if np.any(down[-1].t != here.t):
             x = builder.keep(way(x, here, down[-1]))
-        for _ in range(interval.repeats):
-            x = builder.keep(_noised_back(builder, x, down[-1], down[0], self.s_noise))
+        for z in noises:
+            x = builder.keep(_noised_back(x, down[-1], down[0], self.s_noise, z))
             for start, end in itertools.pairwise(down):
                 x = builder.keep(way(x, start, end))
         return x, down[-1]

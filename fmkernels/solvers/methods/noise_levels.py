@@ -6,8 +6,8 @@ finite at both ends of every path. That is the first-order step of all these sol
 DEIS-0; on the optimal-transport path Euler). Higher orders add the change of the prediction over the step, a
 polynomial through earlier ones in some variable s, integrated against the solver's weight: with Newton's divided
 differences f the step gains :math:`\sum_{k \ge 1} f[s_0, .., s_k] \int w(s) \prod_{j<k} (s - s_j) ds`. A node at
-infinity (pure noise, where :math:`\lambda = \log(\alpha / \sigma)` is), or at the place of a later one (a token that
-waited), has zero differences, so that the order falls by itself, for each sample of a grid of its own.
+infinity (pure noise, where :math:`\lambda = \log(\alpha / \sigma)` is) has zero differences, so that the order falls
+by itself, for each sample of a grid of its own.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ...paths import Path
 from ...paths.schedule import tensor_at
 from ..programs.builder import Builder
 from ..programs.expressions import ZERO, Expr, Number, as_number, at_index
+from .own_steps import Node
 
 
 class Level(NamedTuple):
@@ -100,9 +101,9 @@ def fresh(kept: Number) -> Number:
     return np.sqrt(np.maximum((1.0 - kept) * (1.0 + kept), 0.0))
 
 
-def noisy(builder: Builder, x: Expr, deviation: Number) -> Expr:
-    """x + deviation z with fresh z, drawn only where there is any."""
-    return x + deviation * builder.noise() if np.any(deviation) else x
+def noisy(x: Expr, deviation: Number, z: Expr) -> Expr:
+    """x + deviation z; noise that nobody needs is not drawn."""
+    return x + deviation * z if np.any(deviation) else x
 
 
 def width(t: Level, u: Level) -> Number:
@@ -156,13 +157,6 @@ def exponential_moments(h: Number, count: int) -> list[Number]:
     return [m[()] for m in moments]
 
 
-class Node(NamedTuple):
-    """A value of the extrapolated quantity and its place in the variable of the polynomial."""
-
-    place: Number
-    value: Expr
-
-
 def places(history: Sequence[Node], start: Number, end: Number) -> list[Node]:
     """The nodes in the variable that runs from 0, where the first of them is, to 1 over the step."""
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -187,25 +181,6 @@ def differences(nodes: Sequence[Node]) -> list[Expr]:
 WIDEST = 2.0
 
 
-def extrapolated(nodes: list[Node], builder: Builder, final: bool | str) -> list[Node]:
-    """The nodes, from 0 (the step's beginning) on, whose polynomial a step to 1 may follow.
-
-    Args:
-        final: True: as many as there are steps left; False: all; "auto": all, but in the grid's last step the first
-            alone where it is wider than WIDEST times the step before it.
-    """
-    if final is True:
-        return nodes[: len(builder.grid) - 1 - builder.step.number]
-    if final is False or len(nodes) == 1 or not builder.is_last:
-        return nodes
-    wide = np.less(np.abs(nodes[1].place), 1.0 / WIDEST)
-    if np.all(wide):
-        return nodes[:1]
-    if not np.any(wide):
-        return nodes
-    return [nodes[0], *(Node(np.where(wide, np.inf, node.place), node.value) for node in nodes[1:])]
-
-
 def newton_weights(nodes: Sequence[Node], moments: Sequence[Number]) -> list[Number]:
     """The integrals of (s - s_0), (s - s_0)(s - s_1), ... from those of 1, s, s^2, ...: as many as differences."""
     polynomial: list[Number] = [1.0]
@@ -227,9 +202,10 @@ def weighted(weights: Sequence[Number], terms: Sequence[Expr]) -> Expr:
     return total
 
 
-def interpolated(nodes: Sequence[Node], moments: Sequence[Number]) -> Expr:
-    """The change of the value from that at the first node, by the polynomial through all, integrated over the step."""
-    return weighted(newton_weights(nodes, moments), differences(nodes))
+def interpolated(nodes: Sequence[Node], moments: Sequence[Number], count: int) -> Expr:
+    """The change of the value from that at the first node, by the polynomial through count nodes, over the step."""
+    nodes = nodes[:count]
+    return weighted(newton_weights(nodes, moments[:count]), differences(nodes))
 
 
 _QUADRATURE = np.polynomial.legendre.leggauss(24)
@@ -255,7 +231,8 @@ def uniform_moments(size: Number, count: int) -> list[Number]:
     return [size / (n + 1) for n in range(count)]
 
 
-def power_grid(high: Number, low: Number, steps: int, rho: float) -> list[Number]:
-    """steps + 1 noise levels sigma / alpha from high to low, even in their rho-th root (Karras et al. 2022, eq. 5)."""
+def power_level(high: Number, low: Number, place: Number, rho: float) -> Number:
+    """The noise level sigma / alpha from high, at place 0, to low, at 1, even in the rho-th root (Karras et al. 2022,
+    eq. 5)."""
     start, end = high ** (1.0 / rho), low ** (1.0 / rho)
-    return [(start + i / steps * (end - start)) ** rho for i in range(steps + 1)]
+    return (start + place * (end - start)) ** rho

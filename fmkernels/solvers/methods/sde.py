@@ -24,6 +24,8 @@ from ...paths import Path
 from ...paths.targets import conversion_coefficients
 from ..programs.builder import Builder
 from ..programs.expressions import ZERO, Expr, Number, as_number
+from .noise_levels import noisy
+from .own_steps import OwnSteps
 from .sde_coefficients import Diffusion, over_sigma, renewed, resolve
 from .step_density import REDUCTIONS, report
 
@@ -186,17 +188,23 @@ class SDE:
         return Transition(alpha * a_1 + kept * a_0, alpha * b_1 + kept * b_0, std)
 
     def times(self, grid: list[Number]) -> list[Number]:
-        """The grid with the last step of the wanted size: idempotent."""
-        size, n = self.last_step_size, len(grid) - 1
-        if size is None or self.last_step == "none" or n < 2:
+        """The grid with each sample's own last step of the wanted size: idempotent."""
+        size, own = self.last_step_size, OwnSteps(grid)
+        if size is None or self.last_step == "none" or len(grid) < 3:
             return grid
-        first, last = np.asarray(grid[0]), np.asarray(grid[-1])
-        if not (np.abs(last - first) > size).all():
+        times = np.asarray(grid)
+        first, end = times[0], times[-1]
+        several = np.greater(own.total, 1)
+        if not (np.logical_not(several) | (np.abs(end - first) > size)).all():
             raise value_error("last_step_size", "less than the whole time", size)
-        before = last - np.sign(last - first) * size
-        factor = (before - first) / (np.asarray(grid[-2]) - first)
-        inner = [first + factor * (np.asarray(t) - first) for t in grid[1:-2]]
-        return [grid[0], *(t if t.ndim else float(t) for t in (*inner, before)), grid[-1]]
+        left = np.stack(np.broadcast_arrays(*own.left, np.zeros_like(first, dtype=np.int64)))
+        last = np.max(times, axis=0, where=left == 1, initial=-np.inf)
+        before = end - np.sign(end - first) * size
+        factor = (before - first) / np.where(several, last - first, 1.0)
+        stretched = np.where(left == 1, before, first + factor * (times - first))
+        times = np.where(several & (left > 0), stretched, times)
+        times[0] = first
+        return [float(t) for t in times] if times.ndim == 1 else list(times)
 
     # ------------------------------------------------------------------ the method
 
@@ -221,8 +229,8 @@ def _gaussian(sde: SDE, builder: Builder, t: Tensor, u: Tensor) -> _Take:
         a, b, std = table[i]
         x = builder.x
         mean = a * x + b * builder.model(x, builder.step.t)
-        z = builder.noise() if np.any(std) else None
-        builder.advance(mean if z is None else mean + std * z)
+        z = builder.noise()
+        builder.advance(noisy(mean, std, z))
         if sde.log_prob:
             report(builder, z, std, "sum" if sde.log_prob is True else str(sde.log_prob))
 
@@ -243,15 +251,15 @@ def _heun(sde: SDE, builder: Builder, t: Tensor, u: Tensor) -> _Take:
 
     def take(i: int) -> None:
         p, q, p_u, q_u, std_t, std, weight = table[i]
-        x, z = builder.x, builder.noise() if np.any(std_t) or np.any(std) else ZERO
+        z = builder.noise()
         builder.advance(
             heun_step(
                 builder,
                 lambda x: p * x + q * builder.model(x, builder.step.t),
                 lambda x: p_u * x + q_u * builder.model(x, builder.step.u),
-                x,
-                std_t * z,
-                std * z,
+                builder.x,
+                noisy(ZERO, std_t, z),
+                noisy(ZERO, std, z),
                 weight,
             )
         )

@@ -113,10 +113,10 @@ def no_noise(x: Tensor, reduction: str) -> StepDensity:
     return StepDensity(x.new_zeros(shape, dtype=compute_dtype(x)), x.new_zeros(x.shape[:1], dtype=torch.int64))
 
 
-def report(builder: Builder, noise: Expr | None, std: Number, reduction: str) -> None:
+def report(builder: Builder, noise: Expr, std: Number, reduction: str) -> None:
     """Outputs the log-density of a step's noise std z, z being the noise."""
     kind = REDUCTIONS.index(reduction)
-    if noise is None or not np.any(std):
+    if not np.any(std):
         results = builder.compute(_none(kind), [builder.x], 2)
     else:
         work = _density(float(std), kind) if np.ndim(std) == 0 else _Density(np.asarray(std), kind)

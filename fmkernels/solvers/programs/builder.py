@@ -99,10 +99,6 @@ class Builder:
             self._still = still if still is not None and still.any() else None
             yield self.step
 
-    @property
-    def is_last(self) -> bool:
-        return self.step.number == len(self.grid) - 2
-
     def advance(self, x: Expr) -> Expr:
         """Ends the step with the state x; what has no time to pass in it stays as it is, bit for bit."""
         if self._goal is not None:
@@ -119,7 +115,11 @@ class Builder:
         return self.guidance.velocity(self, self.keep(x), t)
 
     def noise(self) -> Expr:
-        """Fresh standard normal noise."""
+        """Fresh standard normal noise, drawn where an update uses it.
+
+        A method asks in every step for as many as a step can need: so a shard draws what the whole batch does, also
+        where its own samples need none in a step.
+        """
         self._streams += 1
         return Expr({-self._streams: 1.0})
 
@@ -317,7 +317,9 @@ class Builder:
         extras = tuple((name, tuple(registers)) for name, registers in self._extras.items())
         kept = tuple(register for _, registers in extras for register in registers)
         segment = Segment(tuple(self._instructions), self._registers, self._state, kept)
-        return Program(segment, self.grid, self._times, self._streams, extras)
+        # those that are drawn, and the ones between
+        drawn = (-s for i in self._instructions if isinstance(i, Update | Compute) for s in i.sources if s < 0)
+        return Program(segment, self.grid, self._times, max(drawn, default=0), extras)
 
 
 def grid_key(grid: Sequence[Number]) -> Hashable | None:
