@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -177,6 +179,39 @@ def test_grad_output_of_any_form(kind: str) -> None:
         (grad,) = torch.autograd.grad(loss, leaf, given, retain_graph=retain)
         want = 2 * (leaf - x_1 + x_0).detach() / 4 * given.clone().resolve_neg()[:, None]
         torch.testing.assert_close(grad, want)
+
+
+@pytest.mark.parametrize("mode", ["backward", "graph", "compile", "retained"])
+@pytest.mark.parametrize("impl", ["auto", "native", "reference"])
+@pytest.mark.parametrize("shape", [(), (4,), (4, 3), (4, 3, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_masked_out_has_the_gradient_0_whatever_comes_in(dtype, shape, impl: str, mode: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    pred, x_1, x_0 = problem((4, 3, 2), dtype)
+    mask = torch.rand(shape, generator=generator) > 0.5 if shape else torch.tensor(False)
+    out = ~mask.reshape(shape + (1,) * (3 - len(shape))).expand(4, 3, 2)
+    assert out.any()
+    if mode == "compile" and (impl != "auto" or dtype is not torch.float32):
+        return  # one way in all
+    for kind, reduction in itertools.product(("squared", "pseudo_huber"), ("mean", "none", "sum")):
+        leaf = pred.clone().requires_grad_()
+
+        def loss(leaf, kind=kind, reduction=reduction):
+            return fm.regression_loss(
+                leaf, [x_1, x_0], [1.0, -1.0], mask=mask, reduction=reduction, kind=kind, impl=impl
+            )
+
+        value = (torch.compile(loss, backend="aot_eager") if mode == "compile" else loss)(leaf)
+        (want,) = torch.autograd.grad(loss(leaf).sum(), leaf)
+        for bad in (float("inf"), float("nan"), 2.0):  # twice at least, and at last of a graph that is not kept
+            given = {"create_graph": True} if mode == "graph" else {"retain_graph": mode == "retained" or bad != 2.0}
+            (grad,) = torch.autograd.grad(value, leaf, torch.full_like(value, bad), **given)
+            assert (grad[out] == 0).all()
+            if bad == 2.0:
+                torch.testing.assert_close(grad, 2 * want)
+            for _ in range(2 if mode == "graph" else 0):
+                grad = torch.autograd.grad(grad.float().square().sum(), leaf, create_graph=True)[0]
+                assert (grad[out] == 0).all()
 
 
 def test_batches_of_gradients_with_a_graph() -> None:

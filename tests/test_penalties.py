@@ -65,3 +65,60 @@ def test_pseudo_huber_has_its_second_derivative_everywhere() -> None:
     (slope,) = torch.autograd.grad(loss, d, create_graph=True)
     (curvature,) = torch.autograd.grad(slope.sum(), d)
     torch.testing.assert_close(curvature, delta**2 / (d.detach() ** 2 + delta**2) ** 1.5)
+
+
+def second_derivatives(d: torch.Tensor, kind: str, delta: float, impl: str, **given) -> torch.Tensor:
+    pred, zero = d.clone().requires_grad_(), torch.zeros_like(d)
+    loss = fm.regression_loss(
+        pred * 1.0, [zero, zero], [1.0, -1.0], reduction="sum", kind=kind, delta=delta, impl=impl, **given
+    )
+    (slope,) = torch.autograd.grad(loss, pred, create_graph=True)
+    (curvature,) = torch.autograd.grad(slope.float().sum(), pred)
+    return curvature
+
+
+@pytest.mark.parametrize("rows", [16, 1 << 15])  # the second is beyond what is called without Python's checks
+@pytest.mark.parametrize("impl", ["auto", "native", "reference"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_second_derivatives_of_half_precision_are_right_to_its_own(dtype: torch.dtype, impl: str, rows: int) -> None:
+    d = torch.linspace(-1.0, 1.0, rows * 8).reshape(rows, 8).to(dtype)
+    weight = torch.linspace(0.3, 2.0, rows)
+    exact, w = d.double(), weight.double()[:, None]
+    for delta in (0.01, 0.1, 1.0):
+        got = second_derivatives(d, "pseudo_huber", delta, impl, weight=weight)
+        want = w * delta**2 / (exact**2 + delta**2) ** 1.5
+        # float32's own in the reference, which differentiates the quotient
+        atol = 1e-6 if impl == "auto" else 1e-5
+        torch.testing.assert_close(got.double(), want, rtol=torch.finfo(dtype).eps, atol=atol)
+    for delta in (0.777, 0.5):
+        got = second_derivatives(d, "huber", delta, impl, weight=weight)
+        want = torch.where(exact.abs() <= float(torch.tensor(delta)), w, 0.0)
+        torch.testing.assert_close(got.double(), want, rtol=torch.finfo(dtype).eps, atol=0)
+
+
+def test_bfloat16_residuals_next_to_the_bend_are_on_their_side_of_it() -> None:
+    """Rounded to bfloat16, the slopes of all of these are one number."""
+    x_1 = torch.tensor([[0.0], [1e-3], [-1e-3], [2e-3]])
+    pred = torch.ones(4, 1, dtype=torch.bfloat16, requires_grad=True)
+    loss = fm.regression_loss(
+        pred, [x_1], [1.0], reduction="sum", kind="huber", delta=1.0, weight=torch.full((4,), 3.0)
+    )
+    (slope,) = torch.autograd.grad(loss, pred, create_graph=True)
+    (curvature,) = torch.autograd.grad(slope.sum(), pred)
+    assert curvature.flatten().tolist() == [3.0, 3.0, 0.0, 3.0]
+
+
+def test_bfloat16_third_derivatives_where_nan_is_masked_out_and_noise_is_drawn() -> None:
+    d = torch.tensor([[0.3, float("nan")], [-0.1, 0.02]], dtype=torch.bfloat16)
+    mask = ~d.isnan()
+    found = []
+    for impl in ("auto", "reference"):
+        pred = d.clone().requires_grad_()
+        noise = fm.Noise(torch.tensor(3))
+        loss = fm.regression_loss(pred, [noise], [0.1], kind="pseudo_huber", delta=0.2, mask=mask, impl=impl)
+        for _ in range(2):
+            (grad,) = torch.autograd.grad(loss, pred, create_graph=True)
+            loss = grad.float().sum()
+        found.append(torch.autograd.grad(loss, pred)[0])
+    assert found[0][0, 1] == 0
+    torch.testing.assert_close(*found, rtol=1e-2, atol=0)

@@ -37,7 +37,7 @@ from .._operands import (
 from ..combine.op import needs_grad
 from ..library import sum_trailing
 from . import reference, schema
-from .autograd import LossFunction, PlainLossFunction, Rule, TracedLossFunction
+from .autograd import LossFunction, PlainLossFunction, Rule, Target, TracedLossFunction, bends_by_residual
 from .kinds import KINDS
 
 REDUCTIONS = ("mean", "weighted_mean", "sum", "none")
@@ -59,6 +59,8 @@ def _plain_loss(
         return None
     mean = reduction != "sum"
     need_grad = torch.is_grad_enabled() and isinstance(pred, Tensor) and pred.requires_grad
+    if need_grad and bends_by_residual(pred, KINDS[kind]):
+        return None  # which keeps more than the slope
     results = library.regression_loss_plain(pred, operands, coefficients, weight, KINDS[kind], delta, mean, need_grad)
     if results is None:
         return None
@@ -197,7 +199,9 @@ def regression_loss(
     A DTensor ``pred`` gives a DTensor: the whole's loss and gradients, however the batch is sharded; the other tensors
     follow its placements, and plain ones must be the whole's, the same on all ranks.
 
-    Derivatives of any order in pred are right, under torch.func as well (there "auto" takes the reference).
+    Derivatives of any order in pred are right, under torch.func as well (there "auto" takes the reference). They need
+    neither pred nor the operands again, but for a penalty that bends ("huber", "pseudo_huber") of a pred of half
+    precision, whose stored slope says too little: there both are kept until backward.
 
     The penalty of a residual d is d^2 ("squared"); d^2 / 2 up to |d| = delta and delta (|d| - delta / 2) beyond
     ("huber", Huber 1964); sqrt(d^2 + delta^2) - delta ("pseudo_huber", Charbonnier et al. 1994); |d| ("l1").
@@ -208,7 +212,7 @@ def regression_loss(
         coefficients: as in :func:`combine`: numbers, or tensors whose shape is a leading part of pred's, or one table.
         weight: w, a number or a tensor whose shape is a leading part of pred's, e.g. per sample (B,).
         mask: m, boolean, its shape a leading part of pred's: (B,), (B, T), or all of it; True is kept. What is masked
-            out adds 0 to the loss and to the gradient, even where pred or the target is NaN.
+            out adds 0 to the loss and to the gradient, even where pred, the target or the incoming gradient is NaN.
         reduction: "mean" divides the sum by the number of unmasked elements (weights do not count), "weighted_mean" by
             the sum of the unmasked elements' weights, "sum" does not divide, "none" returns the mean over the unmasked
             elements of each sample, shape (B,). Where everything is masked out, or the weights add to 0, the loss is 0.
@@ -288,5 +292,8 @@ def regression_loss(
         return schema.call(pred, arguments)[0]
     if torch.compiler.is_compiling():
         return TracedLossFunction.apply(pred, arguments)
-    rule = Rule(KINDS[kind], delta, scale_value, impl)
-    return LossFunction.apply(pred, arguments, rule, weight_tensor, scale, mask)[0]
+    rule, kept = Rule(KINDS[kind], delta, scale_value, impl), [weight_tensor, scale, mask]
+    if bends_by_residual(pred, rule.kind):
+        rule = rule._replace(target=Target(packed.streams, packed.offsets, values, noise_dtype))
+        kept += [*packed.tensors, *coefs]
+    return LossFunction.apply(pred, arguments, rule, *kept)[0]

@@ -30,6 +30,24 @@ def penalty(d: Tensor, kind: int, delta: float) -> Tensor:
     return d.abs()
 
 
+def residual(
+    pred: Tensor,
+    tensors: Sequence[Tensor],
+    streams: Sequence[int],
+    offsets: Sequence[int],
+    coefs: Sequence[Tensor | None],
+    values: Sequence[float],
+    noise_dtype: torch.dtype,
+) -> Tensor:
+    """pred - target, in the compute dtype."""
+    operands = [
+        tensor if stream == TENSOR else normals(tensor, stream, offset, pred.numel(), noise_dtype).reshape(pred.shape)
+        for tensor, stream, offset in zip(tensors, streams, offsets, strict=True)
+    ]
+    dtype = compute_dtype(pred, *operands)
+    return pred.to(dtype) - weighted_sum(operands, coefs, values, dtype)
+
+
 def loss(
     pred: Tensor,
     tensors: Sequence[Tensor],
@@ -47,16 +65,11 @@ def loss(
     per_sample: bool,
 ) -> Tensor:
     """scale * sum over elements (of a sample, or all) of mask weight rho(pred - target), in the compute dtype."""
-    operands = [
-        tensor if stream == TENSOR else normals(tensor, stream, offset, pred.numel(), noise_dtype).reshape(pred.shape)
-        for tensor, stream, offset in zip(tensors, streams, offsets, strict=True)
-    ]
-    dtype = compute_dtype(pred, *operands)
-    d = pred.to(dtype) - weighted_sum(operands, coefs, values, dtype)
+    d = residual(pred, tensors, streams, offsets, coefs, values, noise_dtype)
     kept = None if mask is None else expand_leading(mask, pred)
     if kept is not None:
         d = torch.where(kept, d, 0.0)  # before rho, so that neither value nor derivative sees what is masked out
-    rho = penalty(d, kind, bend(delta, dtype))
+    rho = penalty(d, kind, bend(delta, d.dtype))
     if weight is not None:
         w = expand_leading(weight, pred)
         rho = rho * (w if kept is None else torch.where(kept, w, 0.0))

@@ -16,6 +16,8 @@ LIBRARY.define(
     "float delta, bool per_sample, bool need_grad, str impl) -> (Tensor, Tensor)"
 )
 
+MASK = 9  # its place among the arguments after pred
+
 
 def loss_dtype(pred: Tensor, noise_dtype: torch.dtype) -> torch.dtype:
     """float64 where pred or the operands are, else float32."""
@@ -49,7 +51,7 @@ torch.library.register_fake("fmkernels::regression_loss", _regression_loss_fake,
 
 def call(pred: Tensor, args: tuple) -> tuple[Tensor, Tensor]:
     """(loss, gradient w.r.t. pred) by the operator's arguments after pred; past PyTorch's dispatcher where allowed."""
-    tensors, coefs, weight, scale, mask = args[0], args[3], args[6], args[7], args[9]
+    tensors, coefs, weight, scale, mask = args[0], args[3], args[6], args[7], args[MASK]
     if _dispatch.plain(pred, *tensors, *coefs, weight, scale, mask):
         return _regression_loss(pred, *args)
     return torch.ops.fmkernels.regression_loss(pred, *args)
