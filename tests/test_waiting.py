@@ -40,6 +40,7 @@ CASES: dict[str, Any] = {
     "deis_t final": DEIS(3, "t", True),
     "churn": EDM(s_churn=3.0, s_tmin=0.1, s_tmax=2.0),
     "restarts": Restart((RestartInterval(0.06, 0.3), RestartInterval(0.5, 2.0, 3, 2)), heun=False),
+    "restart with a wait inside": Restart((RestartInterval(0.03, 1.0),)),
     **{
         f"{method} last step": fm.SDE(method=method, last_step_size=0.03) for method in ("euler", "heun", "exponential")
     },
@@ -79,6 +80,14 @@ def test_a_padded_sample_is_what_it_is_alone(case: str, own: list[float]) -> Non
     together = solve(method, x, np.stack(columns, 1), noise=torch.zeros_like)
     alone = solve(method, x[:1], own, noise=torch.zeros_like).expand(4, 2)
     torch.testing.assert_close(together[:4], alone, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("method", [DPMSolverPP(3), UniPC(3), DEIS(3)])
+def test_a_wide_step_is_not_lowered_for_anothers_last_step(method: Any) -> None:
+    wide, other = [0.1, 0.2, 0.3, 0.8, 0.9], [0.1, 0.3, 0.5, 0.7, 0.7]
+    x = states(2)
+    together = solve(method, x, np.stack([wide, other], 1))
+    torch.testing.assert_close(together[:1], solve(method, x[:1], wide), rtol=1e-11, atol=1e-11)
 
 
 NOISY = {
