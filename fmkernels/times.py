@@ -175,7 +175,7 @@ class Shift:
 
     @staticmethod
     def dynamic(mu: float) -> Shift:
-        """s = e^mu: diffusers' dynamic shifting, e^mu / (e^mu + 1/sigma - 1)."""
+        """s = e^mu: diffusers' dynamic shifting, e^mu / (e^mu + 1/sigma - 1); mu from -80 to 80."""
         check_number("mu", mu, low=-80.0, high=80.0)
         return Shift(math.exp(mu))
 
@@ -188,7 +188,7 @@ class Shift:
         max_shift: float = 1.15,
     ) -> Shift:
         """The shift for an image of ``seq_len`` tokens: mu on the line through (base_seq_len, base_shift) and
-        (max_seq_len, max_shift), as in diffusers' Flux pipeline."""
+        (max_seq_len, max_shift), as in diffusers' Flux pipeline; mu and both shifts from -80 to 80."""
         for name, value in (
             ("seq_len", seq_len),
             ("base_seq_len", base_seq_len),

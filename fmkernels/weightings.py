@@ -118,7 +118,8 @@ class CosMap(_Formula):
 @final
 @dataclass(frozen=True)
 class Sigmoid(_Formula):
-    """sigmoid(bias - log SNR), for target "x_0" (Kingma & Gao 2023; Hoogeboom et al. 2024, eq. 6)."""
+    """sigmoid(bias - log SNR), bias from -40 to 40, for target "x_0" (Kingma & Gao 2023; Hoogeboom et al. 2024, eq.
+    6)."""
 
     bias: float = 0.0
 

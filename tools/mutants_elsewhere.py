@@ -106,6 +106,25 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
     ("fmkernels/paths/derivatives.py", "is_compiling() or _inside(t)):", "is_compiling() or True):", SCHEDULES),
     ("fmkernels/paths/schedule.py", "near.abs().clamp(max=SMALL)", "SMALL", TARGETS),
     ("fmkernels/random.py", "seed.detach().clone()", "seed", BATCHES),
+    ("fmkernels/paths/batch.py", "source = source.detach().clone()", "pass", BATCHES),
+    (
+        "fmkernels/ops/regression_loss/autograd.py",
+        "return kind in _BENT and",
+        "return False and",
+        "tests/test_penalties.py",
+    ),
+    (
+        "fmkernels/ops/regression_loss/autograd.py",
+        "if mask is not None and not by_element:",
+        "if False:",
+        "tests/test_loss_gradients.py",
+    ),
+    (
+        "fmkernels/ops/regression_loss/autograd.py",
+        "grad_output.is_cpu and math.isfinite(grad_output.sum().item())",
+        "grad_output.is_cpu",
+        "tests/test_loss_gradients.py",
+    ),
     (
         "fmkernels/paths/derivatives.py",
         "slope is not None and bool((slope != 0).any())",
