@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import fmkernels as fm
+from fmkernels.guidance import APG, CFG
 from fmkernels.solvers.methods import registry
 from fmkernels.solvers.methods.adams import AdamsBashforth, AdamsMoulton
 from fmkernels.solvers.methods.diffusion import DEIS, DPMSolverPP, UniPC
@@ -121,6 +122,34 @@ def test_shards_of_grids_of_each_sample_draw_what_the_whole_draws(case: str) -> 
     for row in range(4):
         alone = solve(method, x[row : row + 1], grid[:, row : row + 1], row)
         torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("method", ["euler", "heun2", "dpmpp_2m"])
+@pytest.mark.parametrize("rule", ["zero_init", "momentum"])
+def test_guidance_counts_and_sums_over_ones_own_steps(rule: str, method: str) -> None:
+    """The first steps without a velocity were those of the batch, and steps in which one waited added momentum."""
+
+    def conditional(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return model(x, t) + 0.3 * torch.sin(y[:, None] + x)
+
+    def guided(x: Tensor, grid: Any) -> Tensor:
+        y = torch.ones(x.shape[0], dtype=torch.float64)
+        negative = {"y": torch.zeros_like(y)}
+        by = CFG(2.0, negative=negative, zero_star=True, zero_init=2)
+        if rule == "momentum":
+            by = APG(2.0, negative=negative, momentum=-0.5)
+        return fm.sample(conditional, x, method=method, time_grid=grid, guidance=by, y=y)[0]
+
+    x = states(1).expand(5, 2).contiguous()
+    columns = [
+        padded(INNER),
+        padded(INNER, 3),
+        padded(INNER, 1, 2),
+        padded(INNER, 0, 1),
+        np.linspace(0.05, 0.95, LENGTH),
+    ]
+    together = guided(x, np.stack(columns, 1))
+    torch.testing.assert_close(together[:4], guided(x[:1], INNER).expand(4, 2), rtol=1e-11, atol=1e-11)
 
 
 # ---------------------------------------------------------------------- tokens that see each other

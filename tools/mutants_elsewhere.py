@@ -23,7 +23,7 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
     ("fmkernels/guidance/base.py", "torch.where((t >= low) &", "torch.where((t > low) &", RARE),
     ("fmkernels/guidance/cfg.py", "(square + 1e-8)", "(square + 1e-2)", LINEAR),
     ("fmkernels/guidance/cfg.py", "v_variance = (v_square - v_sum.square() / size)", "v_variance = v_square", LINEAR),
-    ("fmkernels/guidance/cfg.py", "builder.step.number < self.zero_steps", "builder.step.number < 1", LINEAR),
+    ("fmkernels/guidance/cfg.py", "builder.own_number, self.zero_steps)", "builder.own_number, 1)", LINEAR),
     ("fmkernels/guidance/cfg.py", "along = (1.0 - eta) * product", "along = product", NONLINEAR),
     ("fmkernels/guidance/cfg.py", "d_square.clamp(min=threshold**2)", "d_square.clamp(min=threshold)", NONLINEAR),
     ("fmkernels/guidance/cfg.py", "before if number == builder.step.number else current", "current", NONLINEAR),

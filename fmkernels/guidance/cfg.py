@@ -18,7 +18,7 @@ from ..ops.row_dots.op import row_dots
 from ..paths.schedule import tensor_at
 from ..paths.targets import TARGETS
 from ..solvers.programs.builder import Builder
-from ..solvers.programs.expressions import ZERO, Expr, Number, as_number
+from ..solvers.programs.expressions import ZERO, Expr, Number, as_number, either
 from ..solvers.programs.immediate import Immediate
 from ..solvers.programs.program import operation
 from .base import (
@@ -166,8 +166,13 @@ class CFG(ClassifierFree):
         return int(self.zero_star) if self.zero_init is None else self.zero_init
 
     def velocity(self, builder: Builder, x: Expr, t: Number) -> Expr:
-        if builder.step.number < self.zero_steps and not isinstance(builder, Immediate):
-            return ZERO
+        if not self.zero_steps or isinstance(builder, Immediate):
+            return self._guided(builder, x, t)
+        begun = np.greater_equal(builder.own_number, self.zero_steps)
+        waits = False if builder.still is None else builder.still
+        return either(begun | waits, self._guided(builder, x, t), ZERO) if np.any(begun) else ZERO
+
+    def _guided(self, builder: Builder, x: Expr, t: Number) -> Expr:
         scale = self.scale if self.convention == "scale" else shifted(self.scale, 1.0)
         w = scale_at(builder, scale, t, self.interval)
         if is_number(w, 1.0) or not (self.zero_star or self.rescale):
@@ -253,7 +258,7 @@ class APG(ClassifierFree):
             if last is not None:
                 change = change + last * _where(known, self.momentum, 0.0)
             change = builder.keep(change)
-            self._remember(builder, change)
+            self._remember(builder, last, change)
         (change,) = builder.compute(
             _projected(float(self.eta), float(self.threshold)),
             [change, builder.convert(x, c, t, self.target)],
@@ -268,10 +273,11 @@ class APG(ClassifierFree):
         number, before, current = builder.memory.get(self, (-1, None, None))
         return before if number == builder.step.number else current
 
-    def _remember(self, builder: Builder, change: Expr) -> None:
-        number, _, current = builder.memory.get(self, (-1, None, None))
-        if number != builder.step.number:
-            builder.memory[self] = (builder.step.number, current, change)
+    def _remember(self, builder: Builder, last: Expr | None, change: Expr) -> None:
+        if builder.memory.get(self, (-1,))[0] != builder.step.number:
+            if builder.still is not None:  # who waits adds nothing
+                change = builder.keep(either(builder.still, last or ZERO, change))
+            builder.memory[self] = (builder.step.number, last, change)
 
 
 @operation

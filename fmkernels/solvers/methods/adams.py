@@ -10,9 +10,9 @@ import numpy as np
 
 from ..._checks import check_bool, check_int
 from ..programs.builder import Builder
-from ..programs.expressions import Expr, Number
+from ..programs.expressions import Expr, Number, either
 from ..programs.program import Step
-from .own_steps import Node, Past, either
+from .own_steps import Node, Past
 from .runge_kutta import RungeKutta
 from .tableaus import TABLEAUS
 

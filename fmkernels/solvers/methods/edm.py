@@ -15,10 +15,10 @@ import numpy as np
 
 from ..._checks import check_bool, check_int, check_number, is_infinite, type_error
 from ..programs.builder import Builder
-from ..programs.expressions import Expr, Number
+from ..programs.expressions import Expr, Number, either
 from . import noise_levels as ei
 from .noise_levels import Level
-from .own_steps import OwnSteps, either
+from .own_steps import OwnSteps
 
 
 def _step(builder: Builder, x: Expr, t: Level, u: Level, heun: bool) -> Expr:

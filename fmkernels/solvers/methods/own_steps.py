@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..programs.builder import Builder
-from ..programs.expressions import ZERO, Expr, Number
+from ..programs.expressions import ZERO, Expr, Number, chosen, either
 
 Count = Any  # int, or an array of one for each sample or token
 
@@ -62,20 +62,6 @@ class OwnSteps:
         for i in range(1, len(moving)):
             before[i] = np.where(moving[i - 1], before[i - 1] + 1, np.where(waits[i - 1], before[i - 1], 0))
         self.before = list(before)
-
-
-def chosen(mask: Any, x: Expr) -> Expr:
-    """x where the mask holds, elsewhere nothing, whatever its coefficients are there."""
-    return Expr({base: np.where(mask, c, 0.0) for base, c in x.terms.items()})
-
-
-def either(mask: Any, x: Expr, y: Expr) -> Expr:
-    """x where the mask holds, elsewhere y."""
-    if isinstance(mask, bool):
-        return x if mask else y
-    if np.all(mask):
-        return x
-    return chosen(mask, x) + chosen(np.logical_not(mask), y) if np.any(mask) else y
 
 
 class Past:

@@ -78,7 +78,8 @@ class Builder:
         self._state = 0
         self._steps = 0
         self._extras: dict[str, list[int]] = {}
-        self._still: np.ndarray | None = None  # what has no time to pass in the step
+        self.still: np.ndarray | None = None  # who has no time to pass in the step; None where all have
+        self.own_number: int | np.ndarray = 0  # of the step, counted without those in which one waited
         self._goal: Expr | None = None
         self._known: dict[Any, int] = {}
         self._conversions: dict[Any, tuple[Number, Number]] = {}
@@ -96,8 +97,9 @@ class Builder:
         for i, (t, u) in enumerate(zip(self.grid[:-1], self.grid[1:], strict=True)):
             self.step = Step(i, t, u)
             still = t == u if isinstance(t, np.ndarray) else None
-            self._still = still if still is not None and still.any() else None
+            self.still = still if still is not None and still.any() else None
             yield self.step
+            self.own_number = self.own_number + (1 if self.still is None else ~self.still)
 
     def advance(self, x: Expr) -> Expr:
         """Ends the step with the state x; what has no time to pass in it stays as it is, bit for bit."""
@@ -186,7 +188,7 @@ class Builder:
 
     def _held(self, x: Expr) -> Expr:
         """x, and the state itself where no time passes in the step: a token of a grid of its own may wait."""
-        still = self._still
+        still = self.still
         own = x.terms.get(self._state)
         if still is None or (len(x.terms) == 1 and isinstance(own, float) and own == 1.0):
             return x

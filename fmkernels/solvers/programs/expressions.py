@@ -3,6 +3,7 @@ r"""Linear combinations of states, network outputs and noise: what a method writ
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,6 +54,20 @@ def _sum(a: Number, b: Number) -> Number:
 
 
 ZERO = Expr({})
+
+
+def chosen(mask: Any, x: Expr) -> Expr:
+    """x where the mask holds, elsewhere nothing, whatever its coefficients are there."""
+    return Expr({base: np.where(mask, c, 0.0) for base, c in x.terms.items()})
+
+
+def either(mask: Any, x: Expr, y: Expr) -> Expr:
+    """x where the mask holds, elsewhere y."""
+    if isinstance(mask, bool):
+        return x if mask else y
+    if np.all(mask):
+        return x
+    return chosen(mask, x) + chosen(np.logical_not(mask), y) if np.any(mask) else y
 
 
 def at_index(number: Number, i: int) -> Number:
