@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 from guidance_problems import NULL, B, Model, close, data, euler, pair, solve
+from torch import Tensor
 
+import fmkernels as fm
 from fmkernels.guidance import (
     APG,
     CFG,
@@ -151,3 +153,22 @@ def test_a_scales_function_may_return_any_number() -> None:
     expected = solve(CFG(2.0, negative={"y": NULL}), Model(), x, y=y)
     for value in (2, np.float32(2.0), np.array(2.0), torch.tensor(2.0), torch.tensor(2)):
         close(solve(CFG(lambda t, value=value: value, negative={"y": NULL}), Model(), x, y=y), expected)
+
+
+@pytest.mark.parametrize("method", ["euler", "dopri5"])
+def test_a_negative_with_one_entry_is_one_for_each_sample_however_it_is_called(method: str) -> None:
+    seen: set[tuple[int, ...]] = set()
+
+    def model(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        seen.add((x.shape[0], *c.shape))
+        return -x * c.sum(1, keepdim=True)
+
+    x_0, c = torch.randn(4, 2), torch.randn(4, 3)
+    for batched in (False, ["c"], "auto"):
+        guidance = fm.guidance.CFG(2.0, negative={"c": torch.ones(1, 3)}, batched=batched)
+        fm.sample(model, x_0, method=method, time_grid=[0.0, 1.0], guidance=guidance, c=c)
+    assert seen == {(4, 4, 3), (8, 8, 3)}
+    seen.clear()
+    guidance = fm.guidance.CFG(2.0, negative={"c": torch.ones(1, 3)}, batched=False, shared=["c"])
+    fm.sample(model, x_0, method="euler", steps=1, guidance=guidance, c=c)
+    assert seen == {(4, 4, 3), (4, 1, 3)}

@@ -25,15 +25,25 @@ def is_plain_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def overridden(model_kwargs: Mapping[str, Any], other: Mapping[str, Any] | None) -> dict[str, Any]:
-    """model_kwargs with other entries in place; a number for a tensor's stands for a tensor full of it."""
+def overridden(
+    model_kwargs: Mapping[str, Any], other: Mapping[str, Any] | None, shared: Sequence[str] = ()
+) -> dict[str, Any]:
+    """model_kwargs with other entries in place; a number for a tensor's stands for a tensor full of it, and a tensor
+    with one entry for one with that entry for each sample, unless it is ``shared``."""
     result = dict(model_kwargs)
     for name, value in (other or {}).items():
         old = result.get(name)
         if isinstance(old, Tensor) and is_plain_number(value):
             value = torch.full_like(old, value)
+        elif _is_one_for_all(value, old) and name not in shared:
+            value = value.expand(old.shape[0], *value.shape[1:])
         result[name] = value
     return result
+
+
+def _is_one_for_all(value: Any, old: Any) -> bool:
+    tensors = isinstance(old, Tensor) and isinstance(value, Tensor)
+    return tensors and value.dim() == old.dim() > 0 and value.shape[0] == 1
 
 
 class Calls(dict[str, Call]):

@@ -80,7 +80,7 @@ class ClassifierFree(Guidance):
         return batching_of(self.batched)
 
     def branches(self, model: Model, model_kwargs: Mapping[str, Any]) -> Branches:
-        unconditional = overridden(model_kwargs, self.negative)
+        unconditional = overridden(model_kwargs, self.negative, self.shared)
         return {CONDITIONAL: (model, model_kwargs), UNCONDITIONAL: (model, unconditional)}
 
     def pair(self, builder: Builder, x: Expr, t: Number) -> list[Expr]:
@@ -111,8 +111,8 @@ class CFG(ClassifierFree):
         scale: a number; a tensor with one for each sample (B,), or token (B, T) on a grid of such times; or a function
             of the time, which gets a tensor and may return a tensor of its shape or a number.
         negative: keyword arguments that the unconditional call has in place of the caller's: a null label or embedding,
-            or a negative prompt. A number for a tensor's stands for a tensor full of it (a null class); a tensor that
-            broadcasts against the conditional one is expanded.
+            or a negative prompt. A number for a tensor's stands for a tensor full of it (a null class); a tensor
+            with one entry, not named in ``shared``, for one with that entry for each sample.
         convention: of ``scale``: "scale" or "weight".
         batched: one network call on both branches, x, t and keyword arguments concatenated, or two. For one it must be
             known which arguments have an entry for each sample, and a shape does not say: names of those that do,

@@ -118,8 +118,11 @@ class MultiCondition(Guidance):
         return batching_of(self.batched)
 
     def branches(self, model: Model, model_kwargs: Mapping[str, Any]) -> Branches:
-        calls = {str(i): (model, overridden(model_kwargs, kwargs)) for i, (kwargs, _) in enumerate(self.conditions)}
-        unconditional = overridden(model_kwargs, self.negative)
+        calls = {
+            str(i): (model, overridden(model_kwargs, kwargs, self.shared))
+            for i, (kwargs, _) in enumerate(self.conditions)
+        }
+        unconditional = overridden(model_kwargs, self.negative, self.shared)
         return {**calls, UNCONDITIONAL: (model, unconditional), CONDITIONAL: (model, unconditional)}
 
     def velocity(self, builder: Builder, x: Expr, t: Number) -> Expr:
