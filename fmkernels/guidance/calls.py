@@ -35,15 +35,14 @@ def overridden(
         old = result.get(name)
         if isinstance(old, Tensor) and is_plain_number(value):
             value = torch.full_like(old, value)
-        elif _is_one_for_all(value, old) and name not in shared:
+        elif isinstance(old, Tensor) and _is_one_for_all(value, old) and name not in shared:
             value = value.expand(old.shape[0], *value.shape[1:])
         result[name] = value
     return result
 
 
-def _is_one_for_all(value: Any, old: Any) -> bool:
-    tensors = isinstance(old, Tensor) and isinstance(value, Tensor)
-    return tensors and value.dim() == old.dim() > 0 and value.shape[0] == 1
+def _is_one_for_all(value: Any, old: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.dim() == old.dim() > 0 and value.shape[0] == 1
 
 
 class Calls(dict[str, Call]):
