@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -233,3 +234,66 @@ def test_functions_of_odeint_that_return_one_buffer(method: str) -> None:
         got = fm.odeint(lambda t, y: buffer.copy_(torch.sin(y) + t), y0, t, method=method)
         wanted = fm.odeint(lambda t, y: torch.sin(y) + t, y0, t, method=method)
     torch.testing.assert_close(got, wanted, rtol=0.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["euler", "heun2", "ab2", "dpmpp_2m", "dopri5"])
+@pytest.mark.parametrize("guided", [False, True])
+def test_a_network_that_writes_to_its_input_does_not_spoil_the_callers(method: str, guided: bool) -> None:
+    def writing(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        v = -x
+        x.zero_()
+        return v
+
+    guidance = fm.guidance.CFG(2.0, negative={"y": 0.0}, batched=False) if guided else None
+    x_0 = torch.randn(3, 2)
+    kept = x_0.clone()
+    options: dict[str, Any] = {} if method == "dopri5" else {"steps": 3}
+    told = pytest.raises(ValueError, match="expected a function that leaves its input as it is")
+    with contextlib.nullcontext() if method == "dopri5" else told:
+        fm.sample(writing, x_0, method=method, guidance=guidance, y=torch.ones(3), **options)
+    assert torch.equal(x_0, kept)
+
+
+IMPLICIT = [
+    "implicit_euler",
+    "implicit_midpoint",
+    "trapezoid",
+    "gl4",
+    "gl6",
+    "radauIIA3",
+    "radauIIA5",
+    "sdirk2",
+    "sdirk3",
+]
+
+
+@pytest.mark.parametrize("method", [*IMPLICIT, "trbdf2", "kvaerno3", "kencarp4"])
+@pytest.mark.parametrize("way", ["no_grad", "detached"])
+@pytest.mark.parametrize("gradient", [False, True])
+def test_implicit_methods_take_a_function_with_one_buffer_for_its_answers(
+    method: str, way: str, gradient: bool
+) -> None:
+    y0 = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=gradient)
+    t = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    buffer = [torch.empty(2, dtype=torch.float64)]
+
+    def field(t: Tensor, y: Tensor) -> Tensor:
+        return -y + torch.sin(3 * t)
+
+    def static(t: Tensor, y: Tensor) -> Tensor:
+        if way == "no_grad":
+            with torch.no_grad():
+                return buffer[0].copy_(field(t, y))
+        buffer[0] = buffer[0].detach()
+        return buffer[0].copy_(field(t, y))
+
+    options: dict[str, Any] = {} if method in ("trbdf2", "kvaerno3", "kencarp4") else {"options": {"step_size": 0.1}}
+    with torch.set_grad_enabled(gradient):
+        found, expected = (fm.odeint(f, y0, t, method=method, **options)[-1] for f in (static, field))
+    tolerance = 1e-9 if way == "detached" else 1e-6  # the former has the field's Jacobian, the latter none
+    if not options:  # found by steps of their own
+        tolerance = 1e-6
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    if gradient and way == "detached":
+        a, b = (torch.autograd.grad(x.sum(), y0, retain_graph=True)[0] for x in (found, expected))
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)

@@ -264,3 +264,20 @@ def test_autograd_knows_that_out_was_written(impl: str) -> None:
         product.backward()
     with torch.inference_mode():
         fm.combine([x.clone()], [2.0], out=torch.empty(4, 3), impl=impl)
+
+
+@pytest.mark.parametrize("way", ["new", "operand", "overlapping"])
+@pytest.mark.parametrize("norm", [False, True])
+def test_combine_into_a_tensor_is_compiled_whole(way: str, norm: bool) -> None:
+    def function(a: torch.Tensor, b: torch.Tensor, t: torch.Tensor, out: torch.Tensor) -> object:
+        return fm.combine([a, b], [t, 0.5], out=out, **({"atol": 0.1, "rtol": 0.1} if norm else {}))
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    t = torch.rand(6)
+    for call in (function, compiled):
+        memory = torch.arange(30.0)
+        a, b = memory[:24].view(6, 4), torch.linspace(0, 1, 24).view(6, 4)
+        out = {"new": torch.empty(6, 4), "operand": a, "overlapping": memory[4:28].view(6, 4)}[way]
+        expected = t[:, None] * a + 0.5 * b
+        call(a, b, t, out)
+        torch.testing.assert_close(out, expected)

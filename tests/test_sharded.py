@@ -93,6 +93,26 @@ def cases(mesh):
     return [[Replicate(), Shard(0)], [Shard(0), Shard(1)]]
 
 
+def compare_draws(mesh, rank: int) -> None:
+    """Ranks whose generators differ draw one batch: x_t and t of the whole, wherever its parts are."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    torch.manual_seed(rank)
+    others = [Replicate()] * (mesh.ndim - 1)
+    ones, zeros = torch.ones(B, T), torch.zeros(B, T)
+    for placement in (Shard(0), Shard(1), Replicate()):
+        x_1, x_0 = (distribute_tensor(x, mesh, [placement, *others]) for x in (ones, zeros))
+        for sampler in (None, fm.times.LogitNormal()):
+            batch = fm.paths.CondOT().sample(x_1, x_0, time_sampler=sampler)
+            assert torch.equal(batch.x_t.full_tensor(), batch.t[:, None].expand(B, T))
+        if not placement.is_shard(1):  # noise is drawn by rows
+            drawn = [fm.paths.CondOT().sample(x_1).x_t, fm.interpolate(x_1, alpha=0.0, sigma=1.0, store_noise=True)[0]]
+            for x in drawn:
+                gathered = [torch.empty(B, T) for _ in range(torch.distributed.get_world_size())]
+                torch.distributed.all_gather(gathered, x.full_tensor())
+                assert all(torch.equal(g, gathered[0]) for g in gathered)
+
+
 def work(rank: int, world: int, folder: str) -> None:
     try:
         torch.set_num_threads(1)
@@ -102,6 +122,7 @@ def work(rank: int, world: int, folder: str) -> None:
             mesh = torch.distributed.init_device_mesh("cpu", shape)
             for placements in cases(mesh):
                 compare(mesh, placements)
+            compare_draws(mesh, rank)
         torch.distributed.destroy_process_group()
     except BaseException:
         with open(os.path.join(folder, f"error{rank}"), "w") as file:

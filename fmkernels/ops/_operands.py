@@ -169,12 +169,11 @@ def row_stride(table: Tensor) -> int | None:
     return table.stride(0) if rows > 1 else 0
 
 
-def memory_span(tensor: Tensor) -> tuple[int, int]:
-    """Where a tensor begins in its storage, and how far it reaches, in elements."""
-    start = int(tensor.storage_offset())
+def memory_length(tensor: Tensor) -> int:
+    """How far a tensor reaches from where it begins, in elements."""
     if tensor.numel() == 0:
-        return start, 0
-    return start, 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        return 0
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def overlap(tensor: Tensor, out: Tensor) -> bool:
@@ -184,7 +183,8 @@ def overlap(tensor: Tensor, out: Tensor) -> bool:
     """
     if not same_memory(tensor, out):
         return False
-    (start, length), (out_start, out_length) = memory_span(tensor), memory_span(out)
+    length, out_length = memory_length(tensor), memory_length(out)
+    start, out_start = tensor.storage_offset(), out.storage_offset()
     if length != tensor.numel() or out_length != out.numel():
         return False
     size, out_size = tensor.element_size(), out.element_size()

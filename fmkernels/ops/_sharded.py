@@ -6,7 +6,7 @@ shape as well as DTensors, are cut where it is cut in one of their dimensions. N
 that a batch may be sharded in its first dimension alone where noise is drawn; a row's norm, and the loss of each
 sample, need whole rows, which are gathered. A loss of all samples, and inner products, come out as Partial sums.
 
-Every plain tensor, seed and generator must be the same on all ranks.
+Every plain tensor and every seed must be the same on all ranks; a seed that nobody gives is the first rank's.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import _torch
 from .._checks import leading_shape, type_error, value_error
-from ..random import Noise
+from ..random import Noise, draw_seed
 from ._operands import Affine, Coefficient, Operand
 
 if TYPE_CHECKING:
@@ -31,6 +31,16 @@ def is_sharded(*values: Any) -> bool:
     """True where one is a DTensor; whoever has one has loaded its module."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and any(isinstance(value, module.DTensor) for value in values)
+
+
+def common_seed(data: Any, generator: torch.Generator | None) -> Tensor:
+    """A fresh seed for what is drawn beside data: for a DTensor the first rank's, sent to all of its mesh."""
+    seed = draw_seed(data.device, generator)
+    if is_sharded(data):
+        mesh = data.device_mesh
+        for group in map(mesh.get_group, range(mesh.ndim)):
+            torch.distributed.broadcast(seed, torch.distributed.get_global_rank(group, 0), group=group)
+    return seed
 
 
 class Layout:

@@ -21,6 +21,7 @@ from .._checks import (
 )
 from .._torch import assert_while_running
 from ..ops._operands import Coefficient, Operand
+from ..ops._sharded import common_seed, is_sharded
 from ..ops.combine.op import combine
 from ..ops.interpolate.op import X_0_STREAM, Z_STREAM, interpolate
 from ..ops.random import kinds
@@ -291,6 +292,8 @@ def sample(
     if source is seed and source is not None and not store_noise:
         source = source.detach().clone()  # the loss reads it again, when the caller's may hold another value
     drawn = t is None
+    if source is None and is_sharded(x_1) and (drawn or x_0 is None or z is None):
+        source = common_seed(x_1, generator)  # what each rank draws by itself would not be one batch
     if t is not None:
         if time_sampler is not None:
             raise ValueError("t, time_sampler: expected at most one of them, got both")

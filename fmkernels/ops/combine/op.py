@@ -21,7 +21,7 @@ from .._operands import (
     Operand,
     Operands,
     compute_dtype,
-    memory_span,
+    memory_length,
     overlap,
     pack_coefficients,
     pack_operands,
@@ -308,7 +308,7 @@ def combine(
     check_like("out", out, "operands[0]", data)
     if torch.is_grad_enabled() and needs_grad((out, *packed.tensors), coefs):
         raise value_error("out", "no operand that requires grad when it is given", out)
-    if out.numel() > memory_span(out)[1]:
+    if out.numel() > memory_length(out):
         raise value_error("out", "a tensor whose elements have a place in memory each", out)
     errors = (error_coefs, error_values, atol, rtol, want_norm)
     norm = combine_into(out, packed.tensors, packed.streams, packed.offsets, coefs, values, impl, *errors)

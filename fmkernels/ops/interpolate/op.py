@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ... import _dispatch
 from ..._checks import check_bool, check_float_tensor, check_int, type_error, value_error
-from ...random import Noise, draw_seed
+from ...random import Noise
 from .. import _sharded
 from .._operands import Coefficient, Operand, compute_dtype, pack_coefficients, pack_operands
 from ..combine.op import combine_packed
@@ -77,7 +77,7 @@ def interpolate(
     if z is not None and gamma is None:
         raise value_error("z", "None without gamma, its coefficient", z)
     if x_0 is None or (gamma is not None and z is None):
-        seed = draw_seed(x_1.device, generator)
+        seed = _sharded.common_seed(x_1, generator)
         x_0 = Noise._of(seed, X_0_STREAM, row_offset) if x_0 is None else x_0
         z = Noise._of(seed, Z_STREAM, row_offset) if gamma is not None and z is None else z
     else:  # nothing is drawn

@@ -100,8 +100,8 @@ class System:
     def _value(self, t: Tensor, y: Tensor) -> Tensor:
         state, time = y.reshape(self.shape), t.to(self.dtype)
         k = self.field(time if self.per_sample else time[0], state)
-        k = as_state("func", k, state)
-        return k.reshape(y.shape)
+        # a copy, as the field may have one buffer for its answers, and those of several stages are needed at once
+        return as_state("func", k, state).clone().reshape(y.shape)
 
     def linearise(self, t: Tensor, y: Tensor, *, graph: bool = False) -> tuple[Tensor, Tensor]:
         """f and its Jacobians (R, N, N) without gradient; ``graph`` keeps that of f."""

@@ -93,7 +93,7 @@ class Run:
         on_step: OnStep | None = None,
     ) -> None:
         self.program, self.calls, self.numbers, self.lease = program, calls, numbers.value, numbers
-        self.trajectory, self.on_step = trajectory, on_step
+        self.trajectory, self.on_step, self.x_0 = trajectory, on_step, x_0
         self.noises: Sequence[Any] = []  # what updates take
         self.draws = Draws((), x_0, None)  # what functions take
         if program.streams:
@@ -376,6 +376,8 @@ class Run:
     def _call_first(self, branch: str, source: int, time: int, results: tuple[int, ...]) -> None:
         """A branch's first call, which shows whether the network writes to its input."""
         x = self.registers[source]
+        if x is self.x_0 and not x.requires_grad:  # the caller's, which a network that writes would spoil
+            x = x.clone()
         version = x._version if self.look and not x.is_inference() else None
         output = self.calls[branch](x, self.times[time])
         references = references_of(output) if self.look else 0
