@@ -62,6 +62,7 @@ def checked_scale(name: str, scale: Scale) -> Scale:
     return float(scale)
 
 
+_EDGE = 1e-6  # a few units in the last place of float32
 _SCALE = "a number, a tensor with one for each sample, or a function of t"
 
 
@@ -129,16 +130,22 @@ def scale_at(builder: Builder, scale: Scale, t: Number, interval: Interval = Non
             value = value.reshape((*value.shape, *(1,) * (dims - value.ndim)))
     if interval is None:
         return value
-    low, high = interval
     if not dims and not isinstance(builder, Immediate):  # the host knows
-        return value if low <= float(t) <= high else outside
+        return value if within(float(t), interval) else outside
     if isinstance(t, Tensor):
         value = value if isinstance(value, Tensor) else t.new_full((), float(value))
-        return torch.where((t >= low) & (t <= high), value, t.new_full((), outside))
-    inside = np.asarray((t >= low) & (t <= high))
+        return torch.where(within(t, interval), value, t.new_full((), outside))
+    inside = np.asarray(within(t, interval))
     if not inside.any():
         return outside
     return value if inside.all() else np.where(inside, value, outside)
+
+
+def within(t: Number, interval: tuple[float, float]) -> Any:
+    """Whether a time is in the interval. Its ends belong to it whatever the rounding, float32's too, of a grid: 0.7 is
+    0.1 * 7 = 0.7000000000000001."""
+    low, high = interval
+    return (t >= low - _EDGE * max(1.0, abs(low))) & (t <= high + _EDGE * max(1.0, abs(high)))
 
 
 def _checked_value(value: Any) -> Number:
@@ -197,8 +204,8 @@ class Guidance(ABC):
     ) -> Callable[[Tensor, Tensor], Tensor]:
         """The guided velocity as a function of tensors (x, t), as adaptive solvers and likelihoods call it.
 
-        t has shape (), (B,), ... and is not looked at by the host: beyond an interval the scale becomes 1 (and the
-        unconditional branch is evaluated all the same). A function of (x, t) has no past and no steps: APG goes
+        t has shape (), (B,), ... and is not looked at by the host: beyond an interval the velocity is the conditional
+        one (and the unconditional branch is evaluated all the same). A function of (x, t) has no past and no steps: APG goes
         without its momentum, CFG-Zero* without its zero-init, and CFG++, which is defined by steps, raises.
 
         Args:

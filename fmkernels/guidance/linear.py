@@ -173,7 +173,8 @@ class ClassifierGuidance(Guidance):
     def _slope(self, builder: Builder, t: Number) -> Number:
         """dv/ds, 0 at pure noise."""
         slope = builder.conversion(t, "score", "velocity")[1]
-        alpha = torch.as_tensor(builder.path.alpha(torch.as_tensor(t, dtype=getattr(t, "dtype", torch.float64))))
+        times = t if isinstance(t, Tensor) else torch.as_tensor(t, dtype=torch.float64)
+        alpha = torch.as_tensor(builder.path.alpha(times))
         if isinstance(slope, Tensor):
             return torch.where(alpha == 0.0, torch.zeros_like(slope), slope)
         return np.where(as_number(alpha, "path") == 0.0, 0.0, slope)[()]
