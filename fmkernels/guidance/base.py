@@ -205,8 +205,8 @@ class Guidance(ABC):
         """The guided velocity as a function of tensors (x, t), as adaptive solvers and likelihoods call it.
 
         t has shape (), (B,), ... and is not looked at by the host: beyond an interval the velocity is the conditional
-        one (and the unconditional branch is evaluated all the same). A function of (x, t) has no past and no steps: APG goes
-        without its momentum, CFG-Zero* without its zero-init, and CFG++, which is defined by steps, raises.
+        one (and the unconditional branch is evaluated all the same). A function of (x, t) has no past and no steps: APG
+        goes without its momentum, CFG-Zero* without its zero-init, and CFG++, which is defined by steps, raises.
 
         Args:
             model: any callable model(x, t, **model_kwargs).

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, final
@@ -103,7 +102,8 @@ class CFG(ClassifierFree):
 
     ``rescale`` takes the result's standard deviation back to the conditional one's, each over a sample's elements (Lin
     et al. 2024, "Common diffusion noise schedules and sample steps are flawed", eq. 14 to 16): :math:`v' = (\phi\,
-    \mathrm{std}(c) / \mathrm{std}(v) + 1 - \phi) v`, of the velocities. ``zero_star`` is CFG-Zero* (Fan et al. 2025):
+    \mathrm{std}(c) / \mathrm{std}(v) + 1 - \phi) v`, of the velocities; a v of equal elements, whose deviation is 0 (or
+    its rounding), is not rescaled. ``zero_star`` is CFG-Zero* (Fan et al. 2025):
     :math:`v = s u + w (c - s u)` with :math:`s = \langle c, u \rangle / (\|u\|^2 + 10^{-8})` for each sample. Each
     costs a row reduction more.
 
@@ -119,8 +119,9 @@ class CFG(ClassifierFree):
             ``batched=("y",)``, or True with names in :func:`fmkernels.sample`, ask for one call, and what is not known
             is an error; "auto" takes one where all is known. Class labels (integers, (B,)) with a number in
             ``negative`` are known, as is what no dimension of the batch's size has. False makes two calls.
-        interval: times (low, high), both included, beyond which the scale is 1 (Kynkaanniemi et al. 2024) and, on a
-            fixed grid, the unconditional branch is not evaluated.
+        interval: times (low, high) beyond which the scale is 1 (Kynkaanniemi et al. 2024) and, on a fixed grid, the
+            unconditional branch is not evaluated. Both are included, with all that is within 1e-6 of them (relative
+            beyond 1), so that a time's rounding decides nothing.
         shared: names of keyword arguments that have no entry for each sample, whatever their shape.
         rescale: phi in [0, 1]; the paper recommends 0.7.
         zero_star: optimise the scale of u.
@@ -195,14 +196,26 @@ def _scaled_to_match(c: Tensor, u: Tensor) -> tuple[Tensor]:
 
 @operation
 def _rescaled(phi: float, c: Tensor, v: Tensor) -> tuple[Tensor]:
-    """(phi std(c) / std(v) + 1 - phi) v, standard deviations over each sample's elements."""
-    size = math.prod(v.shape[1:])
-    c_square, c_sum, v_square, v_sum = row_dots([c, v], [(0, 0), (0, -1), (1, 1), (1, -1)]).unbind(1)
-    # both divided by size - 1, which cancels; constant rows have the ratio 1
-    tiny = torch.finfo(c_square.dtype).tiny
-    c_variance = (c_square - c_sum.square() / size).clamp(min=tiny)
-    v_variance = (v_square - v_sum.square() / size).clamp(min=tiny)
-    return (combine([v], [phi * torch.sqrt(c_variance / v_variance) + (1.0 - phi)]),)
+    """(phi std(c) / std(v) + 1 - phi) v, standard deviations over each sample's elements; v where its own is 0."""
+    (c_centred, _), (v_centred, v_mean) = _centred(c), _centred(v)
+    sums = row_dots([c_centred, v_centred], [(0, 0), (0, -1), (1, 1), (1, -1)]) / v_centred.shape[1:].numel()
+    c_square, c_rest, v_square, v_rest = sums.unbind(1)
+    # what rounding left of the means is taken out
+    c_variance, v_variance = (c_square - c_rest.square()).clamp(min=0.0), (v_square - v_rest.square()).clamp(min=0.0)
+    # of a constant row at most its rounding is left
+    known = v_variance > (torch.finfo(v.dtype).eps * v_mean).square()
+    ratio = torch.where(known, c_variance, 1.0) / torch.where(known, v_variance, 1.0)
+    # the root of 0 has no derivative
+    root = torch.where(ratio > 0.0, torch.sqrt(torch.where(ratio > 0.0, ratio, 1.0)), 0.0)
+    return (combine([v], [phi * root + (1.0 - phi)]),)
+
+
+def _centred(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows less their means, and the means: squares of numbers far from 0 would keep little but their rounding."""
+    rows = x.unsqueeze(1) if x.dim() == 1 else x
+    dims = list(range(1, rows.dim()))
+    mean = rows.mean(dims, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    return rows - mean, mean.flatten()
 
 
 @final
@@ -215,11 +228,11 @@ class APG(ClassifierFree):
     :math:`D = D_c + (w - 1) (\Delta_\perp + \eta \Delta_\parallel)`. Reductions are over each sample's elements.
 
     The running sum is that of the solver's steps: all stages of a step see the sum of the steps before it, and the
-    step's first evaluation is what it adds. An adaptive solve, whose right-hand side has no past, goes without.
+    step's first guided evaluation is what it adds. An adaptive solve, whose right-hand side has no past, goes without.
 
     Args:
-        scale, negative, batched, interval, shared: see :class:`CFG`, in the convention "scale"; beyond the interval the
-            running sum stays as it is.
+        scale, negative, batched, interval, shared: see :class:`CFG`, in the convention "scale". Where a sample's scale
+            is 1, as beyond the interval, its velocity is the conditional one, and its running sum stays as it is.
         eta: weight of the parallel part; the paper's 0 (diffusers' default, 1, is no projection).
         threshold: r, the largest norm; 0 is none. It depends on the size of the data: 2.5 to 15 in the paper.
         momentum: beta; negative in the paper, -0.5 or -0.75. 0 is none.
@@ -247,6 +260,7 @@ class APG(ClassifierFree):
         w = scale_at(builder, self.scale, t, self.interval)
         if is_number(w, 1.0):
             return builder.evaluate(x, t, CONDITIONAL)
+        guided: Any = isinstance(w, float) or w != 1.0
         c, u = self.pair(builder, x, t)
         slope = builder.conversion(t, "velocity", self.target)[1] if self.target != "velocity" else 1.0
         # where the target does not depend on the velocity (x_1 at t = 1), the limit without the past
@@ -258,7 +272,7 @@ class APG(ClassifierFree):
             if last is not None:
                 change = change + last * _where(known, self.momentum, 0.0)
             change = builder.keep(change)
-            self._remember(builder, last, change)
+            self._remember(builder, last, change, guided)
         (change,) = builder.compute(
             _projected(float(self.eta), float(self.threshold)),
             [change, builder.convert(x, c, t, self.target)],
@@ -266,18 +280,30 @@ class APG(ClassifierFree):
         )
         if self.base == "conditional":
             return c + change * ((w - 1.0) / slope)
-        return u + change * (w / slope)
+        return c * _where(guided, 0.0, 1.0) + u * _where(guided, 1.0, 0.0) + change * _where(guided, w / slope, 0.0)
 
     def _last(self, builder: Builder) -> Expr | None:
         """The running sum of the steps before the builder's."""
-        number, before, current = builder.memory.get(self, (-1, None, None))
+        number, before, current, _ = builder.memory.get(self, _NO_PAST)
         return before if number == builder.step.number else current
 
-    def _remember(self, builder: Builder, last: Expr | None, change: Expr) -> None:
-        if builder.memory.get(self, (-1,))[0] != builder.step.number:
-            if builder.still is not None:  # who waits adds nothing
-                change = builder.keep(either(builder.still, last or ZERO, change))
-            builder.memory[self] = (builder.step.number, last, change)
+    def _remember(self, builder: Builder, last: Expr | None, change: Expr, guided: Any) -> None:
+        """Each adds its first change in a step; who waits, and who is not guided, adds nothing."""
+        if isinstance(builder, Immediate):
+            return
+        number, _, current, added = builder.memory.get(self, _NO_PAST)
+        if number != builder.step.number:
+            added = False
+        adds = np.logical_and(guided, np.logical_not(added))
+        if builder.still is not None:
+            adds = adds & ~builder.still
+        if np.any(adds):
+            current = builder.keep(either(adds, change, current or ZERO))
+        builder.memory[self] = (builder.step.number, last, current, added | adds)
+
+
+# the step's number, the sums before and after it, and who has added to it
+_NO_PAST: tuple[int, Expr | None, Expr | None, Any] = (-1, None, None, False)
 
 
 @operation
@@ -292,6 +318,8 @@ def _projected(eta: float, threshold: float, d: Tensor, y: Tensor) -> tuple[Tens
 
 
 def _where(condition: Any, value: Number, other: float) -> Number:
+    if isinstance(condition, bool):
+        return value if condition else other
     if isinstance(condition, Tensor):
         full = condition.new_full((), other, dtype=torch.float64)
         if isinstance(value, Tensor):
