@@ -237,6 +237,9 @@ class Shifted(Sampler):
         place = torch.empty((), device=None if device is None else check_device("device", device)).device
         return self.shift(draw_times("sampler", self.sampler, _shape(shape), place, generator, seed, row_offset))
 
+    def draw(self, shape: tuple[int, ...], seed: Tensor, row_offset: int) -> Tensor:
+        return self(shape, seed=seed, row_offset=row_offset)
+
 
 @final
 @dataclass(frozen=True)

@@ -272,3 +272,11 @@ def test_the_bias_of_the_sigmoid_weighting(bias: float) -> None:
     want = torch.sigmoid(bias - 2.0 * torch.log(t / (1.0 - t)))
     got = fm.weightings.Sigmoid(bias).weight(fm.paths.CondOT(), t)
     torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-14)
+
+
+def test_shifted_times_are_drawn_as_those_of_any_sampler() -> None:
+    shifted = fm.times.Shifted(fm.times.Uniform(), fm.times.Shift(2.0))
+    seed = torch.tensor(1)
+    expected = shifted.shift(shifted.sampler.draw((5,), seed, 3))
+    assert torch.equal(shifted.draw((5,), seed, 3), expected)
+    assert torch.equal(shifted((5,), seed=1, row_offset=3), expected)
