@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -183,3 +184,24 @@ def test_gradients_of_a_scale_by_a_function_of_the_state() -> None:
         ends.append((weights * solved).sum())
     expected = (ends[0] - ends[1]).detach() / 2e-6
     np.testing.assert_allclose(float(found), float(expected), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "transform", [torch.func.jacrev, torch.func.vjp, torch.func.grad], ids=["jacrev", "vjp", "grad"]
+)
+def test_reverse_transforms_of_a_solve_without_gradients_are_told(transform: Any) -> None:
+    def solve(x: torch.Tensor, **options: Any) -> torch.Tensor:
+        samples = fm.sample(lambda x, t: -x, x, steps=5, **options)[0]
+        return samples.sum() if transform is torch.func.grad else samples
+
+    arguments = (X,) if transform is torch.func.vjp else ()
+
+    def apply(**options: Any) -> Any:
+        found = transform(lambda x: solve(x, **options), *arguments)
+        return found if arguments else found(X)
+
+    with pytest.raises(ValueError, match="gradient: expected 'direct' within torch.func"):
+        apply()
+    apply(gradient="direct")
+    jacobian = torch.func.jacfwd(solve)(X)  # forward mode records nothing
+    assert jacobian.abs().max() > 0.1

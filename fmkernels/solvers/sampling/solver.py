@@ -23,6 +23,7 @@ from ..._checks import (
     type_error,
     value_error,
 )
+from ..._torch import transform_active
 from ...random import draw_seed
 from ..adaptive.solve import solve_adaptive
 from ..methods.reversible import Scheme, solve_reversible, tableau_of
@@ -152,6 +153,8 @@ class Solver(FlowSettings):
         recorded = self.gradient != "none" and torch.is_grad_enabled()
         if recorded:
             self.check_recorded()
+        elif x.requires_grad and torch.is_grad_enabled() and transform_active():
+            raise value_error("gradient", "'direct' within torch.func, which would find a derivative of 0", "none")
         if self.gradient == "reversible":
             return self._sample_reversible(x, return_trajectory, callback is not None or progress, kwargs)
         tableau = self.tableau()
