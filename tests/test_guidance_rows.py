@@ -68,7 +68,8 @@ def test_rescale_of_constant_rows_beside_others_has_finite_gradients(constant: s
 
 
 @pytest.mark.parametrize(
-    ("interval", "inside"), [((0.3, 0.7), 5), ((0.1, 0.6), 6), ((0.2, 0.2), 1), ((0.21, 0.29), 0), ((0.3, 0.69), 4)]
+    ("interval", "inside"),
+    [((0.3, 0.7), 5), ((0.1, 0.6), 6), ((0.2, 0.2), 1), ((0.21, 0.29), 0), ((0.3, 0.69), 4), ((0.7, 1.0), 3)],
 )
 def test_an_intervals_ends_belong_to_it_whatever_a_grids_rounding(interval: Any, inside: int) -> None:
     x, y = data()

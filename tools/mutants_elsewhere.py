@@ -4,6 +4,8 @@ from __future__ import annotations
 
 LINEAR = "tests/test_guidance_linear.py"
 NONLINEAR = "tests/test_guidance_nonlinear.py"
+ROWS = "tests/test_guidance_rows.py"
+WAITING = "tests/test_waiting.py"
 PATHS_TESTS = "tests/test_paths.py"
 TARGETS = "tests/test_targets.py"
 WEIGHTS = "tests/test_weightings_times.py"
@@ -18,11 +20,22 @@ ARGUMENTS = "tests/test_wrong_arguments.py"
 
 MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
     # ------------------------------------------------------------------ guidance
-    ("fmkernels/guidance/base.py", "low <= float(t) <= high", "low <= float(t) < high", LINEAR),
-    ("fmkernels/guidance/base.py", "np.asarray((t >= low) &", "np.asarray((t > low) &", LINEAR),
-    ("fmkernels/guidance/base.py", "torch.where((t >= low) &", "torch.where((t > low) &", RARE),
+    ("fmkernels/guidance/base.py", "(t >= low - _EDGE * max(1.0, abs(low)))", "(t >= low)", ROWS),
+    ("fmkernels/guidance/base.py", "(t <= high + _EDGE * max(1.0, abs(high)))", "(t <= high)", ROWS),
+    ("fmkernels/guidance/base.py", "_EDGE = 1e-6", "_EDGE = 2e-2", ROWS),
     ("fmkernels/guidance/cfg.py", "(square + 1e-8)", "(square + 1e-2)", LINEAR),
-    ("fmkernels/guidance/cfg.py", "v_variance = (v_square - v_sum.square() / size)", "v_variance = v_square", LINEAR),
+    ("fmkernels/guidance/cfg.py", "return rows - mean, mean.flatten()", "return rows, mean.flatten()", ROWS),
+    ("fmkernels/guidance/cfg.py", "(torch.finfo(v.dtype).eps * v_mean).square()", "-1.0", ROWS),
+    ("fmkernels/guidance/cfg.py", "torch.where(ratio > 0.0, ratio, 1.0)", "ratio", ROWS),
+    ("fmkernels/guidance/cfg.py", "guided: Any = isinstance(w, float) or w != 1.0", "guided: Any = True", ROWS),
+    ("fmkernels/guidance/cfg.py", "np.logical_and(guided, np.logical_not(added))", "np.logical_not(added)", ROWS),
+    (
+        "fmkernels/guidance/cfg.py",
+        "step.number, last, current, added | adds)",
+        "step.number, last, current, True)",
+        ROWS,
+    ),
+    ("fmkernels/guidance/cfg.py", "adds = adds & ~builder.still", "pass", WAITING),
     ("fmkernels/guidance/cfg.py", "builder.own_number, self.zero_steps)", "builder.own_number, 1)", LINEAR),
     ("fmkernels/guidance/cfg.py", "along = (1.0 - eta) * product", "along = product", NONLINEAR),
     ("fmkernels/guidance/cfg.py", "d_square.clamp(min=threshold**2)", "d_square.clamp(min=threshold)", NONLINEAR),
