@@ -71,10 +71,11 @@ def check_values(name: str, value: Tensor) -> None:
 
 
 def check_dense(name: str, value: Tensor) -> None:
+    if torch.compiler.is_compiling():  # which does not tell a layout everywhere; what it traces is dense
+        return
     if value.layout is not torch.strided or value.is_nested:
         raise type_error(name, "a dense tensor (torch.strided)", value)
-    subclass = type(value) is not Tensor and type(value) is not torch.nn.Parameter
-    if subclass and not torch.compiler.is_compiling() and isinstance(value, torch.masked.MaskedTensor):
+    if type(value) is not Tensor and isinstance(value, torch.masked.MaskedTensor):
         raise type_error(name, "a dense tensor, not a masked one", value)
 
 

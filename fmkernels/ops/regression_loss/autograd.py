@@ -193,7 +193,10 @@ def scaled_slope(
     saved); untouched where grad_output is 1.
     """
     if _torch.intercepted() or _torch.legacy_batched(grad_output) or slope.dtype is not dtype:
-        return kept(mask, slope.to(grad_output.dtype) * expand_leading(grad_output, slope)).to(dtype)
+        product = slope.to(grad_output.dtype) * expand_leading(grad_output, slope)
+        if mask is None or _torch.intercepted() or _torch.legacy_batched(grad_output):
+            return kept(mask, product).to(dtype)
+        return product.masked_fill_(expand_leading(mask, product).logical_not(), 0.0).to(dtype)  # of slope's layout
     last = owned and not _torch.graph_is_kept()
     if last and grad_output.is_cpu and grad_output.dim() == 0 and grad_output.item() == 1.0:
         return slope
