@@ -27,29 +27,21 @@ def constant_while_compiling(function: _Function) -> _Function:
     return function
 
 
-def beside_graphs(function: _Function) -> _Function:
+def untraced(function: _Function) -> _Function:
     """Makes a function run as it is within what torch.compile traces, which breaks the graph around it.
 
-    For what looks at values and so cannot be part of a graph: under ``fullgraph=True`` PyTorch raises.
+    For what looks at values and so cannot be part of a graph: under ``fullgraph=True`` PyTorch raises. Where a graph is
+    broken already, PyTorch goes on with each frame by itself: it does not with this one, nor with what it calls.
+    Importing the compiler only to say so would take a second.
     """
 
     @functools.wraps(function)
-    def beside(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
+    def as_it_is(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None:
             return torch.compiler.disable(function)(*args, **kwargs)
         return function(*args, **kwargs)
 
-    return beside  # type: ignore[return-value]
-
-
-def untraced(function: _Function) -> _Function:
-    """The function, which torch.compile does not look into where it has broken its graph and goes on with each frame.
-
-    Importing the compiler only to say so takes a second.
-    """
-    if torch.compiler.is_compiling() or torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None:
-        return torch.compiler.disable(function)  # type: ignore[no-any-return]
-    return function
+    return as_it_is  # type: ignore[return-value]
 
 
 @constant_while_compiling

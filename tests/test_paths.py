@@ -9,6 +9,7 @@ from pathlib import Path as File
 
 import pytest
 import torch
+from path_problems import Plain
 
 import fmkernels as fm
 from fmkernels.paths import (
@@ -24,17 +25,6 @@ from fmkernels.paths import (
     SchrodingerBridge,
 )
 
-
-class Mine(Path):
-    """A user's own schedule: two functions, no derivatives."""
-
-    def alpha(self, t):
-        return t**2
-
-    def sigma(self, t):
-        return torch.exp(-3 * t) * (1 - t)
-
-
 AFFINE = [
     CondOT(),
     OptimalTransport(),
@@ -45,7 +35,7 @@ AFFINE = [
     LinearVP(),
     VP(),
     VE(),
-    Mine(),
+    Plain(),
 ]
 BRIDGES = [SchrodingerBridge(0.7), ConstantBridge(0.1), ConstantBridge(0.2, base=Cosine())]
 PATHS = AFFINE + BRIDGES

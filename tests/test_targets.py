@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from path_problems import Plain
 
 import fmkernels as fm
 from fmkernels import times, weightings
@@ -22,16 +23,6 @@ from fmkernels.paths import (
     Polynomial,
     SchrodingerBridge,
 )
-
-
-class Mine(Path):
-    """A user's own schedule: two functions, no derivatives."""
-
-    def alpha(self, t):
-        return t**2
-
-    def sigma(self, t):
-        return torch.exp(-3 * t) * (1 - t)
 
 
 class Constants(Path):
@@ -54,7 +45,7 @@ PATHS = [
     LinearVP(),
     VP(),
     VE(),
-    Mine(),
+    Plain(),
 ]
 TARGETS = ("velocity", "x_1", "x_0", "score", "v", "edm")
 TINY = [0.0, 1e-7, 1e-4, 1 - 1e-4, 1 - 2.0**-24, 1.0]
@@ -185,14 +176,14 @@ def check_derivatives(path: Path, t: torch.Tensor) -> None:
 def test_a_users_schedule_has_its_derivatives_in_every_grad_mode(mode) -> None:
     before = torch.tensor([0.1, 0.5])
     with mode():
-        check_derivatives(Mine(), before)
-        check_derivatives(Mine(), torch.tensor([0.1, 0.5]))
+        check_derivatives(Plain(), before)
+        check_derivatives(Plain(), torch.tensor([0.1, 0.5]))
         made = torch.tensor([0.1, 0.5])
-    check_derivatives(Mine(), made)
+    check_derivatives(Plain(), made)
 
 
 def test_a_users_schedule_has_its_derivatives_under_transforms_and_compile() -> None:
-    path, t, h = Mine(), torch.tensor([0.1, 0.5]), 1e-3
+    path, t, h = Plain(), torch.tensor([0.1, 0.5]), 1e-3
     torch.testing.assert_close(torch.func.vmap(path.d_sigma)(t), D_SIGMA)
     second = torch.func.jvp(path.d_sigma, (t,), (torch.ones(2),))[1]
     torch.testing.assert_close(second, (path.d_sigma(t + h) - path.d_sigma(t - h)) / (2 * h), rtol=1e-2, atol=1e-2)

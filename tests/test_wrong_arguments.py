@@ -6,13 +6,12 @@ gave, what was expected and what came.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from wrong_values import Calls, cases, check_answer
 
 import fmkernels as fm
 from fmkernels import paths, times, weightings
@@ -72,7 +71,7 @@ POSITIVE = ["int", "huge int", "float"]
 OPTIONAL = ["none"]
 
 # A call, its right arguments, and for each argument to vary: which of VALUES are right.
-CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, list[str]]]] = {
+CALLS: Calls = {
     "path.sample": (
         lambda **given: PATH.sample(**given),
         {"x_1": X},
@@ -275,24 +274,15 @@ PAIRS = {
     ("batch", "path"),
     ("generator", "seed, generator"),
 }
-CASES = [(name, argument) for name, (_, _, arguments) in CALLS.items() for argument in arguments]
 
 
-@pytest.mark.parametrize(("name", "argument"), CASES, ids=lambda value: value)
+@pytest.mark.parametrize(("name", "argument"), cases(CALLS), ids=lambda value: value)
 def test_a_wrong_argument_has_a_clear_answer(name: str, argument: str) -> None:
     call, right, arguments = CALLS[name]
-    named = "|".join(re.escape(a) for a in [argument, *(other for first, other in PAIRS if first == argument)])
+    names = [argument, *(other for first, other in PAIRS if first == argument)]
     for kind, value in VALUES.items():
-        answer = None
-        try:
-            call(**{**right, argument: value})
-        except (TypeError, ValueError) as error:
-            answer = str(error)
-        if kind in arguments[argument]:
-            assert answer is None, (kind, answer)
-        else:
-            assert answer is not None, f"{kind} is accepted"
-            assert re.match(rf"({named})(\.seed|\(\w*\)|\[[^]]*\])?: expected ", answer), (kind, answer)
+        given = {**right, argument: value}
+        check_answer(lambda given=given: call(**given), names, kind, kind in arguments[argument])
 
 
 def returned(value):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..._checks import type_error, warn
-from ..._torch import beside_graphs
+from ..._torch import untraced
 from ..methods import registry as methods
 from .callbacks import CALLBACKS
 from .events import EventFn, event_time, solve_event
@@ -162,7 +162,7 @@ def _norm(packed: Packed, options: dict[str, Any], given: Any) -> Norm:
     return users if callable(given) else standard
 
 
-@beside_graphs
+@untraced
 def odeint_adjoint(
     func: Field,
     y0: State,

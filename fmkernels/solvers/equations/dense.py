@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..._checks import check_has_values, check_number, type_error, value_error
-from ..._torch import beside_graphs
+from ..._torch import untraced
 from ...ops.combine.op import combine
 from ...ops.step_control.op import Status
 from ..methods import registry as methods
@@ -60,7 +60,7 @@ class DenseSolution:
         return self._packed.unpack(y.reshape(*t.shape, *y.shape[1:]), lead=t.dim())
 
 
-@beside_graphs
+@untraced
 def odeint_dense(
     func: Field,
     y0: State,

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from ..._checks import check_function, check_has_values, check_number, type_error, value_error
-from ..._torch import beside_graphs
+from ..._torch import untraced
 from .events import EventFn, event_time
 from .odeint import odeint
 from .options import check_func
 from .packed import Field, Packed, State
 
 
-@beside_graphs
+@untraced
 def odeint_event(
     func: Field,
     y0: State,

@@ -7,14 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
-from ..._torch import beside_graphs
+from ..._torch import untraced
 from .events import event_time, solve_event
 from .options import check_func, check_times, settings_of
 from .packed import Field, Packed, State
 from .solves import solve
 
 
-@beside_graphs
+@untraced
 def odeint(
     func: Field,
     y0: State,

@@ -22,7 +22,7 @@ from ..._checks import (
     type_error,
     value_error,
 )
-from ..._torch import beside_graphs
+from ..._torch import untraced
 from ...ops._operands import compute_dtype
 from ...ops.random.op import randn
 from ...paths import CondOT
@@ -50,7 +50,7 @@ METHODS: dict[tuple[str, str], tuple[str, ...]] = {
 }
 
 
-@beside_graphs
+@untraced
 def sdeint(
     drift: Drift,
     diffusion: NoiseLevel,

@@ -22,6 +22,7 @@ from . import grids
 TimeGrid = Tensor | np.ndarray | Sequence[float]
 
 
+@untraced
 def plan(
     method: str | Method,
     steps: int,
@@ -32,18 +33,7 @@ def plan(
     guidance: Guidance | None,
 ) -> Program:
     """The program of a fixed-grid method: the same object for equal settings."""
-    return untraced(_plan)(method, steps, schedule, time_grid, path, prediction, guidance)
 
-
-def _plan(
-    method: str | Method,
-    steps: int,
-    schedule: str | Shift | grids.Schedule,
-    time_grid: TimeGrid | None,
-    path: Path,
-    prediction: str,
-    guidance: Guidance | None,
-) -> Program:
     def builder() -> Builder:
         return Builder(grids.make_grid(steps, schedule, time_grid, waiting=True), path, prediction, guidance)
 
