@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._torch import is_differentiated, transform_active
+
 LARGEST = sys.float_info.max
 LARGEST_INT = 2**63 - 1  # that the kernels, and tensors, know
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -34,6 +36,8 @@ def describe(value: Any) -> str:
     if isinstance(value, Tensor):
         if value.is_nested:
             return f"a nested {value.dtype} tensor on {value.device}"
+        if (placements := getattr(value, "placements", None)) is not None:
+            return f"a {value.dtype} DTensor of shape {tuple(value.shape)}, placed by {placements}"
         kind = "" if value.layout is torch.strided else f" {value.layout}"
         return f"a {value.dtype}{kind} tensor of shape {tuple(value.shape)} on {value.device}"
     if isinstance(value, np.ndarray):
@@ -192,6 +196,13 @@ def real_array(name: str, expected: str, value: Any) -> np.ndarray:
         if value.is_complex() or value.dtype == torch.bool or value.is_quantized:
             raise type_error(name, expected, value)
         check_values(name, value)
+        if transform_active():  # whose tensors have no memory to look at, be they constants
+            if is_differentiated(value):
+                raise value_error(name, "values without a derivative, as they are read as numbers", value)
+            try:
+                return np.asarray(value.tolist(), dtype=np.float64).reshape(value.shape)
+            except RuntimeError:  # a batch of torch.vmap's
+                raise value_error(name, "values that torch.vmap does not map over, as they are read", value) from None
         return value.detach().double().resolve_neg().cpu().numpy()
     if isinstance(value, np.ndarray):
         array = value

@@ -60,6 +60,13 @@ def is_transformed(tensor: Tensor) -> bool:
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
 
 
+def is_differentiated(tensor: Tensor) -> bool:
+    """True for a tensor in which a derivative is taken, in reverse or forward mode."""
+    if tensor.requires_grad:
+        return True
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+
+
 def legacy_batched(tensor: Tensor) -> bool:
     """True for a batch of gradients, as autograd.grad(is_grads_batched=True) makes it; not to be asked while
     compiling."""

@@ -128,6 +128,9 @@ def cfm_loss(
         raise
 
 
+_COMPARISONS = 1 << 22  # of times with bins at once
+
+
 @final
 class LossBins:
     """The mean loss in equal bins of time, accumulated on the device without waiting for it::
@@ -203,15 +206,27 @@ class LossBins:
             raise value_error("t", f"a tensor on {self._sums.device}, where the sums are", t)
         with torch.no_grad():
             times, losses = t.detach().double().flatten(), loss.detach().double().flatten()
-            place = (times * self.bins).floor().clamp(max=self.bins - 1)
-            inside = place == torch.arange(self.bins, dtype=torch.float64, device=t.device)[:, None]
-            inside &= times <= 1.0
             if weight is None:
                 rows = torch.stack((losses, torch.ones_like(losses)))
             else:
                 share = weight.detach().double().flatten()
                 rows = torch.stack((torch.where(share == 0.0, 0.0, share * losses), share))
-            self._sums += torch.where(inside, rows[:, None], 0.0).sum(-1)
+            self._add(times, rows)
+
+    def _add(self, times: Tensor, rows: Tensor) -> None:
+        """Adds (2, N) losses and weights to the bins of their times, in fixed order."""
+        assert self._sums is not None
+        inside = (times >= 0.0) & (times <= 1.0)  # a NaN is not
+        place = torch.where(inside, times * self.bins, 0.0).floor().clamp(max=self.bins - 1)
+        rows = torch.where(inside, rows, 0.0)
+        if times.is_cpu:
+            self._sums.index_add_(1, place.long(), rows)
+            return
+        # a device adds by index in any order; its comparisons with all bins are made part by part
+        bins = torch.arange(self.bins, dtype=torch.float64, device=times.device)[:, None]
+        size = max(1, _COMPARISONS // self.bins)
+        for part, values in zip(place.split(size), rows.split(size, 1), strict=True):
+            self._sums += torch.where(part == bins, values[:, None], 0.0).sum(-1)
 
     def reset(self) -> None:
         """Back to no losses."""

@@ -124,7 +124,10 @@ def draw_times(
         # a generator's draws depend on how many were made before: only the function itself can tell rows apart
         if not _takes(sampler, "seed", "row_offset"):
             raise value_error(
-                name, "one of fm.times, or a function with arguments seed and row_offset, where one is given", sampler
+                name,
+                "one of fm.times, or a function with arguments seed and row_offset, where one is given or the data is "
+                "a DTensor",
+                sampler,
             )
         source = {"generator": generator} if seed is None else {"seed": seed}
         times = sampler(shape, device=device, row_offset=row_offset, **source)

@@ -172,3 +172,43 @@ def test_a_negative_with_one_entry_is_one_for_each_sample_however_it_is_called(m
     guidance = fm.guidance.CFG(2.0, negative={"c": torch.ones(1, 3)}, batched=False, shared=["c"])
     fm.sample(model, x_0, method="euler", steps=1, guidance=guidance, c=c)
     assert seen == {(4, 4, 3), (4, 1, 3)}
+
+
+RULES = {
+    "cfg": lambda: CFG(2.0, negative={"y": -1.0}),
+    "rescaled": lambda: CFG(2.0, negative={"y": -1.0}, rescale=0.5),
+    "apg": lambda: APG(2.0, negative={"y": -1.0}),
+    "cfg++": lambda: CFGPlusPlus(0.5, negative={"y": -1.0}),
+    "rectified": lambda: RectifiedCFGPlusPlus(1.0, negative={"y": -1.0}),
+    "several": lambda: MultiCondition([({"y": 0.5}, 2.0), ({"y": 0.3}, 1.0)], negative={"y": -1.0}),
+}
+
+
+ROADS = [(method, gradient) for method in ("euler", "heun2", "ab2") for gradient in ("none", "direct", "checkpoint")]
+OF_STEPS = ("cfg++", "rectified")  # defined by Euler steps
+
+
+@pytest.mark.parametrize(
+    ("rule", "method", "gradient"),
+    [
+        (rule, method, gradient)
+        for rule in RULES
+        for method, gradient in [*ROADS, ("dopri5", "none")]
+        if method == "euler" or rule not in OF_STEPS
+    ],
+)
+def test_two_calls_of_a_network_with_one_buffer(rule: str, method: str, gradient: str) -> None:
+    """A number for y cannot be joined: each branch is a call, and the second writes over the first's answer."""
+    buffer, x_0 = torch.empty(3, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+
+    def plain(x: Tensor, t: Tensor, y: float) -> Tensor:
+        return torch.tanh(x) * y + t[:, None]
+
+    def static(x: Tensor, t: Tensor, y: float) -> Tensor:
+        return buffer.detach().copy_(plain(x, t, y)) if gradient != "none" else buffer.copy_(plain(x, t, y))
+
+    steps = {"time_grid": [0.0, 0.9]} if method == "dopri5" else {"steps": 4}
+    options = {"method": method, "guidance": RULES[rule](), "gradient": gradient, "y": 1.0, **steps}
+    options["time_dtype"] = torch.float64
+    found, expected = (fm.sample(f, x_0, **options)[0] for f in (static, plain))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)

@@ -130,3 +130,17 @@ def test_bins_within_a_compiled_step() -> None:
 def test_bad_input(call, error, message) -> None:
     with pytest.raises(error, match=message):
         call(fm.LossBins(2, device="cpu"))
+
+
+def test_many_bins_cost_no_comparison_with_each() -> None:
+    t, loss, weight = (torch.rand(20000, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    bins = fm.LossBins(2**16)
+    bins.update(t, loss, weight)
+    place = (t.double() * 2**16).floor().long()
+    expected = torch.zeros(2**16, dtype=torch.float64).index_add_(0, place, (loss.double() * weight.double()))
+    torch.testing.assert_close(bins.total, expected, rtol=1e-12, atol=0.0)
+    few, parts = fm.LossBins(7), fm.LossBins(7)
+    few.update(t, loss, weight)
+    for part in zip(t.split(333), loss.split(333), weight.split(333), strict=True):
+        parts.update(*part)
+    torch.testing.assert_close(parts.mean, few.mean, rtol=1e-12, atol=0.0)

@@ -281,3 +281,23 @@ def test_combine_into_a_tensor_is_compiled_whole(way: str, norm: bool) -> None:
         expected = t[:, None] * a + 0.5 * b
         call(a, b, t, out)
         torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("norm", [False, True])
+def test_compiled_combine_sees_views_that_overlap(backend: str, norm: bool) -> None:
+    tolerances = {"atol": 0.1, "rtol": 0.2} if norm else {}
+
+    def first(base: torch.Tensor) -> object:
+        return fm.combine([base[0:4], torch.ones(4, 5)], [2.0, 1.0], out=base[1:5], **tolerances)
+
+    def later(base: torch.Tensor) -> object:
+        return fm.combine([base[4:8], base[0:4]], [1.0, 2.0], out=base[1:5], **tolerances)
+
+    for function in (first, later):
+        results = []
+        for call in (function, torch.compile(function, fullgraph=True, backend=backend)):
+            base = torch.arange(40.0).view(8, 5)
+            call(base)
+            results.append(base)
+        assert torch.equal(*results)

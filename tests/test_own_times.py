@@ -25,7 +25,9 @@ def clean(x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
 
 def writing(x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
     t.mul_(3)
-    return core(x, t, y)
+    v = core(x, t, y)
+    t.add_(5.0)  # also where it is 0
+    return v
 
 
 def state(dtype: torch.dtype = torch.float64) -> Tensor:
@@ -135,3 +137,56 @@ def test_divergences_and_guided_functions_leave_the_callers_times() -> None:
     guided = fm.guidance.CFG(2.0, negative={"y": 0}, batched=False)
     both(lambda f: guided.at(f, {"y": torch.ones(B)})(state(), t))
     assert torch.equal(t, kept)
+
+
+@pytest.mark.parametrize("gradient", ["direct", "checkpoint", "reversible"])
+@pytest.mark.parametrize("method", ["euler", "heun2", "rk4"])
+@pytest.mark.parametrize("time_shape", ["batch", "scalar"])
+def test_gradients_of_samples(method: str, gradient: str, time_shape: str) -> None:
+    def solve(f: Any) -> Tensor:
+        x_0 = state().requires_grad_()
+        samples, _ = fm.sample(
+            f, x_0, method=method, steps=4, gradient=gradient, time_shape=time_shape, time_dtype=torch.float64
+        )
+        return torch.stack([samples, *torch.autograd.grad(samples.square().sum(), x_0)])
+
+    both(solve)
+
+
+REVERSIBLE = {"options": {"reversible": True, "step_size": 0.1}}
+EXPLICIT, STIFF = ("rk4", "heun2", "dopri5"), ("implicit_euler", "trapezoid", "gl4", "sdirk3", "kvaerno3")
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [*((name, {}) for name in EXPLICIT + STIFF), ("rk4", REVERSIBLE), ("heun2", REVERSIBLE)],
+    ids=lambda value: value if isinstance(value, str) else "".join(value),
+)
+def test_equations(method: str, options: dict[str, Any]) -> None:
+    times, kept = torch.linspace(0, 0.5, 3, dtype=torch.float64), torch.linspace(0, 0.5, 3, dtype=torch.float64)
+
+    def solve(f: Any) -> Tensor:
+        y0 = state()[:2].requires_grad_()
+        ys = fm.odeint(lambda t, y: f(y, t), y0, times, method=method, **options)
+        return torch.cat([ys.detach(), torch.autograd.grad(ys[-1].sum(), y0)[0][None]])
+
+    both(solve)
+    assert torch.equal(times, kept)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "rk4", "implicit_midpoint"])
+def test_event_times_with_gradients(method: str) -> None:
+    def solve(f: Any) -> Tensor:
+        p = torch.ones((), dtype=torch.float64, requires_grad=True)
+        options = {} if method == "dopri5" else {"options": {"step_size": 0.05}}
+        event_t, _ = fm.odeint_event(
+            lambda t, y: p * f(y, t),
+            state()[:2],
+            torch.zeros((), dtype=torch.float64),
+            event_fn=lambda t, y: t - 0.37 + 0.1 * y.sum(),
+            method=method,
+            **options,
+        )
+        return torch.stack([event_t.detach(), *torch.autograd.grad(event_t, p)])
+
+    both(solve)

@@ -205,3 +205,31 @@ def test_reverse_transforms_of_a_solve_without_gradients_are_told(name: str) -> 
     apply(gradient="direct")
     jacobian = torch.func.jacfwd(solve)(X)  # forward mode records nothing
     assert jacobian.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["jacrev", "jacfwd", "hessian"])
+def test_a_grid_of_constants_in_a_tensor_is_one_within_transforms(name: str) -> None:
+    def solve(x: torch.Tensor, grid: Any) -> torch.Tensor:
+        samples = fm.sample(lambda x, t: torch.sin(x), x, time_grid=grid, gradient="direct")[0]
+        return samples.sum() if name == "hessian" else samples
+
+    transform = getattr(torch.func, name)
+    expected = transform(lambda x: solve(x, [0.0, 0.5, 1.0]))(X)
+    torch.testing.assert_close(transform(lambda x: solve(x, torch.tensor([0.0, 0.5, 1.0])))(X), expected)
+    torch.testing.assert_close(transform(lambda x: solve(x, torch.linspace(0.0, 1.0, 3)))(X), expected)
+
+
+def test_a_grid_that_a_transform_acts_on_is_told() -> None:
+    grid = torch.tensor([0.0, 0.5, 1.0])
+
+    def solve(g: torch.Tensor) -> torch.Tensor:
+        return fm.sample(lambda x, t: torch.sin(x), X, time_grid=g)[0]
+
+    for call in (
+        lambda: torch.func.jacrev(solve)(grid),
+        lambda: torch.func.jacfwd(solve)(grid),
+        lambda: torch.func.jvp(solve, (grid,), (torch.ones(3),)),
+        lambda: torch.func.vmap(solve)(grid[None]),
+    ):
+        with pytest.raises(ValueError, match=r"^time_grid: expected (times|values)"):
+            call()

@@ -105,6 +105,8 @@ def compare_draws(mesh, rank: int) -> None:
         for sampler in (None, fm.times.LogitNormal()):
             batch = fm.paths.CondOT().sample(x_1, x_0, time_sampler=sampler)
             assert torch.equal(batch.x_t.full_tensor(), batch.t[:, None].expand(B, T))
+            other = fm.paths.CondOT().sample(x_1, x_0, time_sampler=sampler, generator=torch.Generator())
+            assert torch.equal(other.x_t.full_tensor(), other.t[:, None].expand(B, T))
         if not placement.is_shard(1):  # noise is drawn by rows
             drawn = [fm.paths.CondOT().sample(x_1).x_t, fm.interpolate(x_1, alpha=0.0, sigma=1.0, store_noise=True)[0]]
             for x in drawn:

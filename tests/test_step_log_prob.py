@@ -391,3 +391,15 @@ def test_errors() -> None:
     ):
         with pytest.raises(error, match=f"^{name}: expected"):
             sde_step_log_prob(**{**step, **change})
+
+
+@pytest.mark.parametrize("method", ["euler", "exponential"])
+@pytest.mark.parametrize("last_step", ["mean", "tweedie", "euler", "none"])
+@pytest.mark.parametrize("zero_init", [None, 2])
+def test_a_solve_of_one_step_reports_it(method: str, last_step: str, zero_init: int | None) -> None:
+    guidance = None if zero_init is None else fm.guidance.CFG(2.0, negative={"s": -1.0}, zero_init=zero_init)
+    sde = fm.SDE("sigma", method=method, last_step=last_step, log_prob=True)
+    _, result = fm.sample(lambda x, t, s: -x * s, torch.randn(3, 2), steps=1, sde=sde, guidance=guidance, s=1.0)
+    assert result.log_prob.shape == (1, 3)
+    if last_step != "none":
+        assert (result.log_prob == 0.0).all()

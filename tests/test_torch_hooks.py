@@ -202,3 +202,17 @@ def test_the_compiler_does_not_look_into_what_it_is_not_to_trace() -> None:
     traced.clear()
     assert torch.equal(torch.compile(function, backend="eager")(x), x + 1.0)
     assert traced == [False]
+
+
+def test_what_a_derivative_is_taken_in_is_known() -> None:
+    x = torch.ones(2)
+    assert not _torch.is_differentiated(x)
+    assert _torch.is_differentiated(torch.ones(2, requires_grad=True))
+    with forward_ad.dual_level():
+        assert not _torch.is_differentiated(x)
+        assert _torch.is_differentiated(forward_ad.make_dual(x, x))
+    seen: list[bool] = []
+    torch.func.jvp(lambda y: (seen.append(_torch.is_differentiated(y)), y)[1], (x,), (x,))
+    torch.func.vjp(lambda y: (seen.append(_torch.is_differentiated(y)), y)[1], x)
+    torch.func.vmap(lambda y: (seen.append(_torch.is_differentiated(y)), y)[1])(x)
+    assert seen == [True, True, False]

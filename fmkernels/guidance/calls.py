@@ -109,8 +109,10 @@ class _Joined(JoinedCall):
         count = len(self.kwargs)
         kwargs = self._kwargs(x.shape[0])
         if kwargs is None:
-            # each with times of its own, to which the network may write
-            return tuple(call(x, t.clone()) for call in self.apart)  # type: ignore[misc]  # one output each
+            # each with times of its own, to which the network may write, and each output before the next call, which
+            # may write to the same buffer
+            *first, last = self.apart
+            return (*(self._copy(call(x, t.clone())) for call in first), last(x, t.clone()))  # type: ignore[arg-type]
         every = torch.cat([x] * count)
         v = self._output(every, t if t.dim() == 0 else torch.cat([t] * count), kwargs)
         if not self.looked and is_plain_context():
@@ -118,6 +120,10 @@ class _Joined(JoinedCall):
             unchanged = torch.equal(every[: x.shape[0]], x) if every.is_inference() else every._version == 0
             self.writes_to_input = not unchanged
         return v.unflatten(0, (count, x.shape[0])).unbind(0)
+
+    @staticmethod
+    def _copy(output: Any) -> Any:
+        return output.clone() if isinstance(output, Tensor) else output  # what is no tensor is told by the caller
 
     def on_all(self, x: Tensor, t: Tensor) -> Tensor | None:
         if self.writes_to_input:

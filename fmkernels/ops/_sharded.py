@@ -55,7 +55,11 @@ class Layout:
         self.mesh = data.device_mesh
         self.placements: list[Placement] = [p if k else Replicate() for p, k in zip(data.placements, keep, strict=True)]
         if noise and any(p.is_shard() and not p.is_shard(0) for p in self.placements):
-            raise value_error(name, "a DTensor that is sharded in its first dimension alone, as noise is drawn", data)
+            raise value_error(
+                name,
+                "a DTensor that is sharded in its first dimension alone, as noise is drawn (give x_0, and z)",
+                data,
+            )
         self.name, self.data = name, data
         self._replicate, self._partial = Replicate(), Partial()
 

@@ -293,7 +293,7 @@ def sample(
         source = source.detach().clone()  # the loss reads it again, when the caller's may hold another value
     drawn = t is None
     if source is None and is_sharded(x_1) and (drawn or x_0 is None or z is None):
-        source = common_seed(x_1, generator)  # what each rank draws by itself would not be one batch
+        source, generator = common_seed(x_1, generator), None  # what each rank draws alone would not be one batch
     if t is not None:
         if time_sampler is not None:
             raise ValueError("t, time_sampler: expected at most one of them, got both")

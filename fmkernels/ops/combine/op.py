@@ -46,12 +46,26 @@ def _combine(tensors: list[Tensor], *args: Any) -> list[Tensor]:
     return _dispatch.implementation("combine", tensors[0].device.type, impl).run(tensors, *rest)
 
 
-def _combine_into(out: Tensor, tensors: Sequence[Tensor], streams: Sequence[int], *args: Any) -> Tensor:
+def _combine_into(
+    out: Tensor,
+    tensors: Sequence[Tensor],
+    streams: Sequence[int],
+    offsets: Sequence[int],
+    coefs: Sequence[Tensor | None],
+    values: Sequence[float],
+    error_coefs: Sequence[Tensor | None],
+    *args: Any,
+) -> Tensor:
     *rest, want_norm, impl = args
+    # here, where the tensors are there: what torch.compile traces does not say what shares memory
+    tensors = [t.clone() if overlap(t, out) else t for t in tensors]
+    coefs, error_coefs = (
+        [c if c is None or not overlap(c, out) else c.clone() for c in table] for table in (coefs, error_coefs)
+    )
     if streams[0] == IN_PLACE:
         tensors, streams = [out, *tensors], [TENSOR, *streams[1:]]
     run = _dispatch.implementation("combine", out.device.type, impl).run
-    results = run(tensors, streams, *rest, want_norm, False, out=out)
+    results = run(tensors, streams, offsets, coefs, values, error_coefs, *rest, want_norm, False, out=out)
     return results[1] if want_norm else _no_norm(out)
 
 
@@ -180,11 +194,6 @@ def combine_into(
     impl = _dispatch.wanted(impl)
     if impl == "reference":
         return reference.run(tensors, streams, offsets, coefs, values, error_coefs, *options, False, out=out)[-1]
-    if not torch.compiler.is_compiling():  # which clones what shares memory itself
-        tensors = [t.clone() if (i or t is not out) and overlap(t, out) else t for i, t in enumerate(tensors)]
-        coefs, error_coefs = (
-            [c if c is None or not overlap(c, out) else c.clone() for c in table] for table in (coefs, error_coefs)
-        )
     if tensors[0] is out:
         tensors, streams = tensors[1:], [IN_PLACE, *streams[1:]]
     call = _combine_into if _dispatch.plain(out, *tensors, *coefs) else torch.ops.fmkernels.combine_into

@@ -82,7 +82,7 @@ def odeint_event(
     if not event_t.requires_grad:
         return event_t, solution
     with torch.no_grad():
-        speed = packed.field(event_t.to(y.dtype), y)
+        speed = packed.field(event_t.to(y.dtype).clone(), y)  # to which the field may write
     y = y + speed * (event_t - event_t.detach()).to(y.dtype)
     ends = packed.unpack(y)
     ends = (ends,) if isinstance(ends, Tensor) else ends

@@ -168,7 +168,7 @@ def event_time(packed: Packed, event_fn: EventFn, t0: Tensor, event_t: Tensor, y
 def _rate(packed: Packed, crossing: Crossing, t: Tensor, y: Tensor) -> Tensor:
     """The total derivative of the event function in time."""
     with torch.no_grad():
-        speed = packed.field(t.to(y.dtype), y)
+        speed = packed.field(t.to(y.dtype).clone(), y)
     with torch.enable_grad():
         inputs = (t.detach().requires_grad_(), y.detach().requires_grad_())
         value = crossing(*inputs)

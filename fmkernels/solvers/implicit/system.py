@@ -98,7 +98,7 @@ class System:
         return k
 
     def _value(self, t: Tensor, y: Tensor) -> Tensor:
-        state, time = y.reshape(self.shape), t.to(self.dtype)
+        state, time = y.reshape(self.shape), t.to(self.dtype).clone()  # to which the field may write
         k = self.field(time if self.per_sample else time[0], state)
         # a copy, as the field may have one buffer for its answers, and those of several stages are needed at once
         return as_state("func", k, state).clone().reshape(y.shape)

@@ -70,7 +70,8 @@ class Scheme:
             return combine([y, *chosen], [1.0, *scaled(row)]) if chosen else y
 
         def evaluate(state: Tensor, time: Any) -> Tensor:
-            return as_state(self.name, self.field(self.time(time), state), y)
+            # its own: the field may write to what it is given, and have one buffer for its answers
+            return as_state(self.name, self.field(self.time(time).clone(), state.clone()), y).clone()
 
         ks, _ = take_stages(tableau, t, u, state, evaluate, count=RungeKutta(tableau).used)
         return [k for k, b in zip(ks, tableau.b, strict=False) if b != 0.0], scaled(tableau.b)

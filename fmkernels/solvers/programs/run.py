@@ -57,6 +57,26 @@ def _is_plain(x: Tensor) -> bool:
 _ONE = [1.0]
 
 
+def wrote_to_input(name: str) -> ValueError:
+    return ValueError(
+        f"{name}: expected a function that leaves its input as it is, but it wrote to it (an in-place operation); "
+        "clone the input first"
+    )
+
+
+class _Own(Sequence[Tensor]):
+    """Times of which each call has its own."""
+
+    def __init__(self, times: Sequence[Tensor]) -> None:
+        self._times = times
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._times[index].clone()
+
+    def __len__(self) -> int:
+        return len(self._times)
+
+
 class Run:
     """One run of a program.
 
@@ -347,7 +367,7 @@ class Run:
         if output is None:
             return False
         if version is not None and x._version != version:
-            raise self._wrote_to_input()
+            raise wrote_to_input(self.function_name)
         output = as_state(self.function_name, output, x)
         begin = output.data_ptr()
         first, second = results
@@ -367,12 +387,6 @@ class Run:
             if half is not None and self.registers[s].shape[0] == rows:
                 self.registers[s] = self.registers[s].unflatten(0, (2, rows // 2))[half]
 
-    def _wrote_to_input(self) -> ValueError:
-        return ValueError(
-            f"{self.function_name}: expected a function that leaves its input as it is, but it wrote to it (an "
-            "in-place operation); clone the input first"
-        )
-
     def _call_first(self, branch: str, source: int, time: int, results: tuple[int, ...]) -> None:
         """A branch's first call, which shows whether the network writes to its input."""
         x = self.registers[source]
@@ -382,7 +396,7 @@ class Run:
         output = self.calls[branch](x, self.times[time])
         references = references_of(output) if self.look else 0
         if version is not None and x._version != version:
-            raise self._wrote_to_input()
+            raise wrote_to_input(self.function_name)
         self._take(output, results, x, references)
 
     def _take(self, output: Any, results: tuple[int, ...], x: Tensor, references: int | None = None) -> None:
@@ -406,8 +420,7 @@ class Run:
 
     def _taken(self, operands: Sequence[Any]) -> list[Any]:
         """States are what they should be; network outputs are told from them by nothing but that."""
-        assert self.buffers is not None
-        like, name = self.buffers[0], self.function_name
+        like, name = self.x_0, self.function_name
         return [operand if isinstance(operand, Noise) else as_state(name, operand, like) for operand in operands]
 
     def _copy(self, state: int) -> None:
@@ -451,6 +464,7 @@ class Run:
         def segment(*tensors: Tensor) -> tuple[Tensor, ...]:
             nonlocal on_step
             self._begin(number, tensors[0])
+            self.times = _Own(self.times)  # the segment is run again, at the times as they were
             self.registers[0] = None
             for register, tensor in zip(before, tensors, strict=True):
                 self.registers[register] = tensor

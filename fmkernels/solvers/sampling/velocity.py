@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..._arguments import NOTHING, Named, check_named, divided
+from ..._cache import is_plain_context
 from ..._checks import as_state, type_error
 from ..._keys import NoKey
 from ...paths import Path
@@ -18,7 +19,7 @@ from ..programs.builder import Builder
 from ..programs.captures import held_object
 from ..programs.expressions import Expr, Number
 from ..programs.immediate import Immediate
-from ..programs.run import Call
+from ..programs.run import Call, wrote_to_input
 
 Model = Callable[..., Tensor]
 FOLLOW = ("batched", "scales")  # the arguments of a velocity that have an entry for each sample
@@ -108,9 +109,24 @@ class Velocity:
         scales: Mapping[str, Tensor] = _NONE,
     ) -> Tensor:
         self._velocities += 1
+        # at the first call it shows whether the network writes to its input
+        watched = self._velocities == 1 and is_plain_context() and not x.is_inference()
+        version = x._version if watched else 0
+        v = self._velocity(t, x, batched, shared, scales)
+        if watched and x._version != version:
+            raise wrote_to_input(self.name_in_errors)
+        return v
+
+    def _velocity(
+        self,
+        t: Tensor,
+        x: Tensor,
+        batched: Mapping[str, Any],
+        shared: Mapping[str, Any],
+        scales: Mapping[str, Tensor],
+    ) -> Tensor:
         if self.guidance is None:
-            # the network may write to its times
-            own = t if self.prediction == "velocity" else t.clone()
+            own = t.clone()  # to which the network may write
             v = self.model(x, own, **shared, **batched) if shared or batched else self.model(x, own)
             if self.prediction == "velocity":
                 return v
