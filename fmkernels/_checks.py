@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._torch import is_differentiated, transform_active
+from ._torch import is_differentiated, is_mapped, transform_active
 
 LARGEST = sys.float_info.max
 LARGEST_INT = 2**63 - 1  # that the kernels, and tensors, know
@@ -88,6 +88,12 @@ def check_has_values(name: str, value: Tensor) -> None:
     check_dense(name, value)
     if value.is_meta:
         raise value_error(name, "a tensor with values, not one on meta", value)
+
+
+def check_unmapped(name: str, value: Tensor) -> None:
+    """A tensor that torch.vmap does not map over, so that its values can be read."""
+    if is_mapped(value):
+        raise value_error(name, "values that torch.vmap does not map over, the same for all its entries", value)
 
 
 def check_function(name: str, value: Any, expected: str) -> None:

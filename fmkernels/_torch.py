@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -62,9 +62,109 @@ def is_transformed(tensor: Tensor) -> bool:
 
 def is_differentiated(tensor: Tensor) -> bool:
     """True for a tensor in which a derivative is taken, in reverse or forward mode."""
+    return requires_grad(tensor) or has_tangent(tensor)
+
+
+def requires_grad(tensor: Tensor, *, outside: bool = True) -> bool:
+    """True for a tensor that autograd differentiates, at whatever level of nested transforms: vmap hides it.
+
+    Args:
+        outside: also where that is outside of all transforms, and vmap hides it.
+    """
     if tensor.requires_grad:
         return True
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+    hooks = torch._C._functorch
+    while hooks.is_functorch_wrapped_tensor(tensor):
+        tensor = hooks.get_unwrapped(tensor)
+        if tensor.requires_grad and (outside or hooks.is_functorch_wrapped_tensor(tensor)):
+            return True
+    return False
+
+
+def is_mapped(tensor: Tensor) -> bool:
+    """True for a tensor with a dimension that torch.vmap hides."""
+    hooks = torch._C._functorch
+    while hooks.is_functorch_wrapped_tensor(tensor):
+        if hooks.is_batchedtensor(tensor):
+            return True
+        tensor = hooks.get_unwrapped(tensor)
+    return False
+
+
+def has_tangent(tensor: Tensor) -> bool:
+    """True for a tensor that forward mode differentiates, at whatever level of nested transforms."""
+    if forward_ad._current_level < 0:
+        return False
+    hooks = torch._C._functorch
+    if not hooks.is_functorch_wrapped_tensor(tensor):
+        return forward_ad.unpack_dual(tensor).tangent is not None
+    with transforms_left() as within:  # vmap cannot be asked for tangents below it: each level is asked as the last one
+        while True:
+            wrapped = hooks.is_functorch_wrapped_tensor(tensor)
+            if not (wrapped and hooks.is_batchedtensor(tensor)):
+                with within(max(hooks.maybe_get_level(tensor), 0) if wrapped else 0):
+                    if forward_ad.unpack_dual(tensor).tangent is not None:
+                        return True
+            if not wrapped:
+                return False
+            tensor = hooks.get_unwrapped(tensor)
+
+
+def transform_kinds() -> set[str]:
+    """The kinds of the active transforms: "Vmap", "Grad" (of vjp and jacrev too), "Jvp", "Functionalize"."""
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    kinds = {interpreter.key().name for interpreter in stack}
+    return kinds | {"Jvp"} if forward_ad._current_level >= 0 else kinds
+
+
+Within = Callable[..., AbstractContextManager[Any]]
+
+
+@contextmanager
+def transforms_left() -> Iterator[Within]:
+    """Within it operations on plain tensors run as if no transform of torch.func were active.
+
+    Gives a function: within what it returns the transforms are active again, or those of the levels up to one.
+    """
+    from torch._functorch.pyfunctorch import (
+        temporarily_clear_interpreter_stack,
+        temporarily_restore_interpreter_stack,
+    )
+
+    with temporarily_clear_interpreter_stack() as stack:
+
+        def within(level: int | None = None) -> AbstractContextManager[Any]:
+            return temporarily_restore_interpreter_stack(stack if level is None else stack[len(stack) - level :])
+
+        yield within
+
+
+def beneath(tensor: Tensor) -> tuple[Tensor, dict[int, int]]:
+    """The plain tensor beneath torch.func's wrappers, where transforms are left (:func:`transforms_left`).
+
+    Dimensions that vmap hides stand first, in the order of their levels.
+
+    Returns:
+        It, and the size of the hidden dimension of each level.
+    """
+    hooks = torch._C._functorch
+    hidden: list[tuple[int, int]] = []
+    while hooks.is_functorch_wrapped_tensor(tensor):
+        if hooks.is_batchedtensor(tensor):
+            hidden.append((hooks.maybe_get_level(tensor), hooks.maybe_get_bdim(tensor)))
+        tensor = hooks.get_unwrapped(tensor)
+    levels: dict[int, int] = {}
+    for place, (level, dim) in enumerate(reversed(hidden)):
+        tensor = tensor.movedim(dim + place, place)
+        levels[level] = tensor.shape[place]
+    return tensor, levels
+
+
+def above(tensor: Tensor, levels: Sequence[int], dim: int) -> Tensor:
+    """A plain tensor as one whose dimensions from dim on are hidden by vmap, at levels in ascending order."""
+    for level in levels:
+        tensor = torch._C._functorch._add_batch_dim(tensor, dim, level)
+    return tensor
 
 
 def legacy_batched(tensor: Tensor) -> bool:

@@ -216,3 +216,52 @@ def test_what_a_derivative_is_taken_in_is_known() -> None:
     torch.func.vjp(lambda y: (seen.append(_torch.is_differentiated(y)), y)[1], x)
     torch.func.vmap(lambda y: (seen.append(_torch.is_differentiated(y)), y)[1])(x)
     assert seen == [True, True, False]
+
+
+def test_derivatives_are_seen_below_vmap() -> None:
+    x, seen = torch.ones(2), []
+
+    def see(y):
+        seen.append((_torch.requires_grad(y), _torch.requires_grad(y, outside=False), _torch.has_tangent(y)))
+        return y * 1.0
+
+    def mapped(y):
+        return torch.func.vmap(see)(y)
+
+    torch.func.jvp(mapped, (x,), (x,))
+    torch.func.vjp(mapped, x)
+    mapped(x.clone().requires_grad_())
+    with forward_ad.dual_level():
+        mapped(forward_ad.make_dual(x, x))
+        mapped(x)
+    torch.func.jvp(lambda y: (mapped(x), y)[1], (x,), (x,))
+    torch.func.vmap(lambda y: torch.func.jvp(see, (y,), (y,)))(x)
+    no = (False, False, False)
+    tangent, both, outside = (False, False, True), (True, True, False), (True, False, False)
+    assert seen == [tangent, both, outside, tangent, no, no, tangent]
+
+
+def test_transforms_can_be_left_and_entered_again() -> None:
+    x = torch.arange(6.0).reshape(2, 3)
+
+    def function(y):
+        assert _torch.is_mapped(y)
+        assert _torch.transform_kinds() == {"Vmap", "Grad"}
+        with _torch.transforms_left() as within:
+            assert not _torch.transform_active()
+            plain, levels = _torch.beneath(y)
+            assert plain.equal(x)
+            twice = _torch.above(plain * 2.0, list(levels), 0)
+            with within():
+                total = (twice + y).sum()
+            with within(1):
+                assert _torch.transform_kinds() == {"Vmap"}
+        return total
+
+    got = torch.func.vmap(torch.func.grad_and_value(function), in_dims=1)(x.t())
+    assert torch.equal(got[1], 3.0 * x.sum(1))
+    assert torch.equal(got[0], torch.ones(2, 3))
+    assert not _torch.transform_active()
+    assert _torch.transform_kinds() == set()
+    with forward_ad.dual_level():
+        assert _torch.transform_kinds() == {"Jvp"}

@@ -9,7 +9,16 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor
 
-from ..._checks import check_choice, check_int, check_number, is_infinite, is_word, type_error, value_error
+from ..._checks import (
+    check_choice,
+    check_int,
+    check_number,
+    check_unmapped,
+    is_infinite,
+    is_word,
+    type_error,
+    value_error,
+)
 from ...ops.step_control.op import Rules
 from ..methods.tableaus import Tableau
 from .controllers import Controller, IController
@@ -136,6 +145,7 @@ MOST_STEPS = 2**31 - 1
 def number_option(name: str, value: Any, **bounds: float) -> float:
     """A number among options: an int, a float or a 0-dim tensor."""
     if isinstance(value, Tensor) and value.dim() == 0 and not value.is_complex() and value.dtype != torch.bool:
+        check_unmapped(f"options: {name}", value)
         value = value.item()
     check_number(f"options: {name}", value, **bounds)
     return float(value)

@@ -126,6 +126,11 @@ def row_norm(problem: Problem, ratio: Tensor) -> Tensor:
         if not isinstance(norm, Tensor) or norm.shape != expected:
             raise ValueError(f"norm: expected to return a tensor of shape {expected}, got {describe(norm)}")
         return norm.reshape(rows).abs()
+    return root_mean_square(ratio, rows)
+
+
+def root_mean_square(ratio: Tensor, rows: int) -> Tensor:
+    """(R,) of each row."""
     return ratio.reshape(rows, -1).square().mean(1).sqrt()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,11 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from ..._checks import value_error
+from ..._torch import is_differentiated, requires_grad, transform_active, transform_kinds
 from ...ops.step_control.op import Status
 from ...paths import CondOT
 from ..adaptive.gradient_watch import FoundGradient, watched
+from ..adaptive.lowered import Lowered
 from ..adaptive.options import AdaptiveOptions
+from ..adaptive.rows import Batch
 from ..adaptive.solve import AdaptiveResult, OnStep, solve_adaptive
+from ..adaptive.stepper import AdaptiveStep
 from ..methods.tableaus import Tableau
 from ..programs.builder import Builder
 from ..programs.expressions import Number
@@ -29,6 +32,12 @@ from .packed import Packed
 
 def asks_gradient(packed: Packed, t: Tensor) -> bool:
     """Whether y0, t or a module's parameters show that a gradient can be asked of the solution."""
+    if transform_active():  # in what its derivatives are taken shows nowhere
+        kinds = transform_kinds()
+        if "Jvp" in kinds or ("Grad" in kinds and torch.is_grad_enabled()):
+            return True
+        if torch.is_grad_enabled() and (requires_grad(packed.y0) or requires_grad(t)):
+            return True
     if not torch.is_grad_enabled():
         return False
     if packed.y0.requires_grad or t.requires_grad:
@@ -61,44 +70,51 @@ class Control:
     def __post_init__(self) -> None:
         self.callbacks = Callbacks(self.packed)
         self.norm = self.packed.norm(self.settings.options.get("norm"))
+        self.lowered = Lowered(0 if self.engine.shared else 1) if transform_active() else None
 
-    def part(self, here: Packed, segment: Segment, t_eval: Tensor | None = None) -> AdaptiveResult:
+    def part(self, here: Packed, segment: Segment, t_eval: np.ndarray | None = None) -> AdaptiveResult:
         """Solves a part without a graph, from the state of ``here``; with the accepted steps where they are wanted for
         a gradient, as :attr:`gradient` then tells."""
-        watching = torch.is_grad_enabled() and not self.gradient
         self.callbacks.begin()
+        watching = torch.is_grad_enabled() and not self.gradient
         try:
-            result = self._solve(here, watched(here.call) if watching else here.call, segment, t_eval, watching)
+            result = self._solve(here, segment, t_eval, watching)
         except FoundGradient:
             self.gradient, self.engine = True, replace(self.engine, record=True)
             self.callbacks.again()
-            result = self._solve(here, here.call, segment, t_eval, False)
+            result = self._solve(here, segment, t_eval, False)
         if self.engine.first_step is not None:
             self.engine = replace(self.engine, first_step=None)
         return result
 
-    def _solve(
-        self, here: Packed, field: Callable[..., Tensor], segment: Segment, t_eval: Tensor | None, watching: bool
-    ) -> AdaptiveResult:
+    def _solve(self, here: Packed, segment: Segment, t_eval: np.ndarray | None, watching: bool) -> AdaptiveResult:
         end: float | Tensor = segment.end
         if math.isinf(end):  # until on_step ends it
             end = torch.tensor(end, dtype=torch.float64, device="cpu")
-        return solve_adaptive(
-            field,
-            here.y0.detach(),
-            segment.start,
-            end,
-            self.tableau,
-            self.engine,
-            t_eval=t_eval,
-            norm=self.norm,
-            on_step=self._after if self.callbacks.judges else self.on_step,
-            before_step=self.callbacks.before_step if self.callbacks.on_try is not None else None,
-            enable_grad=watching,
-        )
+        field, y0, part = here.call, here.y0.detach(), (segment.start, end, self.tableau, self.engine)
+        told: dict[str, Any] = {
+            "t_eval": None if t_eval is None else torch.from_numpy(t_eval),
+            "norm": self.norm,
+            "on_step": self._after if self.callbacks.judges else self.on_step,
+            "before_step": self._before if self.callbacks.on_try is not None else None,
+        }
+        if self.lowered is not None:
+            return self.lowered.solve(field, y0, *part, **told, watching=watching, again=self.callbacks.again)
+        return solve_adaptive(watched(field) if watching else field, y0, *part, **told, enable_grad=watching)
 
-    def _after(self, step: Any) -> Any:
-        self.callbacks.after_step(step)
+    def _before(self, batch: Batch) -> None:
+        if self.lowered is None:
+            self.callbacks.before_step(batch)
+        else:
+            with self.lowered.within():
+                self.callbacks.tried(batch.time, self.lowered.above(batch.y), batch.next_size)
+
+    def _after(self, step: AdaptiveStep) -> Any:
+        if self.lowered is None:
+            self.callbacks.after_step(step)
+        else:
+            with self.lowered.within():
+                self.callbacks.judged(step.t, self.lowered.above(step.y), step.h, step.accepted)
         return None if self.on_step is None else self.on_step(step)
 
     def again(self, here: Packed, result: AdaptiveResult, start: Number, end: Number, wanted: list[Number]) -> Tensor:
@@ -113,7 +129,7 @@ class Control:
 def solve_controlled(packed: Packed, t: Tensor, tableau: Tableau, settings: Settings) -> Tensor:
     """The packed states at the times t."""
     control = Control.of(packed, t, tableau, settings)
-    if per_sample_of(packed, settings.options) and control.gradient and t.requires_grad:
+    if per_sample_of(packed, settings.options) and control.gradient and is_differentiated(t):
         raise value_error("t", "times without gradient with per_sample=True", t)
     if t.shape[0] == 1:
         return packed.y0[None].clone()
@@ -127,19 +143,19 @@ def solve_controlled(packed: Packed, t: Tensor, tableau: Tableau, settings: Sett
             return torch.stack([packed.y0, _reached(result)])
         _check_success(result)
         return control.again(packed, result, times[0], times[1], times)
-    wanted = t.detach().double().cpu()
+    wanted = np.array([value_of(time) for time in times])
     y, parts = packed.y0, []
     for segment in parts_of_t:
         inside = (wanted - segment.start) * (wanted - segment.end) <= 0.0
         if segment.start != first:
             inside &= wanted != segment.start
         here = packed.part(y, segment.limits)
-        result = control.part(here, segment, wanted[inside] if bool(inside.any()) else None)
+        result = control.part(here, segment, wanted[inside] if inside.any() else None)
         if control.gradient:
             _check_success(result)
             at_first, at_last = segment.start == first, segment.end == last
             start, end = times[0] if at_first else segment.start, times[-1] if at_last else segment.end
-            later = [times[i] for i in inside.nonzero()[int(at_first) :, 0].tolist()]
+            later = [times[i] for i in inside.nonzero()[0][int(at_first) :]]
             marks = [start, *later] if at_last else [start, *later, end]
             ys = control.again(here, result, start, end, marks)
             y = ys[-1]
@@ -188,7 +204,7 @@ def replayed(
     if rows:  # those with fewer steps stay at their end
         grid = [np.full(packed.y0.shape[0], value_of(start))]
         for _, h in steps:
-            grid.append(grid[-1] + h.cpu().numpy())
+            grid.append(grid[-1] + np.array(h.tolist()))
         grid[-1] = np.full_like(grid[-1], value_of(end))
     replay = Replay(tableau.adaptive(), wanted, rows=rows)
     return run_program(packed, Builder(grid, CondOT()), replay, options, trajectory=False, told=True)

@@ -22,7 +22,6 @@ from .options import (
     adaptive_options,
     check_func,
     check_options,
-    refuse_transforms,
     segments,
     settings_of,
 )
@@ -82,6 +81,8 @@ def odeint_dense(
         t0, t1: the interval, in either direction.
         method: an adaptive method; "dopri5" if None.
 
+    Within torch.func's transforms it is what :func:`fmkernels.odeint` is.
+
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or value.
         RuntimeError: a solve that does not reach t1.
@@ -95,7 +96,6 @@ def odeint_dense(
     first, last = (_time(name, value) for name, value in (("t0", t0), ("t1", t1)))
     if first == last:
         raise value_error("t1", "a time other than t0", t1)
-    refuse_transforms(method)
     check_has_values("y0", packed.y0)
     control = Control(packed, tableau, settings, adaptive_options(packed, settings, record=True), gradient=True)
     y, ends, coefficients = packed.y0, [first], []

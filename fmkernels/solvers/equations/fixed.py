@@ -99,6 +99,8 @@ def run_program(
     )
     tell(0, y0)
     if options.get("checkpoint") and gradient:
+        if transform_active():  # a backward pass would compute again what has left its transforms
+            raise value_error("options: checkpoint", "False within torch.func's transforms and forward mode", True)
         run.checkpointed(max(1, round(steps**0.5)))
     else:
         run.all()

@@ -61,8 +61,13 @@ def odeint(
         its gradient, the solution that at a fixed time.
 
     Note:
-        Within torch.func's transforms (vmap, jacrev, ...) and forward-mode AD methods of fixed grids run, others and
-        events raise a RuntimeError.
+        Explicit methods run within torch.func's transforms (vmap, grad, vjp, jacrev, jvp, jacfwd, hessian, nested in
+        any way) and forward-mode AD, also over what func closes over. Step sizes are chosen by the values beneath the
+        transforms and are constants for derivatives, which are those of the accepted steps. The entries of a vmap share
+        the steps of an adaptive method: its error norm is the largest one among them, so that each entry meets the
+        tolerances by itself (with ``per_sample`` each index of dimension 0 has steps of its own, shared in this way).
+        Callbacks get states as func does. t may have derivatives but no vmap over it; tolerances and options have
+        neither. Implicit methods, SciPy's, ``reversible`` and events raise a RuntimeError, ``checkpoint`` a ValueError.
 
     Note:
         As in torchdiffeq, func's attributes callback_step, callback_accept_step and callback_reject_step are called

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..._checks import check_choice, check_function, check_has_values, type_error, value_error, warn
+from ..._checks import check_choice, check_function, check_has_values, check_unmapped, type_error, value_error, warn
 from ..._torch import transform_active
 from ..adaptive.options import STEP_CONTROL, AdaptiveOptions, number_option, step_control_arguments
 from ..methods import registry as methods
@@ -76,12 +76,13 @@ def check_times(t: Any) -> Tensor:
     check_has_values("t", t)
     if t.dim() != 1 or t.shape[0] == 0:
         raise value_error("t", "times of shape (T,), T >= 1", t)
+    check_unmapped("t", t)
     try:
         times = t.detach().tolist()
     except RuntimeError:
         if not transform_active():
             raise
-        raise value_error("t", "times without a vmap, the same for all its entries", t) from None
+        raise value_error("t", "times whose values can be read, which torch.func.functionalize hides", t) from None
     monotone = all(map(lt, times, times[1:])) or all(map(gt, times, times[1:]))  # a NaN is neither
     if not (monotone and math.isfinite(times[0]) and math.isfinite(times[-1])):
         raise value_error("t", "finite, strictly increasing or decreasing times", t)
@@ -93,8 +94,8 @@ def refuse_transforms(method: Any, why: str = "it chooses its steps by values th
     if transform_active():
         raise RuntimeError(
             f"odeint: method {method!r} does not run within torch.func's transforms (vmap, grad, jacrev, jvp, ...) and "
-            f"forward-mode AD: {why}; take a fixed grid, e.g. 'rk4' with options={{'step_size': ...}}, or "
-            "torch.autograd (torch.autograd.functional.jacobian), and for batches options={'per_sample': True}"
+            f"forward-mode AD: {why}; take odeint with an explicit method, e.g. 'dopri5' or 'rk4', or torch.autograd "
+            "(torch.autograd.functional.jacobian)"
         )
 
 

@@ -15,6 +15,7 @@ from ..._checks import (
     check_has_values,
     check_number,
     check_same_device,
+    check_unmapped,
     type_error,
     value_error,
 )
@@ -76,6 +77,7 @@ class Packed:
         """A tolerance for the packed state: a number, or one for each tensor of a tuple, or a tensor like y0."""
         if isinstance(value, Tensor):
             check_has_values(name, value)
+            check_unmapped(name, value)
             if value.requires_grad:
                 raise value_error(name, "a tolerance without gradient", value)
         if isinstance(value, (tuple, list)) or (isinstance(value, Tensor) and value.dim() == 1 and self.is_tuple):

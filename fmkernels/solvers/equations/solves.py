@@ -29,7 +29,8 @@ def solve(packed: Packed, t: Tensor, settings: Settings) -> Tensor:
     tableau = methods.adaptive_tableau(method, methods.ODEINT)
     kind = methods.find(method, methods.ODEINT).kind if isinstance(method, str) else "fixed"
     if kind != "fixed":
-        refuse_transforms(method)
+        if tableau is None:
+            refuse_transforms(method)
         check_has_values("y0", packed.y0)
     if tableau is not None:
         check_options(packed, settings, ADAPTIVE_OPTIONS, judges=True)

@@ -116,6 +116,11 @@ def sample(
         model_kwargs: keyword arguments handed to the model at each call; those that have none of our names may stand
             by themselves (``y=labels``).
 
+    Note:
+        torch.func.vmap maps over x_0 and the model's keyword arguments. With an adaptive method sample i of all entries
+        has one step size, by the largest error norm among them. Derivatives within torch.func are those of fixed
+        grids with ``gradient="direct"``; adaptive steps have none, an error: see :func:`fmkernels.odeint`.
+
     Returns:
         (samples, result): x at the last time, and a :class:`SampleResult`.
 

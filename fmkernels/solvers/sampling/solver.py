@@ -23,8 +23,9 @@ from ..._checks import (
     type_error,
     value_error,
 )
-from ..._torch import transform_active
+from ..._torch import has_tangent, requires_grad, transform_active
 from ...random import draw_seed
+from ..adaptive.lowered import Lowered
 from ..adaptive.solve import solve_adaptive
 from ..methods.reversible import Scheme, solve_reversible, tableau_of
 from ..methods.sde import SDE
@@ -153,7 +154,7 @@ class Solver(FlowSettings):
         recorded = self.gradient != "none" and torch.is_grad_enabled()
         if recorded:
             self.check_recorded()
-        elif x.requires_grad and torch.is_grad_enabled() and transform_active():
+        elif torch.is_grad_enabled() and transform_active() and requires_grad(x, outside=False):
             raise value_error("gradient", "'direct' within torch.func, which would find a derivative of 0", "none")
         if self.gradient == "reversible":
             return self._sample_reversible(x, return_trajectory, callback is not None or progress, kwargs)
@@ -248,17 +249,18 @@ class Solver(FlowSettings):
         graph: str = "eager",
     ) -> tuple[Tensor, SampleResult]:
         with_gradient = torch.is_grad_enabled() and self.gradient != "none"
+        in_place = not with_gradient and not transform_active()  # what transforms hide may not fit into a buffer
         states: list[Tensor] = [x]
 
         def on_step(number: int, state: Tensor) -> None:
-            if return_trajectory and with_gradient:
+            if return_trajectory and not in_place:
                 states.append(state)
             if watcher is not None:
                 watcher(number, state)
 
-        reuse = not with_gradient and not torch.compiler.is_compiling()
+        reuse = in_place and not torch.compiler.is_compiling()
         trajectory = None
-        if return_trajectory and not with_gradient:
+        if return_trajectory and in_place:
             trajectory = x.new_empty((program.steps + 1, *x.shape))
             trajectory[0].copy_(x)
         run = Run(
@@ -271,16 +273,18 @@ class Solver(FlowSettings):
             noise_transform=noise_transform,
             reuse=reuse,
             trajectory=trajectory,
-            on_step=on_step if watcher is not None or (return_trajectory and with_gradient) else None,
+            on_step=on_step if watcher is not None or (return_trajectory and not in_place) else None,
         )
         if self.gradient == "checkpoint" and with_gradient:
+            if transform_active():  # a backward pass would compute again what has left its transforms
+                raise value_error("gradient", "'direct' within torch.func's transforms and forward mode", "checkpoint")
             run.checkpointed(max(1, round(program.steps**0.5)))
         else:
             run.all()
         samples = run.result
         if samples is x or trajectory is not None:  # the caller's, or a row of what is returned beside it
             samples = samples.clone()
-        if return_trajectory and with_gradient:
+        if return_trajectory and not in_place:
             trajectory = torch.stack(states)
         extras = run.extras()
         log_prob = torch.stack(extras["log_prob"]) if "log_prob" in extras else None
@@ -310,19 +314,15 @@ class Solver(FlowSettings):
         arguments = velocity.arguments(kwargs, x)
         options, compaction = adaptive_options(self, x, velocity.unknown)
         t_eval = torch.as_tensor(np.asarray(grid)).to(x.device, non_blocking=True) if return_trajectory else None
-        graph = None if self.cuda_graph is False else velocity.graph(self.cuda_graph)
-        result = solve_adaptive(
-            velocity,
-            x,
-            start,
-            end,
-            tableau,
-            options,
-            t_eval=t_eval,
-            arguments=arguments,
-            follow=FOLLOW,
-            graph=graph,
-        )
+        span = (start, end, tableau, options)
+        if transform_active():
+            compaction = "off: within torch.func's transforms"
+            _refuse_tangent(x)
+            lowered = Lowered(1, on_output=_refuse_tangent)
+            result = lowered.solve(velocity, x, *span, t_eval=t_eval, arguments=arguments)
+        else:
+            graph = None if self.cuda_graph is False else velocity.graph(self.cuda_graph)
+            result = solve_adaptive(velocity, x, *span, t_eval=t_eval, arguments=arguments, follow=FOLLOW, graph=graph)
         if not result.graph.startswith("eager"):
             compaction = "off: the steps are a captured graph"
         nfe = round(result.n_f_evals * velocity.evaluations_each(x))
@@ -354,6 +354,13 @@ class Solver(FlowSettings):
         states = solve_reversible(scheme, x, times, velocity.modules, list(leaves(arguments)))
         where, trajectory = (times, states) if return_trajectory else (None, None)
         return states[-1], SampleResult(velocity.evaluations, steps, None, where, trajectory)
+
+
+def _refuse_tangent(x: Tensor) -> None:
+    if has_tangent(x):
+        raise value_error(
+            "gradient", "steps= or a method of fixed steps where forward mode differentiates, or fm.odeint", "none"
+        )
 
 
 def adaptive_options(settings: FlowSettings, x: Tensor, unknown: Sequence[str], **more: Any) -> tuple[Any, str]:
