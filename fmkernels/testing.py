@@ -206,11 +206,12 @@ def assert_within_budget(
     ulp.
 
     Errors are taken against the float64 oracle in two norms, the largest element's (a single wrong element
-    shows) and the root mean square (a bias shows); an ulp is the dtype's epsilon times the oracle's size in
-    that norm. Integers must be equal.
+    shows) and the root mean square (a bias shows); an ulp is the epsilon of the dtype that is computed in,
+    float32 for the narrower ones, times the oracle's size in that norm. A narrow result is rounded from it at
+    most twice, by half an ulp of its own. Integers must be equal.
 
     Args:
-        out: what is tested; its dtype sets the ulp.
+        out: what is tested.
         oracle: the float64 result on the same inputs.
         reference: plain PyTorch's result in the same dtype.
         k: how many times the reference's error is allowed.
@@ -236,7 +237,9 @@ def assert_within_budget(
         raise AssertionError(
             f"{name}: {int(wrong.sum())} of {out.numel()} elements are not finite, though they should be"
         )
-    relative = floor_ulps * torch.finfo(out.dtype).eps
+    own = torch.finfo(out.dtype).eps
+    narrow = out.dtype.itemsize < 4
+    relative = own + floor_ulps * torch.finfo(torch.float32).eps if narrow else floor_ulps * own
     if noise and out.dtype != torch.float64:
         relative += NOISE_TOLERANCE
     for kind, order in (("largest", math.inf), ("root-mean-square", 2)):

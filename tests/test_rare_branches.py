@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rounding import assert_rounded, roundings_of_sum
 from test_step_control import IMPLS, State, rules
 from torch import Tensor
 
@@ -44,7 +45,8 @@ def test_weights_of_what_is_masked_out_do_not_count(bad: float, impl: str) -> No
     weight = torch.where(mask, 2.0, bad)
     pred = X.clone().requires_grad_()
     loss = fm.regression_loss(pred, [0.5 * X], [1.0], weight=weight, mask=mask, impl=impl)
-    torch.testing.assert_close(loss, 2.0 * (0.5 * X[mask]).square().mean())
+    want = 2.0 * (0.5 * X[mask]).square().mean()
+    assert_rounded(loss, want, 2 * (2 + roundings_of_sum(X.numel())))
     (grad,) = torch.autograd.grad(loss, pred)
     assert bool(torch.isfinite(grad).all())
 
@@ -75,7 +77,8 @@ def test_the_scale_of_an_exponential_sde_is_in_its_noise() -> None:
         std = fm.SDE("sigma", scale, method="exponential")._exponential(path, t, u).std
         return -torch.log1p(-((std / (1.0 - u)) ** 2))
 
-    torch.testing.assert_close(exponent(0.25), 0.25 * exponent(1.0))
+    # the logarithm's argument is 1 - e^(-2 L), of which the exponent forgets what is below its last place
+    assert_rounded(exponent(0.25), 0.25 * exponent(1.0), 16, size=1.0)
     assert bool((exponent(1.0) > 0.0).all())
 
 
@@ -117,7 +120,8 @@ class Thrice(Twice):
 def test_two_classes_of_guidance_share_no_plan() -> None:
     fm.clear_caches()
     results = [fm.sample(field, X, steps=1, guidance=kind())[0] - X for kind in (Twice, Thrice)]
-    torch.testing.assert_close(results[1], 1.5 * results[0])
+    # x + dt v - x forgets what is below the last place of x + dt v
+    assert_rounded(results[1], 1.5 * results[0], 8, size=X.abs() + results[1].abs())
 
 
 def test_coefficients_of_each_sample_are_kept_for_one_dtype() -> None:
@@ -200,7 +204,7 @@ def test_a_class_attribute_of_a_guidance_of_ones_own_is_read_anew(monkeypatch: p
     guidance = Unkeyed()
     first = fm.sample(field, X, steps=1, guidance=guidance)[0] - X
     monkeypatch.setattr(Unkeyed, "factor", 3.0)
-    torch.testing.assert_close(fm.sample(field, X, steps=1, guidance=guidance)[0] - X, 1.5 * first)
+    assert_rounded(fm.sample(field, X, steps=1, guidance=guidance)[0] - X, 1.5 * first, 8, size=X.abs() + first.abs())
 
 
 @pytest.mark.parametrize("method", ["explicit_adams", "implicit_adams"])
@@ -224,7 +228,7 @@ def test_the_mean_log_density_is_of_what_gets_noise() -> None:
             generator=torch.Generator().manual_seed(0),
         )[1].log_prob  # fmt: skip
 
-    torch.testing.assert_close(solve("mean")[0], solve("sum")[0] / mask.sum(1))
+    assert_rounded(solve("mean")[0], solve("sum")[0] / mask.sum(1), 4)
 
 
 @pytest.mark.parametrize("kind", [torch.tensor, np.array])

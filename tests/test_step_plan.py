@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fmkernels.ops.step_control.op import new_state
-from fmkernels.solvers.adaptive.native_stepper import NativeStepper
+from fmkernels.solvers.adaptive.native_stepper import OVERLAPS_STAGE, OVERLAPS_STATE, NativeStepper
 from fmkernels.solvers.adaptive.options import AdaptiveOptions
 from fmkernels.solvers.adaptive.rows import Batch, Field
 from fmkernels.solvers.methods.tableaus import TABLEAUS
@@ -90,6 +90,38 @@ def test_calls_out_of_order_are_refused() -> None:
     for call in (lambda: plan.next(torch.rand(2, 3)), lambda: plan.move()):
         with pytest.raises((RuntimeError, ValueError)):
             call()
+
+
+@torch.no_grad()
+def test_a_step_that_was_judged_and_left_is_not_moved_later() -> None:
+    """first() forgets the step before, so that move() cannot end the new one half way."""
+    stepper = stepper_of(decay, torch.rand(2, 3))
+    plan, y = stepper.plan, stepper.batch.y.clone()
+    plan.look = True
+
+    def stages(which: int) -> None:
+        for _ in range(1, BOSH3.stages):
+            assert plan.next(-stepper._states[1 - which]) == 0
+
+    stages(plan.first(0))  # judged, and left
+    which = plan.first(0)
+    with pytest.raises((RuntimeError, ValueError)):
+        plan.move()
+    assert torch.equal(stepper._states[which], y)
+    stages(which)
+    assert not torch.equal(stepper._states[plan.move() & 1], y)
+
+
+@torch.no_grad()
+def test_an_output_in_any_memory_of_the_solve_is_told() -> None:
+    """Also where a move puts the derivative of rows that were rejected, though it holds none now."""
+    stepper = stepper_of(decay, torch.rand(2, 3))
+    plan = stepper.plan
+    plan.first(0)
+    assert plan.stage(0) is not None  # the network's own tensor, so that k0 is free
+    for tensor in (stepper.batch.y, stepper.y1, stepper.k0):
+        assert plan.next(tensor) == OVERLAPS_STATE
+    assert plan.next(stepper.derivative) == OVERLAPS_STAGE
 
 
 @torch.no_grad()

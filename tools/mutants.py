@@ -1,8 +1,9 @@
 """Plants small bugs, one at a time, and tells which of them no test sees: `make mutants`.
 
 mutants_of_solvers.py and mutants_elsewhere.py hold the bugs as text: a file, what stands in it, what is put there, and
-the tests that must fail. Each runs in a copy of the working tree; those of C++ files are built there first. The exit
-status is 1 where a bug survives, 2 where the list is out of date or the tests fail without any.
+the tests that must fail: pytest's, or programs of tests/cpp, which see what a GPU's kernel does. Each runs in a copy of
+the working tree; those of C++ files are built there first. The exit status is 1 where a bug survives, 2 where the list
+is out of date or the tests fail without any.
 
     python tools/mutants.py [--check] [--only WORDS] [--trust] [--jobs N]
 """
@@ -26,6 +27,12 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT = 900.0  # seconds of one bug's tests; what hangs is seen
 FAILED = 1  # pytest's exit status where tests ran and some failed
+BROKEN = 3  # pytest's own for an internal error
+
+
+def is_program(test: str) -> bool:
+    """Whether a test is a program of its own."""
+    return test.endswith(".cpp")
 
 
 class Mutant(NamedTuple):
@@ -117,7 +124,35 @@ def _pytest(tree: Path, tests: tuple[str, ...], log: Path) -> int:
     return int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]))
 
 
+def run_program(tree: Path, source: str, timeout: float) -> tuple[int, str]:
+    """Builds a program of tests/cpp without Python and runs it: (pytest's exit status for it, what it says)."""
+    folder, name = tree / "build" / "programs", Path(source).stem
+    off = ["-DFMKERNELS_PYTHON=OFF", "-DFMKERNELS_CUDA=off", "-DCMAKE_BUILD_TYPE=Release"]
+    for command in (
+        ["cmake", "-G", "Ninja", "-S", str(tree), "-B", str(folder), *off],
+        ["cmake", "--build", str(folder), "--target", name],
+    ):
+        built = subprocess.run(command, capture_output=True, text=True, check=False)
+        if built.returncode != 0:
+            return BROKEN, (built.stdout + built.stderr)[-3000:]
+    try:
+        ran = subprocess.run([folder / name], capture_output=True, text=True, check=False, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return FAILED, "timeout"
+    return 0 if ran.returncode == 0 else FAILED, ran.stdout[-3000:]
+
+
 def run_tests(tree: Path, tests: tuple[str, ...], timeout: float) -> tuple[int, str]:
+    """The exit status of the first programs and of pytest that is not 0, and the end of what it says."""
+    for program in (test for test in tests if is_program(test)):
+        status, output = run_program(tree, program, timeout)
+        if status != 0:
+            return status, output
+    rest = tuple(test for test in tests if not is_program(test))
+    return run_pytest(tree, rest, timeout) if rest else (0, "")
+
+
+def run_pytest(tree: Path, tests: tuple[str, ...], timeout: float) -> tuple[int, str]:
     """(pytest's exit status, the end of what it says); FAILED for tests that hang.
 
     In a fork of this process, where torch is imported already: most bugs are seen in less time than that takes.
@@ -125,7 +160,7 @@ def run_tests(tree: Path, tests: tuple[str, ...], timeout: float) -> tuple[int, 
     log = tree / "mutants.log"
     child = os.fork()
     if child == 0:
-        status = 3  # pytest's own for an internal error
+        status = BROKEN
         try:
             status = _pytest(tree, tests, log)
         finally:
@@ -184,7 +219,7 @@ class Worker:
 
     @classmethod
     def baseline(cls, tests: tuple[str, ...]) -> tuple[int, str]:
-        return run_tests(cls.tree, tests, float("inf"))
+        return run_tests(cls.tree, tests, 1e5)
 
 
 def main() -> int:

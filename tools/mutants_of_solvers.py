@@ -233,7 +233,7 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
         "csrc/step_plan/step_plan.cpp",
         "return overlap(k, settings_.y) || overlap(k, settings_.y1) || overlap(k, settings_.k0);",
         "return overlap(k, settings_.y) || overlap(k, settings_.y1);",
-        f"{BATCHES}::test_outputs_that_share_memory",
+        "tests/test_step_plan.py",
     ),
     (
         "csrc/step_plan/step_plan.cpp",
@@ -245,6 +245,12 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
         "csrc/step_control/step_rows_body.cuh",
         "return time(j) == a.clock[at_t * a.rows + row];",
         "return false;",
+        "tests/cpp/test_step_bodies.cpp",
+    ),
+    (
+        "csrc/step_control/step_control_host.cpp",
+        "if (time == clock[at_t * a.rows]) {",
+        "if (false) {",
         f"{ADAPTIVE_TESTS}::test_requested_times",
     ),
     (
