@@ -236,3 +236,21 @@ def test_events_in_single_precision_have_the_dtype_of_the_times() -> None:
     assert t.shape == ()
     assert solution.dtype is torch.float32
     assert abs(float(t) - 1.25) < 1e-6
+
+
+def test_an_event_sees_the_state_in_its_shape_whatever_its_layout() -> None:
+    y0 = torch.arange(12.0, dtype=torch.float64).reshape(1, 2, 2, 3)
+
+    def solve(y: Tensor) -> tuple[Tensor, Tensor]:
+        slope = y0.flip(-1)
+        return fm.odeint_event(
+            lambda s, y: slope * s,
+            y,
+            torch.tensor(0.0),
+            event_fn=lambda s, y: y[0, 1, 0, 2] - 9.0,
+            odeint_interface=fm.odeint,
+        )
+
+    (t, y), (got_t, got_y) = solve(y0), solve(y0.contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(got_t, t)
+    torch.testing.assert_close(got_y, y)

@@ -220,3 +220,41 @@ def test_a_right_hand_side_that_is_not_finite_ends() -> None:
         with pytest.warns(UserWarning, match="not finite"):
             y = fm.odeint(lambda t, y, bad=bad: y * bad, torch.ones(2, dtype=D), times(0.0, 1.0))
         assert y[1].isnan().all()
+
+
+@pytest.mark.parametrize("kind", ["tuple", "norm", "atol"])
+def test_error_norms_of_single_operations_hold_in_half_precision(kind: str) -> None:
+    """There small tolerances are 0, and squares of ratios infinite."""
+    y0, t = torch.tensor([1.0, -0.5, 2.0], dtype=torch.float16), torch.linspace(0.0, 1.0, 3)
+    given: dict[str, Any] = {"rtol": 1e-3, "atol": 1e-8}
+    if kind == "norm":
+        given["options"] = {"norm": lambda ratio: ratio.square().mean().sqrt()}
+    if kind == "atol":
+        given["atol"] = torch.tensor([1e-3, 1e-8, 1e-3])
+    if kind == "tuple":
+        (y,) = fm.odeint(lambda s, y: (-y[0],), (y0,), t, **given)
+    else:
+        y = fm.odeint(lambda s, y: -y, y0, t, **given)
+    torch.testing.assert_close(y, fm.odeint(lambda s, y: -y, y0, t, rtol=1e-3, atol=1e-8))
+
+
+@pytest.mark.parametrize("kind", ["norm", "atol"])
+def test_error_norms_of_single_operations_follow_the_layout(kind: str) -> None:
+    """The tolerance of an element is its own where the memory has another order than the shape."""
+    y0 = torch.linspace(0.01, 30.0, 12, dtype=D).reshape(1, 2, 2, 3)
+    size = y0.square()
+    seen: list[list[float]] = []
+
+    def solve(y: Tensor) -> Tensor:
+        def norm(ratio: Tensor) -> Tensor:
+            seen[-1].append(float(ratio.flatten()[-1]))
+            return ratio.abs().max()
+
+        seen.append([])
+        more: dict[str, Any] = {"options": {"norm": norm}} if kind == "norm" else {"atol": 1e-6 * size}
+        return fm.odeint(lambda s, y: torch.sin(size * s) * y, y, times(0.0, 0.3), rtol=1e-4, **more)
+
+    torch.testing.assert_close(
+        solve(y0.contiguous(memory_format=torch.channels_last)), solve(y0), rtol=1e-12, atol=1e-12
+    )
+    torch.testing.assert_close(torch.tensor(seen[0]), torch.tensor(seen[1]))

@@ -435,6 +435,7 @@ def test_values_that_vmap_maps_over_are_told() -> None:
         "t": lambda v: solve(Y0, torch.stack([0.0 * v, v])),
         "rtol": lambda v: solve(Y0, rtol=v),
         "atol": lambda v: solve(Y0, atol=v * torch.ones(3, dtype=D)),
+        "options: step_t": lambda v: solve(Y0, options={"step_t": v[None]}),
         "options: first_step": lambda v: solve(Y0, options={"first_step": v}),
     }
     for name, f in calls.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -47,7 +48,7 @@ class AdaptiveStep:
         polynomials = self._stepper.problem.tableau.interpolant
         weights = [w.to(compute_dtype(self.y)) for w in dense_weights(theta, self.h, polynomials)]
         flat = [self._stepper.flat(x) for x in (self.y, *self._stepper.stages)]
-        return combine(flat, [1.0, *weights], impl=self._stepper.problem.impl).reshape(self.y.shape)
+        return self._stepper.unflat(combine(flat, [1.0, *weights], impl=self._stepper.problem.impl))
 
 
 def overlap(k: Tensor, others: Sequence[Tensor]) -> bool:
@@ -121,6 +122,11 @@ class Stepper:
         if not self.problem.shared:
             return x
         return x.as_strided((1, x.numel()), (x.numel(), 1))  # dense, in whatever order
+
+    def unflat(self, x: Tensor) -> Tensor:
+        """The state of what :meth:`flat` would make of it."""
+        y = self.batch.y
+        return x.as_strided(y.shape, y.stride()) if self.problem.shared else x
 
     def views_of(self, times: Tensor) -> Sequence[Tensor]:
         """Rows of times in func's shape."""
@@ -248,9 +254,7 @@ class Stepper:
         tensors = [self.batch.y, self.derivative, *more][: len(weights)]
         flat = [self.flat(x) for x in tensors]
         if self.problem.slow_norm:
-            value = combine(flat, weights, impl=self.problem.impl).reshape(self.batch.y.shape)
-            scale = self.problem.atol + self.problem.rtol * self.batch.y.abs()
-            return row_norm(self.problem, value / scale).double()
+            return self._slow_norm(flat, weights, self.batch.y).double()
         _, norm = combine(
             flat,
             [1.0] + [0.0] * (len(flat) - 1),
@@ -310,7 +314,7 @@ class Stepper:
         operands = [y, *(flat[j] for j in last)]
         solution, error = (self._table[:, table] for table in self._tables[-2:])
         if problem.slow_norm:
-            return self._slow_norm(combine(operands[1:], error[:, 1:], impl=problem.impl))
+            return self._slow_norm(operands[1:], error[:, 1:], self.batch.y, self.y1)
         _, norm = combine(
             operands,
             solution,
@@ -322,10 +326,15 @@ class Stepper:
         )
         return norm
 
-    def _slow_norm(self, error: Tensor) -> Tensor:
-        y, y1 = self.batch.y, self.y1
-        ratio = error.reshape(y.shape) / (self.problem.atol + self.problem.rtol * torch.maximum(y.abs(), y1.abs()))
-        return row_norm(self.problem, ratio)
+    def _slow_norm(self, operands: Sequence[Tensor], weights: Any, *states: Tensor) -> Tensor:
+        """(R,) norms of a combination over the tolerance at the larger one of states, by single operations.
+
+        In the dtype of coefficients, as the fused one: half precision holds neither small tolerances nor squares.
+        """
+        problem, dtype = self.problem, compute_dtype(self.batch.y)
+        error = self.unflat(combine([x.to(dtype) for x in operands], weights, impl=problem.impl))
+        size = functools.reduce(torch.maximum, (y.to(dtype).abs() for y in states))
+        return row_norm(problem, error / (problem.atol + problem.rtol * size))
 
     def commit(self) -> None:
         batch = self.batch

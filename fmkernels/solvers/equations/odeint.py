@@ -65,9 +65,10 @@ def odeint(
         any way) and forward-mode AD, also over what func closes over. Step sizes are chosen by the values beneath the
         transforms and are constants for derivatives, which are those of the accepted steps. The entries of a vmap share
         the steps of an adaptive method: its error norm is the largest one among them, so that each entry meets the
-        tolerances by itself (with ``per_sample`` each index of dimension 0 has steps of its own, shared in this way).
-        Callbacks get states as func does. t may have derivatives but no vmap over it; tolerances and options have
-        neither. Implicit methods, SciPy's, ``reversible`` and events raise a RuntimeError, ``checkpoint`` a ValueError.
+        tolerances by itself, and one that fails ends the solve of all. With ``per_sample`` each index of dimension 0
+        has steps of its own, shared in this way. Callbacks get states as func does. t may have derivatives but no
+        vmap over it; tolerances and options have neither. Implicit methods, SciPy's, ``reversible`` and events raise a
+        RuntimeError, ``checkpoint`` a ValueError.
 
     Note:
         As in torchdiffeq, func's attributes callback_step, callback_accept_step and callback_reject_step are called

@@ -203,6 +203,7 @@ def _points(name: str, given: Any) -> list[float]:
     except (TypeError, ValueError, RuntimeError):
         raise type_error(f"options: {name}", "a tensor of times", given) from None
     check_has_values(f"options: {name}", points)
+    check_unmapped(f"options: {name}", points)
     if points.is_complex() or points.dtype == torch.bool:
         raise type_error(f"options: {name}", "a tensor of times", given)
     if points.requires_grad:

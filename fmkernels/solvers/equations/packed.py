@@ -19,6 +19,7 @@ from ..._checks import (
     type_error,
     value_error,
 )
+from ...ops._operands import compute_dtype
 
 Field = Callable[[Tensor, Any], Any]
 State = Tensor | tuple[Tensor, ...]
@@ -87,7 +88,7 @@ class Packed:
             if len(numbers) == 1:
                 return numbers[0]
             parts = [torch.full((n,), x, device=self.y0.device) for x, n in zip(numbers, self.sizes, strict=True)]
-            flat = torch.cat(parts).to(self.y0.dtype)
+            flat = torch.cat(parts).to(compute_dtype(self.y0))
             return flat[:, None] if self.complex else flat
         if not isinstance(value, Tensor) or value.dim() == 0:
             return _number(name, value)
@@ -100,7 +101,7 @@ class Packed:
             raise value_error(name, f"a number, or a tensor that broadcasts to y0's shape, {tuple(shape)}", value)
         if not bool(((value >= 0.0) & value.isfinite()).all()):
             raise value_error(name, "finite numbers >= 0", value)
-        value = value.to(self.y0.device, self.y0.dtype)
+        value = value.to(self.y0.device, compute_dtype(self.y0))
         return value[..., None] if self.complex else value
 
     def norm(self, given: Callable[[Any], Tensor] | None) -> Callable[[Tensor], Tensor] | None:
