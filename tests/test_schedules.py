@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from path_problems import EXACT, Learned, Mine
+from rounding import assert_rounded
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fmkernels as fm
@@ -46,7 +47,9 @@ def test_a_learnable_schedule_and_learnable_times_have_their_gradients(learn_t: 
     want = loss_gradients(WithDerivatives(1.7), learn_t, False)
     got = loss_gradients(Learned(1.7), learn_t, compiled)
     for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+        assert_rounded(
+            a, b, 1000, size=b.abs().max()
+        )  # powers and logarithms, some thirty, in a sum of terms of both signs
 
 
 def test_derivatives_of_a_schedule_require_grad_only_where_something_is_learnt() -> None:
@@ -57,7 +60,7 @@ def test_derivatives_of_a_schedule_require_grad_only_where_something_is_learnt()
         assert not Learned(2.0).d_alpha(t).requires_grad
     leaf = t.clone().requires_grad_()
     (second,) = torch.autograd.grad(Learned(3.0).requires_grad_(False).d_alpha(leaf).sum(), leaf)
-    torch.testing.assert_close(second, 6 * t)
+    assert_rounded(second, 6 * t, 8)
 
 
 def test_a_parameter_updated_in_place_is_seen_at_the_next_call() -> None:
@@ -65,7 +68,7 @@ def test_a_parameter_updated_in_place_is_seen_at_the_next_call() -> None:
     path.coefficients(t)
     with torch.no_grad():
         path.n.fill_(3.0)
-    torch.testing.assert_close(path.coefficients(t).d_alpha_t, 3 * t**2)
+    assert_rounded(path.coefficients(t).d_alpha_t, 3 * t**2, 8)
 
 
 def schedule(function, name: str = "alpha") -> Path:
