@@ -416,7 +416,8 @@ def test_vmap_over_model_kwargs_alone_on_fixed_grids(gradient: str, trajectory: 
 
 
 def test_derivatives_of_adaptive_sampling_are_told_to_be_absent() -> None:
-    for f in (jacrev(samples), jacrev(lambda x: vmap(samples)(x[None]))):
+    of_kwargs = jacrev(lambda c: samples(YS, c=c)), jacrev(lambda c: fm.sample(Net(), YS, steps=3, c=c)[0])
+    for f in (jacrev(samples), jacrev(lambda x: vmap(samples)(x[None])), *of_kwargs):
         with pytest.raises(ValueError, match=r"^gradient: expected .direct. within torch\.func"):
             f(YS)
     for f in (jacfwd(samples), jacfwd(lambda x: vmap(samples)(x[None])), jacfwd(lambda c: samples(YS, c=c))):

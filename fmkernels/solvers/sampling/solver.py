@@ -154,7 +154,7 @@ class Solver(FlowSettings):
         recorded = self.gradient != "none" and torch.is_grad_enabled()
         if recorded:
             self.check_recorded()
-        elif torch.is_grad_enabled() and transform_active() and requires_grad(x, outside=False):
+        elif torch.is_grad_enabled() and transform_active() and _differentiated(x, kwargs):
             raise value_error("gradient", "'direct' within torch.func, which would find a derivative of 0", "none")
         if self.gradient == "reversible":
             return self._sample_reversible(x, return_trajectory, callback is not None or progress, kwargs)
@@ -354,6 +354,12 @@ class Solver(FlowSettings):
         states = solve_reversible(scheme, x, times, velocity.modules, list(leaves(arguments)))
         where, trajectory = (times, states) if return_trajectory else (None, None)
         return states[-1], SampleResult(velocity.evaluations, steps, None, where, trajectory)
+
+
+def _differentiated(x: Tensor, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a transform asks for a derivative in the state or a keyword argument."""
+    values = (x, *leaves(dict(kwargs)))
+    return any(isinstance(value, Tensor) and requires_grad(value, outside=False) for value in values)
 
 
 def _refuse_tangent(x: Tensor) -> None:
