@@ -169,3 +169,18 @@ def test_transforms_of_events_and_reversible_solves_are_refused() -> None:
         for transform in (torch.func.jacrev, torch.func.jacfwd):
             with pytest.raises(RuntimeError, match=r"does not run within torch\.func's transforms"):
                 transform(function)(y0)
+
+
+def test_times_alone_have_their_gradient() -> None:
+    t = torch.tensor([0.0, 1.0], dtype=torch.float64, requires_grad=True)
+    y = fm.odeint(lambda t, y: -y, torch.ones(1, dtype=torch.float64), t, rtol=1e-9, atol=1e-9)
+    (grad,) = torch.autograd.grad(y[-1].sum(), t)
+    torch.testing.assert_close(grad, y[-1].detach() * torch.tensor([1.0, -1.0]), rtol=1e-7, atol=0.0)
+
+
+@pytest.mark.parametrize("t", [-0.01, 1.01])
+@pytest.mark.parametrize("ends", [(0.0, 1.0), (1.0, 0.0)])
+def test_a_dense_solution_is_of_its_interval(t: float, ends: tuple[float, float]) -> None:
+    solution = fm.odeint_dense(lambda t, y: -y, torch.ones(1, dtype=torch.float64), *ends)
+    with pytest.raises(ValueError, match=r"^t: expected times from"):
+        solution(t)

@@ -248,6 +248,18 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
         "tests/cpp/test_step_bodies.cpp",
     ),
     (
+        f"{SOLVERS}/equations/controlled.py",
+        "packed.y0.requires_grad or t.requires_grad:",
+        "packed.y0.requires_grad:",
+        "tests/test_odeint_gradients.py::test_times_alone_have_their_gradient",
+    ),
+    (
+        f"{SOLVERS}/equations/dense.py",
+        "(flat >= times[0]) & (flat <= times[-1])",
+        "(flat <= times[-1])",
+        "tests/test_odeint_gradients.py::test_a_dense_solution_is_of_its_interval",
+    ),
+    (
         "csrc/step_control/step_control_host.cpp",
         "if (time == clock[at_t * a.rows]) {",
         "if (false) {",
