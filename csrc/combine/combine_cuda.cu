@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(block_threads, resident_blocks<Shape>)
     combine_norm_kernel(const __grid_constant__ CombineParams<typename Shape::A> p,
                         const __grid_constant__ Finish<typename Shape::A> finish, double* workspace, int lanes) {
   using A = typename Shape::A;
-  extern __shared__ __align__(16) char table[];
+  FM_DYNAMIC_SHARED(table);
   A* values = p.partition.block_groups > 0 ? reinterpret_cast<A*>(table) : nullptr;
   const Tally<A> tally = combine_thread<Shape>(p, blockIdx.x, threadIdx.x, values);
   finish_block(p.partition, finish, workspace, lanes, tally);
@@ -50,15 +50,15 @@ struct Launch {
       if (partition.blocks > most_blocks) return Status::bad_argument;
       const Finish<A> finish = make_norm_finish<A>(a);
       double* workspace = static_cast<double*>(a.workspace);
-      combine_norm_kernel<Shape>
-          <<<static_cast<unsigned>(partition.blocks), block_threads, shared_bytes<A>(partition), stream>>>(
-              p, finish, workspace, small_group_lanes(partition.group_elements));
+      FM_LAUNCH(combine_norm_kernel<Shape>, static_cast<unsigned>(partition.blocks), block_threads,
+                shared_bytes<A>(partition), stream)
+      (p, finish, workspace, small_group_lanes(partition.group_elements));
       return finish_parts(partition, finish, workspace, stream);
     } else {
       const int64_t tiles = (p.elements + Shape::tile - 1) / Shape::tile;
       const int64_t blocks = p.skip_ones && tiles > skip_blocks ? skip_blocks : tiles;
       if (blocks > most_blocks) return Status::bad_argument;
-      combine_kernel<Shape><<<static_cast<unsigned>(blocks), block_threads, 0, stream>>>(p, tiles);
+      FM_LAUNCH(combine_kernel<Shape>, static_cast<unsigned>(blocks), block_threads, 0, stream)(p, tiles);
       return launch_status();
     }
   }

@@ -49,7 +49,7 @@ FM_HOST_DEVICE double multiply_add(double a, double b, double c) {
 }
 
 FM_HOST_DEVICE float square_root(float x) {
-#if defined(__CUDA_ARCH__)
+#if defined(__CUDA_ARCH__) && !defined(FM_EMULATED)
   float y;  // one instruction, 1 ulp; sqrtf's correctly rounded form costs eight
   asm("sqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;

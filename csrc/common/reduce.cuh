@@ -1,8 +1,7 @@
 // Reductions of a block and of the parts of a group, in a fixed order. Device only.
 #pragma once
 
-#include <cuda_runtime_api.h>
-
+#include "launch.cuh"
 #include "range.cuh"
 #include "status.h"
 
@@ -13,7 +12,7 @@ constexpr unsigned whole_warp = 0xFFFFFFFFu;
 // The sum over a block, in thread 0. Warps add in the accumulation type, the block in double.
 template <typename A>
 __device__ __forceinline__ double block_sum(A value) {
-  __shared__ double warps[32];
+  FM_SHARED(warps, double[32]);
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) value += __shfl_down_sync(whole_warp, value, offset);
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = static_cast<double>(value);
@@ -82,7 +81,7 @@ Status finish_parts(const Partition& p, const Finish<A>& finish, const double* w
   const Status status = launch_status();
   if (status != Status::ok || p.parts == 1) return status;
   const int threads = p.parts <= 128 ? 32 : p.parts <= 2048 ? 256 : 1024;
-  finish_kernel<A><<<static_cast<unsigned>(p.groups), threads, 0, stream>>>(finish, workspace, p.parts);
+  FM_LAUNCH(finish_kernel<A>, static_cast<unsigned>(p.groups), threads, 0, stream)(finish, workspace, p.parts);
   return launch_status();
 }
 

@@ -18,7 +18,7 @@ struct Launch {
   Status operator()(Shape) const {
     const int64_t blocks = (a.count + Shape::tile - 1) / Shape::tile;
     if (blocks > most_blocks) return Status::bad_argument;
-    random_kernel<Shape><<<static_cast<unsigned>(blocks), block_threads, 0, stream>>>(make_random_params(a));
+    FM_LAUNCH(random_kernel<Shape>, static_cast<unsigned>(blocks), block_threads, 0, stream)(make_random_params(a));
     return launch_status();
   }
 };

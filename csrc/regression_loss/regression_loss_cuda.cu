@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(block_threads, resident_blocks<Shape>)
     loss_kernel(const __grid_constant__ LossParams<typename Shape::A> p,
                 const __grid_constant__ Finish<typename Shape::A> finish, double* workspace, int lanes) {
   using A = typename Shape::A;
-  extern __shared__ __align__(16) char table[];
+  FM_DYNAMIC_SHARED(table);
   A* values = p.partition.block_groups > 0 ? reinterpret_cast<A*>(table) : nullptr;
   const Tally<A> tally = loss_thread<Shape>(p, blockIdx.x, threadIdx.x, values);
   finish_block(p.partition, finish, workspace, lanes, tally);
@@ -39,8 +39,9 @@ struct Launch {
     if (partition.blocks > most_blocks) return Status::bad_argument;
     const Finish<A> finish = make_loss_finish<A>(a);
     double* workspace = static_cast<double*>(a.workspace);
-    loss_kernel<Shape><<<static_cast<unsigned>(partition.blocks), block_threads, shared_bytes<A>(partition), stream>>>(
-        p, finish, workspace, small_group_lanes(partition.group_elements));
+    FM_LAUNCH(loss_kernel<Shape>, static_cast<unsigned>(partition.blocks), block_threads, shared_bytes<A>(partition),
+              stream)
+    (p, finish, workspace, small_group_lanes(partition.group_elements));
     return finish_parts(partition, finish, workspace, stream);
   }
 };

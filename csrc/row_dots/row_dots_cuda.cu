@@ -15,7 +15,7 @@ constexpr int block_warps = block_threads / 32;
 template <typename Shape>
 __global__ void __launch_bounds__(block_threads, resident_blocks<Shape>)
     row_dots_kernel(const __grid_constant__ RowDotsParams<typename Shape::A> p) {
-  __shared__ double warps[Shape::products][block_warps];
+  FM_SHARED(warps, double[Shape::products][block_warps]);
   const RowDotsBody<Shape> body = row_dots_thread<Shape>(p, blockIdx.x, threadIdx.x);
 #pragma unroll
   for (int c = 0; c < Shape::products; ++c) {
@@ -91,17 +91,18 @@ struct Launch {
     if (p.lanes > 0) {
       const int64_t block_rows = block_threads / p.lanes, blocks = (a.rows + block_rows - 1) / block_rows;
       if (blocks > most_blocks) return Status::bad_argument;
-      short_row_dots_kernel<Shape><<<static_cast<unsigned>(blocks), block_threads, 0, stream>>>(p);
+      FM_LAUNCH(short_row_dots_kernel<Shape>, static_cast<unsigned>(blocks), block_threads, 0, stream)(p);
       return launch_status();
     }
     const Partition& partition = p.partition;
     if (partition.blocks > most_blocks) return Status::bad_argument;
-    row_dots_kernel<Shape><<<static_cast<unsigned>(partition.blocks), block_threads, 0, stream>>>(p);
+    FM_LAUNCH(row_dots_kernel<Shape>, static_cast<unsigned>(partition.blocks), block_threads, 0, stream)(p);
     const Status status = launch_status();
     if (status != Status::ok || partition.parts == 1) return status;
     const int threads = partition.parts <= 128 ? 32 : partition.parts <= 2048 ? 256 : 1024;
     const dim3 grid(static_cast<unsigned>(a.rows), static_cast<unsigned>(a.pairs));
-    row_dots_finish_kernel<A><<<grid, threads, 0, stream>>>(p.out, p.workspace, partition.parts, a.rows, a.pairs);
+    FM_LAUNCH(row_dots_finish_kernel<A>, grid, threads, 0, stream)(p.out, p.workspace, partition.parts, a.rows,
+                                                                   a.pairs);
     return launch_status();
   }
 };

@@ -22,8 +22,9 @@ Status launch_control(const StepControlArguments& a, void* stream) {
   const int64_t blocks = (a.rows + control_threads - 1) / control_threads;
   if (a.stages > max_stages || blocks > most_blocks) return Status::bad_argument;
   if (a.rows == 0) return Status::ok;
-  step_control_kernel<trial>
-      <<<static_cast<unsigned>(blocks), control_threads, 0, static_cast<cudaStream_t>(stream)>>>(a);
+  FM_LAUNCH(step_control_kernel<trial>, static_cast<unsigned>(blocks), control_threads, 0,
+            static_cast<cudaStream_t>(stream))
+  (a);
   return launch_status();
 }
 
@@ -31,7 +32,7 @@ template <typename Shape>
 __global__ void __launch_bounds__(block_threads, 3)
     step_rows_kernel(const __grid_constant__ StepRowsParams<typename Shape::A> p) {
   using A = typename Shape::A;
-  __shared__ A weights[max_stages];
+  FM_SHARED(weights, A[max_stages]);
   const int64_t begin = blockIdx.x * Shape::tile, i = begin + static_cast<int64_t>(threadIdx.x) * Shape::V;
   const int64_t last = begin + Shape::tile < p.elements ? begin + Shape::tile - 1 : p.elements - 1;
   const int64_t first_row = p.by_inner.divide(begin);
@@ -60,7 +61,7 @@ struct Launch {
     const auto p = make_step_rows_params<typename Shape::A>(a);
     const int64_t blocks = (p.elements + Shape::tile - 1) / Shape::tile;
     if (blocks > most_blocks) return Status::bad_argument;
-    step_rows_kernel<Shape><<<static_cast<unsigned>(blocks), block_threads, 0, stream>>>(p);
+    FM_LAUNCH(step_rows_kernel<Shape>, static_cast<unsigned>(blocks), block_threads, 0, stream)(p);
     return launch_status();
   }
 };

@@ -5,7 +5,7 @@
 #include <stdexcept>
 #include <vector>
 
-#include "bodies.h"
+#include "cases.h"
 #include "step_plan/step_plan.h"
 
 namespace {

@@ -1,4 +1,4 @@
-// What the tests that run CUDA bodies on the host share: random sizes, guarded arrays, the threads of a block.
+// What the tests share: checks, random sizes, guarded arrays.
 #pragma once
 
 #include <algorithm>
@@ -11,6 +11,8 @@
 #include <vector>
 
 #include "common/range.cuh"
+#include "common/status.h"
+#include "common/workspace.h"
 
 namespace {
 
@@ -94,11 +96,9 @@ struct Sizes {
   }
 };
 
-// Calls thread(t) for all threads of a block, from either end: they may not depend on each other.
-template <typename Thread>
-void each_thread(Thread thread) {
-  const bool backwards = coin();
-  for (int t = 0; t < block_threads; ++t) thread(backwards ? block_threads - 1 - t : t);
+// What a launch needs for partial sums: NaN until it is written.
+inline Array workspace(int64_t elements, int64_t groups, int64_t sums = 1) {
+  return Array(std::max<int64_t>(1, sums * workspace_elements_cuda(elements, groups)), 8, false);
 }
 
 // The exit status of a test of some rounds.

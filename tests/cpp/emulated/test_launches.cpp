@@ -1,7 +1,6 @@
-// Runs the bodies of the CUDA kernels on the host, thread after thread for a whole grid, on random shapes,
-// and compares with plain loops in double. Proves lookups, noise phases, tails, masks and conversions without
-// a GPU.
-#include "bodies.h"
+// Runs launches of combine, regression_loss and random whole, on random shapes, and compares with plain loops in
+// double: lookups, noise phases, tails, masks, conversions, reductions.
+#include "../cases.h"
 #include "combine/combine_body.cuh"
 #include "random/random_body.cuh"
 #include "regression_loss/regression_loss_body.cuh"
@@ -49,35 +48,14 @@ struct Tables {
     c.data = wide ? static_cast<const void*>(doubles.back().data()) : floats.back().data();
     return c;
   }
+  // as the kernels round it: the product is not
   double value(const Coefficient& c, int64_t row) const {
-    return wide ? coefficient_at<double>(c, row) : static_cast<double>(coefficient_at<float>(c, row));
+    if (c.data == nullptr) return c.value;
+    const int64_t entry = row / c.rows_per_entry * c.stride;
+    const double x = wide ? static_cast<const double*>(c.data)[entry] : static_cast<const float*>(c.data)[entry];
+    return std::fma(c.slope, x, c.value);
   }
 };
-
-// What finish_block and finish_kernel do, with `block(b, t, values)` for the threads' share.
-template <typename A, typename Block>
-void run_reduction(const Partition& p, const Finish<A>& finish, Block block) {
-  CHECK(p.parts == 1 || p.block_groups == 0, "parts %lld", static_cast<long long>(p.parts));
-  std::vector<double> partial(static_cast<size_t>(p.blocks));
-  for (int64_t b = 0; b < p.blocks; ++b) {
-    std::vector<A> values(static_cast<size_t>(p.block_groups * p.group_elements), A(NAN));
-    double sum = 0;
-    each_thread([&](int t) { sum += static_cast<double>(block(b, t, values.empty() ? nullptr : values.data()).sum); });
-    partial[static_cast<size_t>(b)] = sum;
-    const int lanes = small_group_lanes(p.group_elements);
-    for (int64_t g = 0; g < p.block_groups && b * p.block_groups + g < p.groups; ++g) {
-      A total = 0;
-      for (int lane = 0; lane < lanes; ++lane)
-        total += lane_sum(values.data() + g * p.group_elements, p.group_elements, lane, lanes);
-      finish(b * p.block_groups + g, static_cast<double>(total));
-    }
-  }
-  for (int64_t g = 0; g < p.groups && p.block_groups == 0; ++g) {
-    double sum = 0;
-    for (int64_t part = 0; part < p.parts; ++part) sum += partial[static_cast<size_t>(g * p.parts + part)];
-    finish(g, sum);
-  }
-}
 
 // Operands of a call with their data, and what a plain loop makes of them.
 struct Operands {
@@ -183,17 +161,9 @@ void test_combine() {
   Array norm(s.samples, wide ? 8 : 4, false);
   a.norm = with_norm ? norm.data() : nullptr;
 
-  choose_combine_shape(a, [&](auto shape) {
-    using Shape = decltype(shape);
-    const auto p = make_combine_params<typename Shape::A>(a);
-    if constexpr (Shape::norm) {
-      run_reduction(p.partition, make_norm_finish<typename Shape::A>(a),
-                    [&](int64_t b, int t, auto* values) { return combine_thread<Shape>(p, b, t, values); });
-    } else {
-      for (int64_t b = 0; b * Shape::tile < s.elements; ++b)
-        each_thread([&](int t) { combine_thread<Shape>(p, b, t, nullptr); });
-    }
-  });
+  const Array scratch = workspace(s.elements, s.samples);
+  a.workspace = scratch.data();
+  CHECK(combine_cuda(a, nullptr) == Status::ok, "combine");
 
   for (int64_t i = 0; i < s.elements; ++i)
     CHECK(near(at(a.out, dtype, i), expected[static_cast<size_t>(i)], tolerance[static_cast<size_t>(i)]),
@@ -207,7 +177,7 @@ void test_combine() {
     CHECK(near(got, wanted, most - wanted + (wide ? 1e-13 : 2e-5) * wanted), "norm %g, expected %g", got, wanted);
   }
   data.check_stores(s.elements);
-  CHECK(out.guarded() && norm.guarded() && data.arrays[0].guarded(), "combine");
+  CHECK(out.guarded() && norm.guarded() && scratch.guarded() && data.arrays[0].guarded(), "combine");
 }
 
 void naive_penalty(Penalty kind, double d, double delta, double& value, double& derivative) {
@@ -254,12 +224,9 @@ void test_loss() {
   Array loss(a.groups, wide ? 8 : 4, false);
   a.loss = loss.data();
 
-  choose_loss_shape(a, [&](auto shape) {
-    using Shape = decltype(shape);
-    const auto p = make_loss_params<Shape>(a);
-    run_reduction(p.partition, make_loss_finish<typename Shape::A>(a),
-                  [&](int64_t b, int t, auto* values) { return loss_thread<Shape>(p, b, t, values); });
-  });
+  const Array scratch = workspace(s.elements, a.groups);
+  a.workspace = scratch.data();
+  CHECK(regression_loss_cuda(a, nullptr) == Status::ok, "regression_loss");
 
   std::vector<double> sums(static_cast<size_t>(a.groups)), slack(sums);
   for (int64_t i = 0; i < s.elements; ++i) {
@@ -291,7 +258,7 @@ void test_loss() {
     CHECK(near(got, wanted, slack[static_cast<size_t>(g)]), "loss %g, expected %g", got, wanted);
   }
   data.check_stores(s.elements);
-  CHECK(grad.guarded() && loss.guarded(), "loss");
+  CHECK(grad.guarded() && loss.guarded() && scratch.guarded(), "loss");
 }
 
 void test_random() {
@@ -306,11 +273,7 @@ void test_random() {
   a.seed = &seed;
   a.stream = pick(0, 3) == 0 ? int64_t{1} << 40 : pick(0, 3);
   a.offset = pick(0, 3) == 0 ? (int64_t{1} << 35) + pick(0, 9) : pick(0, 9);
-  choose_random_shape(a, [&](auto shape) {
-    using Shape = decltype(shape);
-    const RandomParams p = make_random_params(a);
-    for (int64_t b = 0; b * Shape::tile < a.count; ++b) each_thread([&](int t) { random_thread<Shape>(p, b, t); });
-  });
+  CHECK(random_cuda(a, nullptr) == Status::ok, "random");
   const uint64_t key = static_cast<uint64_t>(seed), stream = static_cast<uint64_t>(a.stream);
   for (int64_t i = 0; i < a.count; ++i) {
     const uint32_t word = naive_word(key, stream, a.offset + i);

@@ -1,5 +1,5 @@
-// Runs the body of step_rows' CUDA kernel on the host, and compares it with step_rows_cpu and plain loops.
-#include "bodies.h"
+// Runs launches of step_rows whole, and compares them with step_rows_cpu and plain loops.
+#include "../cases.h"
 #include "step_control/step_rows_body.cuh"
 
 namespace {
@@ -80,28 +80,6 @@ struct Case {
   }
 };
 
-// What step_rows_kernel does.
-template <typename Shape>
-void run_rows(const StepRowsArguments& a) {
-  using A = typename Shape::A;
-  const auto p = make_step_rows_params<A>(a);
-  for (int64_t b = 0; b * Shape::tile < p.elements; ++b) {
-    const int64_t begin = b * Shape::tile, last = std::min(begin + Shape::tile, p.elements) - 1;
-    const bool shared = p.by_inner.divide(begin) == p.by_inner.divide(last);
-    each_thread([&](int t) {
-      const int64_t i = begin + static_cast<int64_t>(t) * Shape::V;
-      if (i > last) return;
-      const StepRowsBody<A> body(p, p.by_inner.divide(i));
-      for (int32_t j = body.first; j < body.next; ++j) {
-        A weights[max_stages];
-        for (int s = 0; s < a.stages; ++s) weights[s] = body.weight(j, s);
-        body.template output<Shape>(i, j, shared ? weights : nullptr);
-      }
-      body.template move<Shape>(i);
-    });
-  }
-}
-
 void test_rows() {
   const Case c;
   const StepRowsArguments& a = c.a;
@@ -149,7 +127,7 @@ void test_rows() {
   cpu.k0_from = c.own_k0 ? cpu_k0.data() : a.k0_from;
   cpu.out = cpu_out.data();
   CHECK(step_rows_cpu(cpu) == Status::ok, "status");
-  choose_step_rows_shape(a, [&](auto shape) { run_rows<decltype(shape)>(a); });
+  CHECK(step_rows_cuda(a, nullptr) == Status::ok, "status");
 
   const auto compare = [&](const Array& array, const std::vector<double>& expected, const char* what) {
     const bool tolerant = expected.size() == slack.size() && &expected == &out;
