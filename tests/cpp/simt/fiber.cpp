@@ -37,10 +37,10 @@ simt_switch:
 namespace simt {
 
 void switch_stacks(Stack& from, Stack& to, [[maybe_unused]] bool last) {
-#if defined(__SANITIZE_THREAD__)
+#if defined(SIMT_TSAN)
   __tsan_switch_to_fiber(to.thread_sanitizer, 1);  // 1: without an order between the two
 #endif
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(SIMT_ASAN)
   __sanitizer_start_switch_fiber(last ? nullptr : &from.fake_stack, to.memory, to.bytes);
 #endif
 #if defined(__x86_64__)
@@ -49,13 +49,13 @@ void switch_stacks(Stack& from, Stack& to, [[maybe_unused]] bool last) {
   if (from.top == nullptr) from.top = new ucontext_t;
   swapcontext(static_cast<ucontext_t*>(from.top), static_cast<ucontext_t*>(to.top));
 #endif
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(SIMT_ASAN)
   __sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);
 #endif
 }
 
 void arrive([[maybe_unused]] Stack& from) {
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(SIMT_ASAN)
   __sanitizer_finish_switch_fiber(nullptr, &from.memory, &from.bytes);
 #endif
 }

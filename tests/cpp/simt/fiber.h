@@ -3,7 +3,7 @@
 
 #include <cstddef>
 
-#if defined(__SANITIZE_THREAD__)
+#if defined(SIMT_TSAN)
 extern "C" {
 void* __tsan_get_current_fiber();
 void* __tsan_create_fiber(unsigned flags);
@@ -13,7 +13,7 @@ void __tsan_acquire(void* address);
 void __tsan_release(void* address);
 }
 #endif
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(SIMT_ASAN)
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
@@ -22,23 +22,23 @@ namespace simt {
 
 // What happened before a release is seen after an acquire of the same token.
 inline void acquire([[maybe_unused]] void* token) {
-#if defined(__SANITIZE_THREAD__)
+#if defined(SIMT_TSAN)
   __tsan_acquire(token);
 #endif
 }
 inline void release([[maybe_unused]] void* token) {
-#if defined(__SANITIZE_THREAD__)
+#if defined(SIMT_TSAN)
   __tsan_release(token);
 #endif
 }
 
 inline void forbid([[maybe_unused]] const void* memory, [[maybe_unused]] size_t bytes) {
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(SIMT_ASAN)
   __asan_poison_memory_region(memory, bytes);
 #endif
 }
 inline void allow([[maybe_unused]] const void* memory, [[maybe_unused]] size_t bytes) {
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(SIMT_ASAN)
   __asan_unpoison_memory_region(memory, bytes);
 #endif
 }

@@ -4,6 +4,7 @@
 
 #include <sys/mman.h>
 
+#include <array>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -55,6 +56,12 @@ std::mutex one_launch;
 std::mt19937 generator;
 char start_token, end_token, barrier_tokens[2];
 
+// A declaration of shared memory, and where it is.
+struct Variable {
+  const void* declaration;
+  char* place;
+};
+
 // Of the launch that runs.
 struct Launch {
   const char* kernel;
@@ -66,7 +73,8 @@ struct Launch {
   int rotation = 0;  // thread t of a block is on stack (t + rotation) % threads
   unsigned barriers = 0;
   std::vector<Warp> warps{};
-  std::map<const void*, char*> variables{};
+  std::array<Variable, 16> variables{};  // an array, as a thread's allocations are its own
+  size_t variable_count = 0;
   std::vector<std::unique_ptr<char[]>> memories{};  // shared ones of the blocks so far
   size_t used = 0;
   long complaints = 0;
@@ -128,7 +136,7 @@ void begin(Fiber& fiber) {
     if (fiber.memory == MAP_FAILED) throw std::runtime_error("simt: no memory for stacks");
   }
   prepare(fiber.stack, fiber.memory, stack_bytes, thread_entry);
-#if defined(__SANITIZE_THREAD__)
+#if defined(SIMT_TSAN)
   fiber.stack.thread_sanitizer = __tsan_create_fiber(0);
 #endif
   fiber.state = State::ready;
@@ -187,7 +195,7 @@ void run_threads(const std::string& in) {
 
 void run_block(const std::string& in) {
   constexpr size_t bytes = most_shared_bytes + 64 * gap;
-  launch->variables.clear();
+  launch->variable_count = 0;
   launch->memories.emplace_back(new char[bytes]);  // kept to the launch's end, that no block gets another's
   char* memory = launch->memories.back().get();
   std::memset(memory, 0xFF, bytes);
@@ -198,14 +206,12 @@ void run_block(const std::string& in) {
   launch->rotation = (launch->rotation + 37) % launch->threads;
   for (int t = 0; t < launch->threads; ++t) begin(launch->fiber(t));
   run_threads(in);
-#if defined(__SANITIZE_THREAD__)
+#if defined(SIMT_TSAN)
   for (int t = 0; t < launch->threads; ++t) __tsan_destroy_fiber(launch->fiber(t).stack.thread_sanitizer);
 #endif
   allow(memory, bytes);
   if (launch->memories.size() >= 64) {
-#if defined(__SANITIZE_THREAD__)
     acquire(&end_token);
-#endif
     launch->memories.clear();
   }
 }
@@ -233,15 +239,17 @@ int lane() { return static_cast<int>(launch->current % warp_lanes); }
 void* dynamic_shared() { return launch->dynamic_bytes == 0 ? nullptr : launch->memories.back().get(); }
 
 void* shared(const void* declaration, size_t bytes) {
-  char*& place = launch->variables[declaration];
-  if (place == nullptr) {
-    launch->used = (launch->used + gap + 15) / 16 * 16;
-    place = launch->memories.back().get() + launch->used;
-    launch->used += bytes;
-    if (launch->used > most_shared_bytes + gap * launch->variables.size())
-      throw std::runtime_error("simt: more than 48 KiB of shared memory");
-    allow(place, bytes);
+  for (size_t i = 0; i < launch->variable_count; ++i)
+    if (launch->variables[i].declaration == declaration) return launch->variables[i].place;
+  launch->used = (launch->used + gap + 15) / 16 * 16;
+  char* place = launch->memories.back().get() + launch->used;
+  launch->used += bytes;
+  launch->variables.at(launch->variable_count++) = {declaration, place};
+  if (launch->used > most_shared_bytes + 2 * gap * launch->variable_count) {
+    std::fprintf(stderr, "simt: %s: more than 48 KiB of shared memory\n", launch->kernel);
+    std::abort();
   }
+  allow(place, bytes);
   return place;
 }
 
@@ -288,7 +296,7 @@ void run(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, const s
   Launch now{kernel, thread, shared_bytes, static_cast<int>(threads)};
   launch = &now;
   if (fibers.size() < threads) fibers.resize(threads);
-#if defined(__SANITIZE_THREAD__)
+#if defined(SIMT_TSAN)
   now.caller.thread_sanitizer = __tsan_get_current_fiber();
 #endif
   block_size = block;
