@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -44,18 +45,33 @@ def library() -> ModuleType:
     return module
 
 
+def on_host(tensor: torch.Tensor) -> bool:
+    """Whether the kernels of a tensor are the host's, which then sees their results at once."""
+    return tensor.is_cpu
+
+
+def stream(tensor: torch.Tensor) -> int:
+    """The current stream of a tensor's device."""
+    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
+
+
+def current_device(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    """Makes a tensor's device the current one, on which kernels are launched."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
 def launch(function: Callable[..., None], tensor: torch.Tensor, *args: Any) -> None:
     """Calls a function of the library on the tensor's device and its current stream, the last argument."""
-    if tensor.is_cuda:
-        with torch.cuda.device(tensor.device):
-            function(*args, torch.cuda.current_stream().cuda_stream)
-    else:
+    if on_host(tensor):
         function(*args, 0)
+    else:
+        with current_device(tensor):
+            function(*args, stream(tensor))
 
 
 def workspace(data: torch.Tensor, groups: int, sums: int = 1) -> torch.Tensor | None:
     """Scratch for the partial sums of reductions of data in equal groups; the CPU kernels need none."""
-    if data.is_cpu:
+    if on_host(data):
         return None
     count = sums * library().cuda_workspace_elements(data.numel(), groups)
     return torch.empty(count, dtype=torch.float64, device=data.device)

@@ -32,6 +32,10 @@ def _use_library(path: str) -> None:
 
 if path := os.environ.get("FMKERNELS_TEST_LIBRARY"):  # another build of the compiled library: tools/sanitize.sh
     _use_library(path)
+if os.environ.get("FMKERNELS_TEST_EMULATED"):  # tools/emulated.sh
+    from emulated import install
+
+    install()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -38,7 +38,7 @@ def run(
     _native.launch(
         _native.library().step_control,
         clock,
-        clock.is_cpu,
+        _native.on_host(clock),
         clock.shape[1],
         clock.data_ptr(),
         count.data_ptr(),

@@ -47,7 +47,7 @@ class NativeStepper(Stepper):
         self._error = torch.empty(batch.rows, dtype=self.step_size.dtype, device=y.device)
         self._sizes = self._error.new_empty(2, batch.rows)
         self._workspace = _native.workspace(y, batch.rows)
-        self._on_cpu = y.is_cpu
+        self._on_cpu = _native.on_host(y)
         self._plan()
 
     def _plan(self) -> None:
@@ -90,7 +90,7 @@ class NativeStepper(Stepper):
         )
         settings.rules = library.StepRules(problem.rules.numbers())
         settings.atol, settings.rtol = float(problem.atol), float(problem.rtol)
-        settings.on_cpu = y.is_cpu
+        settings.on_cpu = self._on_cpu
         settings.dtype = _native.DTYPE_CODE[y.dtype]
         settings.time_dtype = _native.DTYPE_CODE[problem.time_dtype]
         settings.rows, settings.inner = batch.rows, y.numel() // batch.rows
@@ -124,7 +124,7 @@ class NativeStepper(Stepper):
     def begin(self, first_step: float | None) -> int:
         if self._on_cpu:
             return self._begin(first_step)
-        with torch.cuda.device(self.y1.device):
+        with _native.current_device(self.y1):
             return self._begin(first_step)
 
     def _begin(self, first_step: float | None) -> int:
@@ -149,12 +149,12 @@ class NativeStepper(Stepper):
         return 2
 
     def _stream(self) -> int:
-        return 0 if self._on_cpu else torch.cuda.current_stream().cuda_stream
+        return 0 if self._on_cpu else _native.stream(self.y1)
 
     def step(self, on_step: Callable[[AdaptiveStep], Any] | None = None) -> Any:
         if self._on_cpu:
             return self._step(on_step)
-        with torch.cuda.device(self.y1.device):
+        with _native.current_device(self.y1):
             return self._step(on_step)
 
     def _step(self, on_step: Callable[[AdaptiveStep], Any] | None) -> Any:
