@@ -1,0 +1,37 @@
+#!/bin/sh
+# The CUDA kernels without a GPU: the launches of tests/cpp/emulated under AddressSanitizer and UBSan and under
+# ThreadSanitizer, and Python's tests with CPU tensors in a GPU's place (tests/emulated.py). The order of blocks and
+# threads is random in all of them; `make test` runs the launches in three orders.
+#
+# `emulated.sh short` is for every change; `emulated.sh` takes all tests that launch anything, and many rounds.
+set -eu
+python=${PYTHON:-python3}
+if [ "${1:-long}" = short ]; then
+  rounds=100 races=4 tests="tests/test_ops_random.py tests/test_op_edges.py tests/test_row_dots.py tests/test_step_control.py
+    tests/test_noise.py tests/test_strides.py tests/test_adaptive.py tests/test_methods.py tests/test_shards.py"
+else
+  rounds=1000 races=30 tests=tests
+fi
+launches="test_launches test_row_dots_launches test_step_launches"
+export SIMT_ORDER=random
+for sanitizer in address,undefined thread; do
+  build=build/emulated-$(echo $sanitizer | cut -d, -f1)
+  cmake -G Ninja -S . -B $build -DCMAKE_BUILD_TYPE=None -DFMKERNELS_PYTHON=OFF -DFMKERNELS_CUDA=emulated \
+    -DFMKERNELS_SANITIZE=$sanitizer -DFMKERNELS_CPU_VARIANTS= >/dev/null
+  # shellcheck disable=SC2086 # a list
+  cmake --build $build --target $launches
+done
+# The sanitizers want addresses where they expect them.
+fixed="setarch -R"
+$fixed true 2>/dev/null || fixed=
+for launch in $launches; do
+  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 build/emulated-address/$launch $rounds
+  TSAN_OPTIONS=halt_on_error=1 $fixed build/emulated-thread/$launch $races
+done
+cmake -G Ninja -S . -B build/emulated -DCMAKE_BUILD_TYPE=Release -DFMKERNELS_CUDA=emulated -DFMKERNELS_TESTS=OFF \
+  -DFMKERNELS_CPU_VARIANTS=avx2 -DPython_EXECUTABLE="$(command -v "$python")" \
+  -Dpybind11_DIR="$($python -m pybind11 --cmakedir)" >/dev/null
+cmake --build build/emulated
+# shellcheck disable=SC2086 # a list
+FMKERNELS_TEST_EMULATED=1 FMKERNELS_TEST_LIBRARY=$(echo build/emulated/_C*.so) \
+  "$python" -m pytest -n auto --dist loadgroup -m "not host" $tests
