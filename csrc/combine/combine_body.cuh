@@ -113,16 +113,17 @@ struct CombineBody {
 template <typename Shape>
 FM_HOST_DEVICE Tally<typename Shape::A> combine_thread(const CombineParams<typename Shape::A>& p, int64_t block,
                                                        int thread, typename Shape::A* values) {
-  int64_t begin, end;
   if constexpr (Shape::norm) {
-    p.partition.range(block, begin, end);
+    CombineBody<Shape> body{p, {0, values, p.partition.begin(block)}};
+    for_partition<Shape::V, Shape::U>(p.partition, block, p.vectors, thread, body);
+    return body.tally;
   } else {
-    begin = block * Shape::tile;
-    end = p.elements - begin < Shape::tile ? p.elements : begin + Shape::tile;
+    const int64_t begin = block * Shape::tile;
+    const int64_t end = p.elements - begin < Shape::tile ? p.elements : begin + Shape::tile;
+    CombineBody<Shape> body{p, {0, values, begin}};
+    for_range<Shape::V, Shape::U>(begin, end, p.vectors, thread, body);
+    return body.tally;
   }
-  CombineBody<Shape> body{p, {0, values, begin}};
-  for_range<Shape::V, Shape::U>(begin, end, p.vectors, thread, body);
-  return body.tally;
 }
 
 // Calls visit(Shape{}) with what suits a call; the same choice on the device and in its emulation.

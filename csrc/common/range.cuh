@@ -46,7 +46,8 @@ FM_HOST_DEVICE void for_range(int64_t begin, int64_t end, bool vectors, int thre
 }
 
 // Elements of a reduction over equal groups. A block takes a part of one group, or several whole small
-// groups. The split depends on the sizes alone, so that sums run in one order on every machine.
+// groups. The split of a group depends on its size alone: neither other groups nor its place nor the machine change the
+// order of its sum.
 struct Partition {
   int64_t elements, groups, group_elements;
   int64_t part_elements;  // a multiple of every vector length
@@ -54,6 +55,13 @@ struct Partition {
   int64_t block_groups;   // groups that a block takes; 0: parts of one
   int64_t blocks;
   Divider by_parts;
+
+  // The first element of a block.
+  FM_HOST_DEVICE int64_t begin(int64_t block) const {
+    int64_t first, last;
+    range(block, first, last);
+    return first;
+  }
 
   FM_HOST_DEVICE void range(int64_t block, int64_t& begin, int64_t& end) const {
     if (block_groups > 0) {
@@ -64,10 +72,8 @@ struct Partition {
     }
     const int64_t group = by_parts.divide(block);
     const int64_t first = group * group_elements;
-    // Parts begin at multiples of a vector wherever the group begins.
-    begin = first / 8 * 8 + (block - group * parts) * part_elements;
+    begin = first + (block - group * parts) * part_elements;
     end = begin + part_elements;
-    if (begin < first) begin = first;
     if (end > first + group_elements) end = first + group_elements;
   }
 };
@@ -81,20 +87,53 @@ inline Partition make_partition(int64_t elements, int64_t groups) {
   p.elements = elements;
   p.groups = groups;
   p.group_elements = elements / groups;
-  if (groups > 1 && p.group_elements <= small_group) {
+  if (p.group_elements <= small_group) {
     p.part_elements = part_unit;
     p.parts = 1;
     p.block_groups = part_unit / p.group_elements;
+    if (p.block_groups > groups) p.block_groups = groups;
     p.blocks = (groups + p.block_groups - 1) / p.block_groups;
   } else {
-    const int64_t lead = groups == 1 || p.group_elements % 8 == 0 ? 0 : 7;
     const int64_t units = (p.group_elements + part_unit * most_parts - 1) / (part_unit * most_parts);
     p.part_elements = part_unit * units;
-    p.parts = (p.group_elements + lead + p.part_elements - 1) / p.part_elements;
+    p.parts = (p.group_elements + p.part_elements - 1) / p.part_elements;
     p.blocks = groups * p.parts;
   }
   p.by_parts = make_divider(p.parts);
   return p;
+}
+
+// What one thread of a block adds of it. Of a part the thread takes runs of V elements counted from the group's
+// beginning, as vectors where these lie on vectors' boundaries: the order of a sum does not show which. A body as
+// for_range's.
+template <int V, int U, typename Body>
+FM_HOST_DEVICE void for_partition(const Partition& p, int64_t block, bool vectors, int thread, Body& body) {
+  int64_t begin, end;
+  p.range(block, begin, end);
+  if (p.block_groups > 0) {  // its values are added up from a table, in whatever order they came there
+    for_range<V, U>(begin, end, vectors, thread, body);
+    return;
+  }
+  constexpr int64_t step = static_cast<int64_t>(block_threads) * V;
+  const bool wide = vectors && begin % V == 0;
+  FM_ROLLED
+  for (int64_t i = begin + static_cast<int64_t>(thread) * V; i < end; i += wide ? U * step : step) {
+    int64_t at[U], rest = i;
+    bool active[U];
+    if (wide) {
+      FM_UNROLL
+      for (int u = 0; u < U; ++u) {
+        at[u] = i + u * step;
+        active[u] = at[u] + V <= end;
+        if (active[u]) rest = at[u] + step;
+      }
+      if (active[0]) body.vectors(at, active);
+      if (rest >= i + U * step) continue;
+    }
+    const int64_t stop = rest + V < end ? rest + V : end;  // a run that is no vector, the last one or any
+    FM_ROLLED
+    for (; rest < stop; ++rest) body.scalar(rest);
+  }
 }
 
 // From a group's sum to its result: a loss (the sum times its scale) or a norm (root of the mean).

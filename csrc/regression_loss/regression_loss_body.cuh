@@ -194,10 +194,8 @@ struct LossBody {
 template <typename Shape>
 FM_HOST_DEVICE Tally<typename Shape::A> loss_thread(const LossParams<typename Shape::A>& p, int64_t block, int thread,
                                                     typename Shape::A* values) {
-  int64_t begin, end;
-  p.partition.range(block, begin, end);
-  LossBody<Shape> body{p, {0, values, begin}};
-  for_range<Shape::V, Shape::U>(begin, end, p.vectors, thread, body);
+  LossBody<Shape> body{p, {0, values, p.partition.begin(block)}};
+  for_partition<Shape::V, Shape::U>(p.partition, block, p.vectors, thread, body);
   return body.tally;
 }
 

@@ -25,6 +25,7 @@ struct RowDotsParams {
   A* out;
   double* workspace;
   int lanes;  // threads that share a row; 0: a row is for one block or several
+  bool runs;  // of V elements are what each of these takes, else single elements
   Partition partition;
 };
 
@@ -60,10 +61,10 @@ RowDotsParams<typename Shape::A> make_row_dots_params(const RowDotsArguments& a)
   p.out = static_cast<A*>(a.out);
   p.workspace = static_cast<double*>(a.workspace);
   p.partition = make_partition(a.rows * a.inner, a.rows);
-  if (a.rows > 1 && a.inner <= small_group) {
-    p.vectors = p.vectors && a.inner % Shape::V == 0;
+  if (a.inner <= small_group) {
+    p.runs = a.inner % Shape::V == 0;
     p.lanes = 1;
-    while (p.lanes < 32 && 2 * p.lanes * (p.vectors ? Shape::V : 2) <= a.inner) p.lanes *= 2;
+    while (p.lanes < 32 && 2 * p.lanes * (p.runs ? Shape::V : 2) <= a.inner) p.lanes *= 2;
   }
   return p;
 }
@@ -125,10 +126,8 @@ struct RowDotsBody {
 template <typename Shape>
 FM_HOST_DEVICE RowDotsBody<Shape> row_dots_thread(const RowDotsParams<typename Shape::A>& p, int64_t block,
                                                   int thread) {
-  int64_t begin, end;
-  p.partition.range(block, begin, end);
   RowDotsBody<Shape> body{p, {}};
-  for_range<Shape::V, Shape::U>(begin, end, p.vectors, thread, body);
+  for_partition<Shape::V, Shape::U>(p.partition, block, p.vectors, thread, body);
   return body;
 }
 
@@ -138,12 +137,17 @@ FM_HOST_DEVICE RowDotsBody<Shape> row_dots_lane(const RowDotsParams<typename Sha
   RowDotsBody<Shape> body{p, {}};
   if (row >= p.rows) return body;
   const int64_t begin = row * p.inner, end = begin + p.inner;
-  if (p.vectors) {
+  if (p.runs) {
     FM_ROLLED
     for (int64_t i = begin + lane * Shape::V; i < end; i += p.lanes * Shape::V) {
       const int64_t at[1] = {i};
       const bool active[1] = {true};
-      body.template take<1>(at, active);
+      if (p.vectors) {
+        body.template take<1>(at, active);
+      } else {
+        FM_ROLLED
+        for (int64_t j = i; j < i + Shape::V; ++j) body.scalar(j);
+      }
     }
   } else {
     FM_ROLLED

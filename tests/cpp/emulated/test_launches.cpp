@@ -114,6 +114,68 @@ struct Operands {
   }
 };
 
+inline void* moved(const void* data, int64_t bytes) {
+  return data == nullptr ? nullptr : const_cast<char*>(static_cast<const char*>(data)) + bytes;
+}
+
+// A coefficient as rows from `row` on see it.
+inline Coefficient from_row(Coefficient c, int64_t row, bool wide) {
+  c.data = moved(c.data, row / c.rows_per_entry * c.stride * (wide ? 8 : 4));
+  return c;
+}
+
+// An operand of one sample.
+inline Operand from_row(Operand operand, int64_t row, int64_t inner, Dtype dtype, bool wide) {
+  operand.data = moved(operand.data, row * inner * bytes_of(dtype));
+  operand.store = nullptr;
+  operand.offset += row * inner;
+  operand.coefficient = from_row(operand.coefficient, row, wide);
+  operand.error = from_row(operand.error, row, wide);
+  return operand;
+}
+
+// The norm of a sample does not depend on who else is in the batch, nor on its place there.
+void check_norm_alone(const CombineArguments& batch, const Sizes& s, bool wide) {
+  const int64_t g = pick(0, s.samples - 1), row = g * s.sample_rows, elements = s.sample_rows * s.inner;
+  CombineArguments a = batch;
+  a.rows = s.sample_rows;
+  a.samples = 1;
+  for (int k = 0; k < a.count; ++k) a.operands[k] = from_row(batch.operands[k], row, s.inner, a.dtype, wide);
+  const Array out(elements, bytes_of(a.dtype), false), norm(1, wide ? 8 : 4, false), scratch = workspace(elements, 1);
+  a.out = out.data();
+  a.norm = norm.data();
+  a.workspace = scratch.data();
+  CHECK(combine_cuda(a, nullptr) == Status::ok, "combine");
+  const Dtype kind = wide ? Dtype::f64 : Dtype::f32;
+  CHECK(same(at(a.norm, kind, 0), at(batch.norm, kind, g)),
+        "norm of sample %lld of %lld, %lld elements: %.17g, alone %.17g", static_cast<long long>(g),
+        static_cast<long long>(s.samples), static_cast<long long>(elements), at(batch.norm, kind, g),
+        at(a.norm, kind, 0));
+}
+
+// A group's loss neither.
+void check_loss_alone(const RegressionLossArguments& batch, const Sizes& s, bool wide) {
+  const int64_t g = pick(0, s.samples - 1), row = g * s.sample_rows, elements = s.sample_rows * s.inner;
+  RegressionLossArguments a = batch;
+  a.rows = s.sample_rows;
+  a.groups = 1;
+  a.pred = moved(batch.pred, row * s.inner * bytes_of(a.pred_dtype));
+  a.grad = nullptr;
+  for (int k = 0; k < a.count; ++k) a.operands[k] = from_row(batch.operands[k], row, s.inner, a.dtype, wide);
+  a.weight = from_row(batch.weight, row, wide);
+  a.scale = from_row(batch.scale, row, wide);
+  if (a.mask_elements > 0) a.mask = batch.mask + row * s.inner / a.mask_elements;
+  const Array loss(1, wide ? 8 : 4, false), scratch = workspace(elements, 1);
+  a.loss = loss.data();
+  a.workspace = scratch.data();
+  CHECK(regression_loss_cuda(a, nullptr) == Status::ok, "regression_loss");
+  const Dtype kind = wide ? Dtype::f64 : Dtype::f32;
+  CHECK(same(at(a.loss, kind, 0), at(batch.loss, kind, g)),
+        "loss of sample %lld of %lld, %lld elements: %.17g, alone %.17g", static_cast<long long>(g),
+        static_cast<long long>(s.samples), static_cast<long long>(elements), at(batch.loss, kind, g),
+        at(a.loss, kind, 0));
+}
+
 void test_combine() {
   const Sizes s = Sizes::random();
   static const int counts[] = {1, 1, 2, 3, 4, 5, 8, 17};
@@ -164,6 +226,7 @@ void test_combine() {
   const Array scratch = workspace(s.elements, s.samples);
   a.workspace = scratch.data();
   CHECK(combine_cuda(a, nullptr) == Status::ok, "combine");
+  if (with_norm && !in_place) check_norm_alone(a, s, wide);
 
   for (int64_t i = 0; i < s.elements; ++i)
     CHECK(near(at(a.out, dtype, i), expected[static_cast<size_t>(i)], tolerance[static_cast<size_t>(i)]),
@@ -227,6 +290,7 @@ void test_loss() {
   const Array scratch = workspace(s.elements, a.groups);
   a.workspace = scratch.data();
   CHECK(regression_loss_cuda(a, nullptr) == Status::ok, "regression_loss");
+  if (a.groups == s.samples) check_loss_alone(a, s, wide);
 
   std::vector<double> sums(static_cast<size_t>(a.groups)), slack(sums);
   for (int64_t i = 0; i < s.elements; ++i) {

@@ -28,6 +28,21 @@ void test_row_dots() {
   const Array scratch = workspace(s.elements, a.rows, a.pairs);
   a.workspace = scratch.data();
   CHECK(row_dots_cuda(a, nullptr) == Status::ok, "row_dots");
+  // the sums of a row depend neither on other rows nor on its place
+  const int64_t alone = pick(0, a.rows - 1);
+  RowDotsArguments one = a;
+  one.rows = 1;
+  for (int k = 0; k < a.count; ++k)
+    one.tensors[k] = static_cast<const char*>(a.tensors[k]) + alone * a.inner * bytes_of(a.dtype);
+  const Array one_out(a.pairs, wide ? 8 : 4, false), one_scratch = workspace(a.inner, 1, a.pairs);
+  one.out = one_out.data();
+  one.workspace = one_scratch.data();
+  CHECK(row_dots_cuda(one, nullptr) == Status::ok, "row_dots");
+  for (int q = 0; q < a.pairs; ++q) {
+    const Dtype kind = wide ? Dtype::f64 : Dtype::f32;
+    CHECK(same(at(one.out, kind, q), at(a.out, kind, alone * a.pairs + q)), "row %lld of %lld alone, inner %lld",
+          static_cast<long long>(alone), static_cast<long long>(a.rows), static_cast<long long>(a.inner));
+  }
   const auto value = [&](int k, int64_t i) { return k < 0 ? 1.0 : at(a.tensors[k], a.dtype, i); };
   for (int64_t row = 0; row < a.rows; ++row) {
     for (int q = 0; q < a.pairs; ++q) {
