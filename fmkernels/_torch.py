@@ -285,3 +285,15 @@ def remember_generator(generator: torch.Generator) -> int:
 
 def remembered_generator(number: int) -> torch.Generator:
     return _generators[number]
+
+
+def leave_capture(device: torch.device, pool: Any, stream: Any) -> None:
+    """After a capture that failed: PyTorch leaves its allocator in the graph's memory and the graph's stream current."""
+    torch.cuda.set_stream(stream)
+    torch.cuda.synchronize(device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    try:
+        torch._C._cuda_endAllocateToPool(index, pool)
+    except RuntimeError:  # it has been left
+        return
+    torch._C._cuda_releasePool(index, pool)

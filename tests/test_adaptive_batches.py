@@ -272,14 +272,15 @@ def test_captured_steps_serve_other_data(shared: bool, impl: str, monkeypatch: p
     """A graph's replay is played by calling the captured function again: same buffers, no Python state in between."""
     from fmkernels.solvers.adaptive import step_graph as adaptive_graph
     from fmkernels.solvers.adaptive.step_graph import StepGraph
+    from fmkernels.solvers.programs import captures as programs_captures
 
     captures = []
 
-    def capture(body: Any, generator: Any) -> tuple[Any, Any]:
+    def record(body: Any, *_: Any) -> tuple[Any, Any]:
         captures.append(body)
         return body, body()
 
-    monkeypatch.setattr(adaptive_graph, "capture", capture)
+    monkeypatch.setattr(programs_captures, "record", record)
     monkeypatch.setattr(adaptive_graph, "can_capture", lambda y: True)
     hows = []
     owner = Prothero([1.0])

@@ -21,7 +21,7 @@ import fmkernels as fm
 from fmkernels import _cache
 from fmkernels.ops.step_control.op import Count
 from fmkernels.solvers.adaptive import step_graph
-from fmkernels.solvers.programs import captures, solve_graph
+from fmkernels.solvers.programs import captures
 
 X = torch.linspace(-1.0, 1.0, 8).reshape(4, 2)
 
@@ -38,8 +38,12 @@ class Network(torch.nn.Module):
         return v if y is None else v + y.reshape(-1, 1)
 
 
-def again(body: Callable[[], Tensor], generator: Any) -> tuple[Callable[[], None], Tensor]:
+def again(body: Callable[[], Tensor], generator: Any, device: Any, stream: Any) -> tuple[Callable[[], None], Tensor]:
+    generators = [g for g in (generator, torch.default_generator) if g is not None]
+    states = [g.get_state() for g in generators]
     result = body().clone()
+    for g, state in zip(generators, states, strict=True):
+        g.set_state(state)  # nothing is drawn by what is only recorded
 
     def replay() -> None:
         with torch.no_grad():
@@ -48,7 +52,7 @@ def again(body: Callable[[], Tensor], generator: Any) -> tuple[Callable[[], None
     return replay, result
 
 
-def held_by_none(body: Callable[[], Tensor], generator: Any) -> tuple[Callable[[], None], Tensor]:
+def held_by_none(body: Callable[[], Tensor], *_: Any) -> tuple[Callable[[], None], Tensor]:
     cells = dict(zip(body.__code__.co_freevars, body.__closure__ or (), strict=True))
     owner = weakref.ref(cells["self"].cell_contents)
 
@@ -70,9 +74,8 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dic
     return {"steps": 3, "method": "heun2"} if request.param == "solve" else {"method": "dopri5"}
 
 
-def play(monkeypatch: pytest.MonkeyPatch, capture: Any) -> None:
-    for module in (solve_graph, step_graph):
-        monkeypatch.setattr(module, "capture", capture)
+def play(monkeypatch: pytest.MonkeyPatch, record: Any) -> None:
+    monkeypatch.setattr(captures, "record", record)
 
 
 def hows(count: int, model: Any, settings: dict[str, Any], **more: Any) -> list[str]:
@@ -265,3 +268,161 @@ def test_graphs_are_bounded_for_one_model_and_in_bytes(kind: dict[str, Any], mon
     monkeypatch.setattr(_cache.DEVICE, "limit", 20_000)
     graphs = [fm.sample(network, torch.zeros(4096, 2), **kind)[1].graph for _ in range(3)]
     assert graphs[1:] == ["captured", "eager: the graph's memory exceeds FMKERNELS_GRAPH_MB"]
+
+
+@pytest.mark.parametrize("noisy", ["sde", "dropout"])
+@pytest.mark.parametrize("own", [False, True])
+def test_a_captured_call_draws_what_an_eager_and_a_replayed_one_draw(
+    kind: dict[str, Any], noisy: str, own: bool
+) -> None:
+    if noisy == "sde":
+        if "steps" not in kind:
+            return  # no noise in adaptive steps
+        kind = {**kind, "method": "euler_maruyama"}
+    network = Network().train(noisy == "dropout")
+
+    def samples(**more: Any) -> tuple[Tensor, str]:
+        torch.manual_seed(5)
+        generator = torch.Generator().manual_seed(6) if own else None
+        got, result = fm.sample(network, X, **kind, generator=generator, **more)
+        return got, result.graph.split(":")[0]
+
+    expected, _ = samples(cuda_graph=False)
+    for how in ["eager", "captured", "replayed"] if not own else ["eager"]:
+        got, was = samples()
+        assert was == how
+        torch.testing.assert_close(got, expected)
+
+
+def test_a_generator_of_ones_own_draws_the_same_when_captured(kind: dict[str, Any]) -> None:
+    if "steps" not in kind:
+        return
+    network, generator = Network().eval(), torch.Generator()
+    expected = fm.sample(network, X, steps=3, method="euler_maruyama", generator=generator.manual_seed(6), cuda_graph=False)[0]
+    for how in ("eager", "captured", "replayed"):
+        got, result = fm.sample(network, X, steps=3, method="euler_maruyama", generator=generator.manual_seed(6))
+        assert result.graph.split(":")[0] == how
+        torch.testing.assert_close(got, expected)
+
+
+READS: dict[str, Callable[[Tensor], Any]] = {
+    "item": lambda v: v.sum().item(),
+    "bool": lambda v: bool((v > 0).all()),
+    "mask": lambda v: v[v > 0].sum(),
+    "nonzero": lambda v: v.nonzero().sum(),
+    "unique": lambda v: v.unique().sum(),
+}
+
+
+@pytest.mark.parametrize("read", READS)
+def test_a_model_that_reads_values_is_never_captured(kind: dict[str, Any], read: str) -> None:
+    """A capture that fails in the middle would leave the allocator damaged: it is not begun."""
+
+    class Reading(Network):
+        def forward(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
+            v = super().forward(x, t)
+            READS[read](v)
+            return v
+
+    network = Reading().eval()
+    expected = fm.sample(network, X, **kind, cuda_graph=False)[0]
+    for _ in range(3):
+        got, result = fm.sample(network, X, **kind)
+        torch.testing.assert_close(got, expected)
+        assert result.graph.startswith("eager")
+    assert "reads values" in result.graph
+    with pytest.raises(RuntimeError, match="reads values of cpu on the host"):
+        fm.sample(network, X, **kind, cuda_graph=True)
+
+
+def test_a_recording_that_fails_is_left_and_told(kind: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(body: Callable[[], Tensor], *_: Any) -> Any:
+        body()
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
+
+    play(monkeypatch, failing)
+    network = Network().eval()
+    expected = fm.sample(network, X, **kind, cuda_graph=False)[0]
+    for how in ["eager: a graph is captured", *["eager: the model cannot be captured: CUDA error: operation"] * 2]:
+        got, result = fm.sample(network, X, **kind)
+        assert result.graph.startswith(how)
+        torch.testing.assert_close(got, expected)
+
+
+class Cuda:
+    """The calls of torch.cuda that a recording makes, in their order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, fails: bool) -> None:
+        self.calls: list[Any] = []
+        cuda, note = torch.cuda, self.calls.append
+
+        class Context:
+            def __init__(self, *what: Any) -> None:
+                self.what = what
+
+            def __enter__(self) -> None:
+                note(("enter", *self.what))
+
+            def __exit__(self, *error: object) -> None:
+                note(("exit", *self.what))
+                if fails and self.what[0] == "graph":
+                    raise RuntimeError("invalidated")
+
+        graph = type(
+            "Graph", (), {"replay": lambda self: None, "register_generator_state": lambda self, g: note("own")}
+        )
+        monkeypatch.setattr(cuda, "CUDAGraph", graph)
+        monkeypatch.setattr(cuda, "graph_pool_handle", lambda: (7, 0))
+        monkeypatch.setattr(cuda, "current_stream", lambda device=None: ("stream of", device))
+        monkeypatch.setattr(cuda, "device", lambda device: Context("device", device))
+        monkeypatch.setattr(
+            cuda,
+            "graph",
+            lambda graph, pool, stream, capture_error_mode: Context("graph", pool, stream, capture_error_mode),
+        )
+        monkeypatch.setattr(cuda, "set_stream", lambda stream: note(("set", stream)))
+        monkeypatch.setattr(cuda, "synchronize", lambda device: note(("wait", device)))
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *a: note(("end", *a)), raising=False)
+        monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda *a: note(("release", *a)), raising=False)
+
+
+def test_a_recording_names_its_device_stream_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda", 1)
+    cuda = Cuda(monkeypatch, fails=False)
+    replay, result = captures.record(lambda: X, None, device, "side")
+    assert result is X
+    replay()
+    graph = ("graph", (7, 0), "side", "thread_local")
+    assert cuda.calls == [("enter", "device", device), ("enter", *graph), ("exit", *graph), ("exit", "device", device)]
+
+
+def test_after_a_failed_recording_stream_and_memory_are_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda", 1)
+    cuda = Cuda(monkeypatch, fails=True)
+    with pytest.raises(RuntimeError, match="invalidated"):
+        captures.record(lambda: X, torch.Generator(), device, "side")
+    assert cuda.calls[0] == "own"
+    assert cuda.calls[-4:] == [
+        ("set", ("stream of", device)),
+        ("wait", device),
+        ("end", 1, (7, 0)),
+        ("release", 1, (7, 0)),
+    ]
+
+
+def test_statuses_are_copied_and_marked_on_their_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mark belongs behind the copy, on the stream of the tensor's device, whatever the current device is."""
+    from fmkernels.solvers.adaptive import compaction
+
+    marks: list[Any] = []
+    event = type("Event", (), {"record": lambda self, stream: marks.append(stream), "synchronize": lambda self: None})
+    monkeypatch.setattr(torch.cuda, "Event", event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: ("stream of", device))
+    real = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **k: real(*a, **k))
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    watch = compaction.Watch(1)
+    count = torch.zeros(len(Count), 3, dtype=torch.int32)
+    assert watch.look(count) is None
+    assert marks == [("stream of", count.device)]
+    assert torch.equal(watch.look(count), count[Count.STATUS])

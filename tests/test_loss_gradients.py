@@ -92,6 +92,7 @@ def test_create_graph_needs_no_choice_of_implementation(through: str) -> None:
     assert_rounded(torch.autograd.grad(penalty(w, "auto"), w)[0], want, 40, size=want.abs().max())
 
 
+@pytest.mark.host
 def test_pred_changed_in_place_after_the_loss_is_told_not_differentiated() -> None:
     weight, x_1, _ = problem((5, 2))
     weight.requires_grad_()

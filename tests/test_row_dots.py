@@ -90,6 +90,7 @@ def test_results_do_not_depend_on_threads() -> None:
     assert torch.equal(results[0], results[2])
 
 
+@pytest.mark.host
 @NATIVE
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("shape", [(16, 2), (3, 100), (2, 3000), (7,)])

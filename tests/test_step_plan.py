@@ -31,6 +31,7 @@ def stepper_of(func: Field, y: Tensor) -> NativeStepper:
     return stepper
 
 
+@pytest.mark.host
 @torch.no_grad()
 @pytest.mark.parametrize("rows", [3, 40_000])  # on both sides of where Python's lock is given away
 def test_outputs_whose_strides_differ_in_a_dimension_of_size_1_are_taken_as_they_lie(rows: int) -> None:

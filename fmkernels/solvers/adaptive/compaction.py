@@ -28,7 +28,7 @@ class Watch:
         copy = torch.empty(status.shape, dtype=status.dtype, pin_memory=True)
         copy.copy_(status, non_blocking=True)
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(status.device))  # where the copy runs, whatever the current device is
         self._pending.append((copy, event))
         if len(self._pending) <= self._delay:
             return None

@@ -37,7 +37,9 @@ _STEPPERS: Cache[Kept] = Cache("stepper")
 
 def key_of(problem: Problem, y0: Tensor, rows: int) -> Hashable | None:
     """What a stepper was made for, or None where none is kept."""
-    if not (_native.on_host(y0) and 0 < y0.numel() <= MAX_ELEMENTS and y0.is_contiguous() and runs_natively(problem, y0)):
+    if not (
+        _native.on_host(y0) and 0 < y0.numel() <= MAX_ELEMENTS and y0.is_contiguous() and runs_natively(problem, y0)
+    ):
         return None
     if torch.is_inference_mode_enabled():  # its tensors could not be written to later
         return None

@@ -63,7 +63,7 @@ class CapturedSteps:
                     self.stepper.step()
                 return self.stepper.y1
 
-            self.replay, _ = capture(body, None)
+            self.replay, _ = capture(body, None, batch.y.device)
         y, stages = self.batch.y, problem.tableau.stages
         own = (stages + 4) * y.untyped_storage().nbytes() + self._arguments.kept_bytes
         self.kept_bytes = max(reserved_bytes(y.device) - before, own)

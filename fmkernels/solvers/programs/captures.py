@@ -7,13 +7,16 @@ parameters and modes make of it: Python numbers that it reads elsewhere are fixe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from ... import _torch
 from ..._cache import DEVICE, Cache, Entry
 from ..._keys import NoKey, attributes, is_ours, key_of
 
@@ -22,20 +25,98 @@ MAX_KEYS = 64
 WARM_UPS = 2
 
 
-def capture(body: Callable[[], Tensor], generator: torch.Generator | None) -> tuple[Callable[[], None], Tensor]:
-    """Captures the body; returns the replay and the tensor that it writes."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UPS):  # lazy initialisation, autotuning and workspaces must be done before
+Replay = Callable[[], None]
+
+
+def capture(
+    body: Callable[[], Tensor], generator: torch.Generator | None, device: torch.device
+) -> tuple[Replay, Tensor]:
+    """Captures the body on a device; returns the replay and the tensor that it writes.
+
+    The body runs before, for lazy initialisation, autotuning and workspaces; what it draws there is drawn again.
+
+    Args:
+        generator: that it draws from beside the device's own.
+
+    Raises:
+        RuntimeError: the body reads values of the device on the host, or cannot be captured for another reason.
+    """
+    generators = [own for own in (generator, default_generator(device)) if own is not None]
+    states = [own.get_state() for own in generators]
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    with beside(stream):
+        with NoHostReads(device):
             body()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
+        for _ in range(WARM_UPS):
+            body()
+    for own, state in zip(generators, states, strict=True):
+        own.set_state(state)
+    return record(body, generator, device, stream)
+
+
+def record(
+    body: Callable[[], Tensor], generator: torch.Generator | None, device: torch.device, stream: Any
+) -> tuple[Replay, Tensor]:
+    """The body as a CUDA graph with memory of its own. Other threads may allocate meanwhile."""
+    graph, pool, current = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle(), torch.cuda.current_stream(device)
     if generator is not None:
         graph.register_generator_state(generator)
-    with torch.cuda.graph(graph):
-        result = body()
+    try:
+        with (
+            torch.cuda.device(device),
+            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+        ):
+            result = body()
+    except BaseException:
+        _torch.leave_capture(device, pool, current)
+        raise
     return graph.replay, result
+
+
+def default_generator(device: torch.device) -> torch.Generator | None:
+    """What is drawn from where no generator is named."""
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return torch.cuda.default_generators[index]
+    return torch.default_generator if device.type == "cpu" else None
+
+
+@contextmanager
+def beside(stream: Any) -> Iterator[None]:
+    """Work on another stream, after what came before and before what comes after it."""
+    if stream is None:
+        yield
+        return
+    current = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        yield
+    current.wait_stream(stream)
+
+
+class NoHostReads(TorchDispatchMode):
+    """Refuses what makes the host wait for values of a device: a capture in which that happens is lost, and what it had
+    begun with it."""
+
+    READS = frozenset({"_local_scalar_dense", "equal", "masked_select", "nonzero", "_unique2", "unique_dim"})
+    MOVES = frozenset({"_to_copy", "copy_"})
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        leaves = pytree.tree_leaves(args)
+        if any(isinstance(a, Tensor) and a.device == self.device for a in leaves):
+            masks = name in ("index", "index_put_", "index_put") and any(
+                isinstance(a, Tensor) and a.dtype in (torch.bool, torch.uint8) for a in pytree.tree_leaves(args[1])
+            )
+            moved = name in self.MOVES and result.device.type != self.device.type
+            if name in self.READS or masks or moved:
+                raise RuntimeError(f"it reads values of {self.device} on the host ({name}), which no graph can")
+        return result
 
 
 def reserved_bytes(device: torch.device) -> int:
@@ -183,7 +264,6 @@ class Captures(Generic[Captured]):
         except RuntimeError as error:
             if mode is True:
                 raise
-            torch.cuda.synchronize()
             reason = f"eager: the model cannot be captured: {str(error).splitlines()[0]}"
             self._cache.keep(full, reason, owners)
             return None, reason

@@ -87,7 +87,7 @@ class CapturedSolve:
             self.memory = [seed, run.buffers, run.holders, views, times]
             return run.result
 
-        self.replay, self.result = capture(body, generator)
+        self.replay, self.result = capture(body, generator, x.device)
         own = sum(t.untyped_storage().nbytes() for t in (self.x, self.coefficients, self.times, self.result))
         self.kept_bytes = max(reserved_bytes(x.device) - before, own + self.arguments.kept_bytes)
 
