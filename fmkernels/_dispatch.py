@@ -108,6 +108,10 @@ def unavailable(impl: str, device_type: str) -> str | None:
     return None
 
 
+def has_kernels(op: str, impl: str) -> bool:
+    return importlib.util.find_spec(f"fmkernels.ops.{op}.{impl}") is not None
+
+
 @functools.cache
 def chosen(op: str, device_type: str, impl: str) -> str:
     """The implementation that runs for a wanted one; raises if an explicit one cannot."""
@@ -118,7 +122,7 @@ def chosen(op: str, device_type: str, impl: str) -> str:
             if reason is None:
                 return candidate
             warn(f"fmkernels: {candidate} {op} is not available on {device_type}: {reason}")
-    reason = unavailable(impl, device_type)
+    reason = f"it has no {impl} kernels" if not has_kernels(op, impl) else unavailable(impl, device_type)
     if reason is not None:
         raise RuntimeError(
             f"impl: expected an available implementation of {op} on {device_type}, got {impl!r}: {reason}"

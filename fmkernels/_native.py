@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
@@ -29,10 +29,29 @@ def missing(device_type: str) -> str | None:
     module, reason = _load()
     if module is None:
         return reason
-    if device_type == "cuda" and not module.cuda_architectures():
-        return "the compiled library was built without CUDA"
+    if device_type == "cuda":
+        return missing_architecture(module.cuda_architectures())
     if device_type not in DEVICE_CODE:
         return f"there are no native kernels for device type {device_type!r}"
+    return None
+
+
+def missing_architecture(built: Sequence[str]) -> str | None:
+    """Why kernels of some architectures ("80", "90") cannot run on every GPU that is here, or None if they can.
+
+    Machine code runs on devices of its major version and no lower minor one; the newest architecture is there as PTX
+    too, which the driver compiles for what is newer.
+    """
+    if not built:
+        return "the compiled library was built without CUDA"
+    capabilities = [divmod(int(number), 10) for number in built]
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        if (major, minor) < max(capabilities) and not any(a == major and b <= minor for a, b in capabilities):
+            return (
+                f"the compiled library has kernels for CUDA architectures {', '.join(built)}, "
+                f"none that runs on cuda:{index}, {torch.cuda.get_device_name(index)}, of {major}{minor}"
+            )
     return None
 
 

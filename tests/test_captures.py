@@ -298,7 +298,9 @@ def test_a_generator_of_ones_own_draws_the_same_when_captured(kind: dict[str, An
     if "steps" not in kind:
         return
     network, generator = Network().eval(), torch.Generator()
-    expected = fm.sample(network, X, steps=3, method="euler_maruyama", generator=generator.manual_seed(6), cuda_graph=False)[0]
+    expected = fm.sample(
+        network, X, steps=3, method="euler_maruyama", generator=generator.manual_seed(6), cuda_graph=False
+    )[0]
     for how in ("eager", "captured", "replayed"):
         got, result = fm.sample(network, X, steps=3, method="euler_maruyama", generator=generator.manual_seed(6))
         assert result.graph.split(":")[0] == how

@@ -8,6 +8,7 @@ import pytest
 import torch
 from rounding import assert_rounded
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from fmkernels import _dispatch
 from fmkernels.ops.step_control.op import MAX_FAILURES, Clock, Count, Rules, Status, new_state, step_control
@@ -211,3 +212,17 @@ def test_operator_check() -> None:
     torch.library.opcheck(
         torch.ops.fmkernels.step_control, (*arguments, "auto"), test_utils=("test_schema", "test_faketensor")
     )
+
+
+def test_there_is_no_triton_kernel_and_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_dispatch, "unavailable", lambda impl, device_type: None)  # Triton itself can run
+    state, error, _ = random_state(0)
+    with pytest.raises(RuntimeError, match="impl: expected an available implementation of step_control.*no triton"):
+        state.control(error, rules(), "triton")
+
+
+def test_shapes_alone_can_be_controlled() -> None:
+    with FakeTensorMode():
+        state = State(torch.zeros(3), torch.ones(3))
+        state.control(torch.ones(3, dtype=torch.float64), rules(), "auto")
+        assert state.clock.shape == (len(Clock), 3)

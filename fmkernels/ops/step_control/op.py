@@ -125,6 +125,7 @@ def _step_control(
 
 for _key in ("CPU", "CUDA"):
     LIBRARY.impl("step_control", _step_control, _key)
+torch.library.register_fake("fmkernels::step_control", lambda *_: None, lib=LIBRARY)
 
 
 def new_state(t0: Tensor, t1: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,10 +166,14 @@ def step_control(
         wanted: float64 (R, T), times at which states are wanted, in the order of the solve; one row of it may stand for
             all (stride 0).
         start: no step was taken yet.
-        impl: "auto", "reference" or "native"; "triton" takes the reference, there are no such kernels.
+        impl: "auto", "reference" or "native". There is no Triton kernel: "triton" raises, and where the environment
+            names it for all operations the reference runs.
+
+    Raises:
+        RuntimeError: an implementation that is not there.
     """
-    impl = _dispatch.wanted(impl)
-    if impl == "triton":
+    named, impl = impl, _dispatch.wanted(impl)
+    if impl == "triton" and named == "auto":
         impl = "reference"
     call = _step_control if _dispatch.plain(clock) else torch.ops.fmkernels.step_control
     call(clock, count, step, times, error, rules.numbers(), list(rules.nodes), wanted, start, impl)
