@@ -288,7 +288,7 @@ def remembered_generator(number: int) -> torch.Generator:
 
 
 def leave_capture(device: torch.device, pool: Any, stream: Any) -> None:
-    """After a capture that failed: PyTorch leaves its allocator in the graph's memory and the graph's stream current."""
+    """After a capture that failed: PyTorch leaves its allocator in the graph's memory, and the graph's stream set."""
     torch.cuda.set_stream(stream)
     torch.cuda.synchronize(device)
     index = torch.cuda.current_device() if device.index is None else device.index

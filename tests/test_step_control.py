@@ -217,7 +217,7 @@ def test_operator_check() -> None:
 def test_there_is_no_triton_kernel_and_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_dispatch, "unavailable", lambda impl, device_type: None)  # Triton itself can run
     state, error, _ = random_state(0)
-    with pytest.raises(RuntimeError, match="impl: expected an available implementation of step_control.*no triton"):
+    with pytest.raises(RuntimeError, match=r"impl: expected an available implementation of step_control.*no triton"):
         state.control(error, rules(), "triton")
 
 
