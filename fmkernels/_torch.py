@@ -215,6 +215,19 @@ def intercepted() -> bool:
     )
 
 
+def seeing_operators(see: Callable[[str, Sequence[Any], Any], None]) -> AbstractContextManager[Any]:
+    """Within it ``see`` is told each operator that runs: its name, positional arguments and result."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Seeing(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            see(func.overloadpacket.__name__, args, result)
+            return result
+
+    return Seeing()
+
+
 def without_modes() -> AbstractContextManager[Any]:
     """Within it no mode sees operators: tensors are real under FakeTensorMode, too."""
     from torch.utils._python_dispatch import _disable_current_modes

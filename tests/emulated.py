@@ -1,8 +1,8 @@
 """CPU tensors in the place of a GPU's: what runs on a GPU is run by the emulator of tests/cpp/simt.
 
 ``make test-emulated`` (tools/emulated.sh) runs the tests of operations, adaptive steps, programs and sampling so, with
-a library whose CUDA launchers are emulated. Everything on the way to a launch is the project's own: bindings, workspaces,
-layouts, seeds, the engine of adaptive steps. Streams and graphs there are none.
+a library whose CUDA launchers are emulated. Everything on the way to a launch is the project's own: bindings,
+workspaces, layouts, seeds, the engine of adaptive steps. Streams and graphs there are none.
 """
 
 from __future__ import annotations

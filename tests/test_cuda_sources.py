@@ -1,6 +1,6 @@
 """The CUDA kernels, judged by their machine code: they compile, spill nothing, and move 16 bytes an access.
 
-Their arithmetic is tested without a GPU by tests/cpp/test_*_bodies.cpp. FMKERNELS_TEST_CUDA_ARCHITECTURES,
+Their arithmetic is tested without a GPU by tests/cpp/emulated. FMKERNELS_TEST_CUDA_ARCHITECTURES,
 a list such as "80,90,120", replaces the one architecture compiled for by default.
 """
 

@@ -265,3 +265,34 @@ def test_transforms_can_be_left_and_entered_again() -> None:
     assert _torch.transform_kinds() == set()
     with forward_ad.dual_level():
         assert _torch.transform_kinds() == {"Jvp"}
+
+
+def test_operators_are_seen() -> None:
+    seen = []
+    with _torch.seeing_operators(lambda name, args, result: seen.append((name, args[0], result))):
+        total = torch.ones(2, 3).sum()
+    assert [x.shape for name, x, _ in seen if name == "sum"] == [(2, 3)]
+    assert seen[-1][2] is not None
+    assert total == 6.0
+    torch.ones(2).sum()
+    assert len([name for name, *_ in seen if name == "sum"]) == 1
+
+
+def test_a_failed_capture_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hooks are those that torch.cuda's own memory pools use."""
+    import inspect
+
+    source = inspect.getsource(torch.cuda.memory)
+    assert "_cuda_endAllocateToPool(" in source
+    assert "_cuda_releasePool(" in source
+    calls = []
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: calls.append(stream))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: calls.append(device))
+
+    def left(index: int, pool: object) -> None:
+        raise RuntimeError("not currently recording to this pool")
+
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", left, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda *_: calls.append("released"), raising=False)
+    _torch.leave_capture(torch.device("cuda", 0), (1, 2), "before")
+    assert calls == ["before", torch.device("cuda", 0)]

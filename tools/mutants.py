@@ -1,7 +1,7 @@
 """Plants small bugs, one at a time, and tells which of them no test sees: `make mutants`.
 
-mutants_of_solvers.py and mutants_elsewhere.py hold the bugs as text: a file, what stands in it, what is put there, and
-the tests that must fail: pytest's, or programs of tests/cpp, which see what a GPU's kernel does. Each runs in a copy of
+mutants_of_solvers.py, mutants_of_kernels.py and mutants_elsewhere.py hold the bugs as text: a file, what stands in it,
+what is put there, and the tests that must fail: pytest's, or programs of tests/cpp, which see what a GPU's kernel does. Each runs in a copy of
 the working tree; those of C++ files are built there first. The exit status is 1 where a bug survives, 2 where the list
 is out of date or the tests fail without any.
 
@@ -58,9 +58,10 @@ class Mutant(NamedTuple):
 def mutants() -> list[Mutant]:
     """The list, whose entries may name one test or several."""
     import mutants_elsewhere  # beside this file
+    import mutants_of_kernels
     import mutants_of_solvers
 
-    listed = [*mutants_of_solvers.MUTANTS, *mutants_elsewhere.MUTANTS]
+    listed = [*mutants_of_solvers.MUTANTS, *mutants_of_kernels.MUTANTS, *mutants_elsewhere.MUTANTS]
     return [Mutant(file, old, new, (tests,) if isinstance(tests, str) else tests) for file, old, new, tests in listed]
 
 
@@ -124,22 +125,57 @@ def _pytest(tree: Path, tests: tuple[str, ...], log: Path) -> int:
     return int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]))
 
 
+class Way(NamedTuple):
+    """How a program of tests/cpp is built and run."""
+
+    sanitize: str = ""
+    order: str = "forward"
+    rounds: tuple[str, ...] = ()
+
+
+PLAIN = (Way(),)
+# whole launches: what no order of threads shows, a sanitizer does
+EMULATED = (Way(), Way(order="reverse"), Way("address,undefined", "random", ("100",)), Way("thread", "random", ("6",)))
+
+
 def run_program(tree: Path, source: str, timeout: float) -> tuple[int, str]:
-    """Builds a program of tests/cpp without Python and runs it: (pytest's exit status for it, what it says)."""
-    folder, name = tree / "build" / "programs", Path(source).stem
-    off = ["-DFMKERNELS_PYTHON=OFF", "-DFMKERNELS_CUDA=off", "-DCMAKE_BUILD_TYPE=Release"]
+    """Builds a program of tests/cpp without Python and runs it, in each way until one fails: (pytest's exit status for
+    it, what it says)."""
+    emulated = "/emulated/" in source
+    for way in EMULATED if emulated else PLAIN:
+        status, output = run_one_way(tree, Path(source).stem, "emulated" if emulated else "off", way, timeout)
+        if status != 0:
+            return status, f"{way.sanitize or 'plain'}, {way.order}: {output}"
+    return 0, ""
+
+
+def run_one_way(tree: Path, name: str, cuda: str, way: Way, timeout: float) -> tuple[int, str]:
+    folder = tree / "build" / f"programs-{cuda}-{way.sanitize.partition(',')[0]}"
+    options = [
+        "-DFMKERNELS_PYTHON=OFF",
+        f"-DFMKERNELS_CUDA={cuda}",
+        f"-DFMKERNELS_SANITIZE={way.sanitize}",
+        "-DFMKERNELS_CPU_VARIANTS=",
+        f"-DCMAKE_BUILD_TYPE={'None' if way.sanitize else 'Release'}",
+    ]
     for command in (
-        ["cmake", "-G", "Ninja", "-S", str(tree), "-B", str(folder), *off],
+        ["cmake", "-G", "Ninja", "-S", str(tree), "-B", str(folder), *options],
         ["cmake", "--build", str(folder), "--target", name],
     ):
         built = subprocess.run(command, capture_output=True, text=True, check=False)
         if built.returncode != 0:
             return BROKEN, (built.stdout + built.stderr)[-3000:]
+    fixed = ["setarch", "-R"] if way.sanitize == "thread" and shutil.which("setarch") else []
+    settings = {"SIMT_ORDER": way.order, "ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1"}
+    command = [*fixed, str(folder / name), *way.rounds]
+    environment = {**os.environ, **settings}
     try:
-        ran = subprocess.run([folder / name], capture_output=True, text=True, check=False, timeout=timeout)
+        ran = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=timeout, env=environment, errors="replace"
+        )
     except subprocess.TimeoutExpired:
         return FAILED, "timeout"
-    return 0 if ran.returncode == 0 else FAILED, ran.stdout[-3000:]
+    return 0 if ran.returncode == 0 else FAILED, (ran.stdout + ran.stderr)[-3000:]
 
 
 def run_tests(tree: Path, tests: tuple[str, ...], timeout: float) -> tuple[int, str]:

@@ -242,12 +242,6 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
         "tests/test_step_plan.py",
     ),
     (
-        "csrc/step_control/step_rows_body.cuh",
-        "return time(j) == a.clock[at_t * a.rows + row];",
-        "return false;",
-        "tests/cpp/test_step_bodies.cpp",
-    ),
-    (
         f"{SOLVERS}/equations/controlled.py",
         "packed.y0.requires_grad or t.requires_grad:",
         "packed.y0.requires_grad:",

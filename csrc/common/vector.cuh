@@ -1,8 +1,7 @@
 // Vectors of consecutive elements, as a device thread owns them: wide loads and stores, and conversions.
 //
-// The .cuh headers hold everything that a thread does and compile for the host too, where
-// tests/cpp/test_cuda_bodies.cpp runs the same functions for every thread of a grid: index arithmetic is
-// proven without a GPU. Only the few functions with an #if __CUDA_ARCH__ differ.
+// The .cuh headers hold everything that a thread does and compile for hosts too: the layout of workspaces is asked for
+// there. Kernels are run whole without a GPU by tests/cpp/simt, with what stands under #if __CUDA_ARCH__.
 #pragma once
 
 #include <cmath>

@@ -8,13 +8,12 @@ parameters and modes make of it: Python numbers that it reads elsewhere are fixe
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ... import _torch
 from ..._cache import DEVICE, Cache, Entry
@@ -45,7 +44,7 @@ def capture(
     states = [own.get_state() for own in generators]
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     with beside(stream):
-        with NoHostReads(device):
+        with refusing_reads(device):
             body()
         for _ in range(WARM_UPS):
             body()
@@ -94,29 +93,25 @@ def beside(stream: Any) -> Iterator[None]:
     current.wait_stream(stream)
 
 
-class NoHostReads(TorchDispatchMode):
+READS = frozenset({"_local_scalar_dense", "equal", "masked_select", "nonzero", "_unique2", "unique_dim"})
+MASKED = frozenset({"index", "index_put", "index_put_"})
+MOVES = frozenset({"_to_copy", "copy_"})
+
+
+def refusing_reads(device: torch.device) -> AbstractContextManager[Any]:
     """Refuses what makes the host wait for values of a device: a capture in which that happens is lost, and what it had
     begun with it."""
 
-    READS = frozenset({"_local_scalar_dense", "equal", "masked_select", "nonzero", "_unique2", "unique_dim"})
-    MOVES = frozenset({"_to_copy", "copy_"})
+    def see(name: str, args: Sequence[Any], result: Any) -> None:
+        if not any(isinstance(a, Tensor) and a.device == device for a in pytree.tree_leaves(args)):
+            return
+        masks = name in MASKED and any(
+            isinstance(a, Tensor) and a.dtype in (torch.bool, torch.uint8) for a in pytree.tree_leaves(args[1])
+        )
+        if name in READS or masks or (name in MOVES and result.device.type != device.type):
+            raise RuntimeError(f"it reads values of {device} on the host ({name}), which no graph can")
 
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()
-        self.device = device
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        leaves = pytree.tree_leaves(args)
-        if any(isinstance(a, Tensor) and a.device == self.device for a in leaves):
-            masks = name in ("index", "index_put_", "index_put") and any(
-                isinstance(a, Tensor) and a.dtype in (torch.bool, torch.uint8) for a in pytree.tree_leaves(args[1])
-            )
-            moved = name in self.MOVES and result.device.type != self.device.type
-            if name in self.READS or masks or moved:
-                raise RuntimeError(f"it reads values of {self.device} on the host ({name}), which no graph can")
-        return result
+    return _torch.seeing_operators(see)
 
 
 def reserved_bytes(device: torch.device) -> int:
