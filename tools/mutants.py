@@ -1,9 +1,9 @@
 """Plants small bugs, one at a time, and tells which of them no test sees: `make mutants`.
 
 mutants_of_solvers.py, mutants_of_kernels.py and mutants_elsewhere.py hold the bugs as text: a file, what stands in it,
-what is put there, and the tests that must fail: pytest's, or programs of tests/cpp, which see what a GPU's kernel does. Each runs in a copy of
-the working tree; those of C++ files are built there first. The exit status is 1 where a bug survives, 2 where the list
-is out of date or the tests fail without any.
+what is put there, and the tests that must fail: pytest's, or programs of tests/cpp, which see what a GPU's kernel
+does. Each runs in a copy of the working tree; those of C++ files are built there first. The exit status is 1 where a
+bug survives, 2 where the list is out of date or the tests fail without any.
 
     python tools/mutants.py [--check] [--only WORDS] [--trust] [--jobs N]
 """
