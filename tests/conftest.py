@@ -8,6 +8,7 @@ import re
 import sys
 
 import pytest
+from cuda_sources import Compile, compiler
 
 _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 MOST_WORKERS = 4  # each holds torch, and on a GPU a share of its memory
@@ -42,6 +43,12 @@ if os.environ.get("FMKERNELS_TEST_EMULATED"):  # tools/emulated.sh
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """What ``-n auto`` means."""
     return min(MOST_WORKERS, _cores())
+
+
+@pytest.fixture(scope="session")
+def compile_cuda(tmp_path_factory: pytest.TempPathFactory) -> Compile:
+    """Machine code of a CUDA source: file, architecture."""
+    return compiler(tmp_path_factory.mktemp("cubin"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,9 +7,12 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import sass
+import sass_model
 
 ROOT = Path(__file__).resolve().parent
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton exists on Linux only")
@@ -152,6 +155,19 @@ def test_compiles_without_spills_stack_or_atomics(machine_code) -> None:
     for found in machine_code:
         assert found["local"] == 0, found
         assert found["atomics"] == 0, found
+
+
+def test_machine_code_stays_within_its_table(machine_code) -> None:
+    """Instructions an element and registers, to 5 %, with the Triton that the table was made with."""
+    architecture = str(machine_code[0]["capability"])
+    if architecture not in sass_model.ARCHITECTURES or sass.find_cuobjdump() is None:
+        pytest.skip(f"no table for sm_{architecture}, or no cuobjdump")
+    table = sass_model.read_table(architecture)
+    if table["triton"] != version("triton"):
+        pytest.skip(f"Triton {version('triton')}: the table is of {table['triton']}")
+    counted = {model["case"]: model for found in machine_code if (model := found["model"])}
+    assert list(counted) == list(table["triton_cases"])
+    assert not sass_model.excesses({"kernels": table["triton_cases"], "cases": table["triton_cases"]}, counted, counted)
 
 
 def test_global_accesses_are_128_bits_wide(machine_code) -> None:

@@ -29,6 +29,10 @@ from fmkernels.ops.regression_loss import triton as regression_loss
 from fmkernels.ops.regression_loss.kinds import KINDS
 from fmkernels.ops.row_dots import triton as row_dots
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+import sass
+import sass_model
+
 ROWS, INNER = 4096, 4096
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 
@@ -102,6 +106,7 @@ CASES: dict[str, Callable[[], object]] = {
     "dots_one_tile_bf16": lambda: dots(BF16, 2, inner=1024),
     "dots_short_f32": lambda: dots(F32, 2, inner=64),
     "randn_f32": lambda: random.run([ROWS, INNER], empty(torch.int64), 2, 0, 0, F32),
+    "randn_bf16": lambda: random.run([ROWS, INNER], empty(torch.int64), 2, 0, 0, BF16),
 }
 
 
@@ -119,6 +124,19 @@ class Compiler:
             return found
 
         JITFunction.run = compile_only
+
+
+def modelled(case: str, compiled: Any) -> dict[str, Any] | None:
+    """What tools/sass_model.py counts; None where it does not list the case or there is no cuobjdump."""
+    if case not in sass_model.TRITON or sass.find_cuobjdump() is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "out.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        (code,) = sass.disassemble(cubin).values()
+        registers = sass.registers(cubin)
+    threads = 32 * compiled.metadata.num_warps
+    return sass_model.triton_entry(case, code, registers, compiled.metadata.shared, threads)
 
 
 def disassembled(cubin: bytes) -> str:
@@ -145,7 +163,6 @@ def main() -> None:
             launch()
             for kernel, compiled in compiler.compiled:
                 code = disassembled(compiled.asm["cubin"])
-                registers = re.search(r"REG:(\d+)|SHI_REGISTERS=(\d+)", code)
                 found = {
                     "case": case,
                     "kernel": kernel,
@@ -154,8 +171,8 @@ def main() -> None:
                     "loads_128": len(re.findall(r"LDG\.E\S*\.128", code)),
                     "stores_128": len(re.findall(r"STG\.E\S*\.128", code)),
                     "atomics": len(re.findall(r"\b(?:ATOMG?|RED)\b", code)),
-                    "registers": next(filter(None, registers.groups())) if registers else None,
                     "widened": len(re.findall(r"cvt\.f64\.f32", compiled.asm["ptx"])),
+                    "model": modelled(case, compiled) if kernel == "_kernel" else None,
                     "float_arguments": len(re.findall(r"\.param \.f(?:32|64)", compiled.asm["ptx"])),
                 }
                 print(json.dumps(found), flush=True)
