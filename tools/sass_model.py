@@ -386,8 +386,8 @@ def page_text(tables: Mapping[str, dict[str, Any]]) -> str:
         "A MODEL, NO MEASUREMENT: lower bounds from machine code "
         f"(nvcc {versions['nvcc']}, Triton {versions['triton']}), by `python tools/sass_model.py --write`. "
         "The times are those in which the memory, the issue of instructions or the slowest pipe alone would be done "
-        "with 2^26 elements; the ratio is the longer of issue and pipes over memory. Above 0.9 a kernel cannot reach 90 % of "
-        "the bandwidth; below it nothing is promised.",
+        "with 2^26 elements; the ratio is the longer of issue and pipes over memory. Above 0.9 a kernel cannot reach "
+        "90 % of the bandwidth; below it nothing is promised.",
     ]
     for gpu in GPUS:
         table = tables[gpu.architecture]
@@ -395,8 +395,8 @@ def page_text(tables: Mapping[str, dict[str, Any]]) -> str:
         shown |= {f"Triton: {name}": entry for name, entry in table["triton_cases"].items()}
         lines = [
             f"### {gpu.name}, modelled",
-            f"sm_{gpu.architecture}, {gpu.multiprocessors} multiprocessors at {gpu.gigahertz} GHz, {gpu.terabytes} TB/s; "
-            f"a latency of {gpu.latency:.0f} ns under load is assumed.",
+            f"sm_{gpu.architecture}, {gpu.multiprocessors} multiprocessors at {gpu.gigahertz} GHz, "
+            f"{gpu.terabytes} TB/s; a latency of {gpu.latency:.0f} ns under load is assumed.",
             "\n".join(
                 [
                     f"| {' | '.join(_HEADER)} |",
