@@ -225,7 +225,7 @@ def test_out_may_overlap_an_operand(position: int, shift: int, impl: str) -> Non
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference"])
-def test_out_may_be_any_operand_and_hold_a_coefficient(impl: str) -> None:
+def test_out_may_be_any_operand(impl: str) -> None:
     x, y = torch.randn(2, 64, 5)
     want = 2.0 * x - y
     for operands, coefficients in (([x, y.clone()], [2.0, -1.0]), ([y.clone(), x], [-1.0, 2.0])):
@@ -233,10 +233,56 @@ def test_out_may_be_any_operand_and_hold_a_coefficient(impl: str) -> None:
         operands = [out if v is x else v for v in operands]
         assert fm.combine(operands, coefficients, out=out, impl=impl) is out
         assert torch.equal(out, want)  # twice a number is exact: one rounding, however it is done
-    buffer = torch.rand(64 * 5)
-    coefficient = buffer[: 64 * 5 : 5] if impl == "reference" else buffer[10:74]
-    want = coefficient.clone()[:, None] * x
-    assert torch.equal(fm.combine([x], [coefficient], out=buffer.view(64, 5), impl=impl), want)
+
+
+def columns(out: Tensor, count: int) -> list[Tensor]:
+    """Coefficients that lie in the memory of out, spaced as its samples are."""
+    return [out.reshape(len(out), -1)[:, i] for i in range(count)]
+
+
+def coefficients_within(out: Tensor, form: str) -> object:
+    flat, samples = out.view(-1), len(out)
+    if form == "list":
+        return columns(out, 2)
+    if form == "table":
+        return out.reshape(samples, -1)[:, :2]
+    if form == "dense":
+        return flat[3 : 3 + 2 * samples].view(samples, 2)
+    if form == "token":
+        return [out.reshape(*out.shape[:2], -1)[:, :, -1], flat[-1]]
+    return torch.from_numpy(out.numpy()).view(samples, -1)[:, :2]  # of another storage
+
+
+@pytest.mark.parametrize("impl", ["auto", "native", "reference"])
+@pytest.mark.parametrize("form", ["list", "table", "dense", "token", "other storage"])
+@pytest.mark.parametrize("shape", [(6, 33), (6, 1000), (6, 3, 32, 32)], ids=str)
+def test_coefficients_in_the_memory_of_out_are_read_before_it_is_written(
+    shape: tuple[int, ...], form: str, impl: str
+) -> None:
+    x, y = torch.randn(2, *shape)
+    results = []
+    for shared in (False, True):
+        out = torch.linspace(0.5, 1.5, x.numel()).view(shape)
+        given = coefficients_within(out if shared else out.clone(), form)
+        # the error's are read last of all
+        fm.combine([x, y], given, out=out, impl=impl)
+        again = torch.linspace(0.5, 1.5, x.numel()).view(shape)
+        errors = columns(again if shared else again.clone(), 2)
+        _, norm = fm.combine([x, y], [1.0, 0.5], error_coefficients=errors, atol=0.1, out=again, impl=impl)
+        results.append((out, again, norm))
+    for want, got in zip(*results, strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_a_seed_in_the_memory_of_out_is_read_before_it_is_written(impl: str) -> None:
+    x = torch.randn(4, 1000)
+    out = torch.zeros(4, 1000)
+    seed = out.view(torch.int64)[0, 0]
+    seed.fill_(7)
+    want = fm.combine([x, fm.Noise(torch.tensor(7))], [1.0, 1.0], impl=impl)
+    fm.combine([x, fm.Noise(seed)], [1.0, 1.0], out=out, impl=impl)
+    assert torch.equal(out, want)
 
 
 def test_interleaved_columns_of_one_buffer() -> None:
@@ -296,7 +342,13 @@ def test_compiled_combine_sees_views_that_overlap(backend: str, norm: bool) -> N
     def later(base: torch.Tensor) -> object:
         return fm.combine([base[4:8], base[0:4]], [1.0, 2.0], out=base[1:5], **tolerances)
 
-    for function in (first, later):
+    def coefficient(base: torch.Tensor) -> object:
+        return fm.combine([torch.ones(4, 5)], [base[1:5, 0]], out=base[1:5], **tolerances)
+
+    def table(base: torch.Tensor) -> object:
+        return fm.combine([torch.ones(4, 5)] * 2, base[1:5, 1:3], out=base[1:5], **tolerances)
+
+    for function in (first, later, coefficient, table):
         results = []
         for call in (function, torch.compile(function, fullgraph=True, backend=backend)):
             base = torch.arange(40.0).view(8, 5)

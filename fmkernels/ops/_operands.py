@@ -23,7 +23,7 @@ from .._checks import (
     type_error,
     value_error,
 )
-from .._torch import is_static, is_zero, same_memory
+from .._torch import is_static, is_zero
 from ..random import Noise, check_noise
 
 TENSOR = -1
@@ -171,24 +171,37 @@ def row_stride(table: Tensor) -> int | None:
 
 def memory_length(tensor: Tensor) -> int:
     """How far a tensor reaches from where it begins, in elements."""
-    if tensor.numel() == 0:
-        return 0
+    elements = tensor.numel()
+    if elements == 0 or tensor.is_contiguous():
+        return elements
+    if tensor.dim() == 1:
+        return 1 + (elements - 1) * tensor.stride(0)
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
-def overlap(tensor: Tensor, out: Tensor) -> bool:
-    """True where a kernel that writes ``out`` could destroy what it has yet to read from a tensor.
+def memory(tensor: Tensor) -> tuple[int, int]:
+    """The addresses at which a tensor begins and ends."""
+    start = tensor.data_ptr()
+    return start, start + memory_length(tensor) * tensor.element_size()
 
-    Only between dense tensors: one that is not is copied before the kernel runs, or written after it.
+
+def meets(tensor: Tensor, begin: int, end: int) -> bool:
+    """Whether a tensor reaches into memory: by address, since not all that share memory share a storage."""
+    start = tensor.data_ptr()
+    return start < end and (start >= begin or memory(tensor)[1] > begin)
+
+
+def operands_apart(tensors: Sequence[Tensor], begin: int, end: int) -> list[Tensor]:
+    """The operands, copied where a kernel that writes that memory could destroy what it has yet to read.
+
+    One that is not dense is copied before the kernel runs anyway.
     """
-    if not same_memory(tensor, out):
-        return False
-    length, out_length = memory_length(tensor), memory_length(out)
-    start, out_start = tensor.storage_offset(), out.storage_offset()
-    if length != tensor.numel() or out_length != out.numel():
-        return False
-    size, out_size = tensor.element_size(), out.element_size()
-    return start * size < (out_start + out_length) * out_size and out_start * out_size < (start + length) * size
+    return [t.clone() if meets(t, begin, end) and memory_length(t) == t.numel() else t for t in tensors]
+
+
+def coefficients_apart(tensors: Sequence[Tensor | None], begin: int, end: int) -> list[Tensor | None]:
+    """The same of coefficients, which are read where they lie however their entries are spaced."""
+    return [t if t is None or not meets(t, begin, end) else t.clone() for t in tensors]
 
 
 def is_lazy(tensor: Tensor) -> bool:

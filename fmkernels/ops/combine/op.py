@@ -20,9 +20,11 @@ from .._operands import (
     Coefficient,
     Operand,
     Operands,
+    coefficients_apart,
     compute_dtype,
+    memory,
     memory_length,
-    overlap,
+    operands_apart,
     pack_coefficients,
     pack_operands,
 )
@@ -58,10 +60,9 @@ def _combine_into(
 ) -> Tensor:
     *rest, want_norm, impl = args
     # here, where the tensors are there: what torch.compile traces does not say what shares memory
-    tensors = [t.clone() if overlap(t, out) else t for t in tensors]
-    coefs, error_coefs = (
-        [c if c is None or not overlap(c, out) else c.clone() for c in table] for table in (coefs, error_coefs)
-    )
+    written = memory(out)
+    tensors = operands_apart(tensors, *written)
+    coefs, error_coefs = coefficients_apart(coefs, *written), coefficients_apart(error_coefs, *written)
     if streams[0] == IN_PLACE:
         tensors, streams = [out, *tensors], [TENSOR, *streams[1:]]
     run = _dispatch.implementation("combine", out.device.type, impl).run
@@ -266,7 +267,7 @@ def combine(
         atol: absolute tolerance >= 0 of the norm (0 where only ``rtol`` is given).
         rtol: relative tolerance >= 0 of the norm.
         out: tensor to write y into, of the operands' shape and dtype; may be an operand, or overlap one: in
-            place for the first, others are copied. Not differentiable.
+            place for the first, others are copied, and so are coefficients in its memory. Not differentiable.
         impl: "auto", "reference", "native" or "triton".
 
     Returns:
