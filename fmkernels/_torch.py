@@ -160,6 +160,14 @@ def beneath(tensor: Tensor) -> tuple[Tensor, dict[int, int]]:
     return tensor, levels
 
 
+def plain_beneath(tensor: Tensor) -> Tensor:
+    """The plain tensor beneath torch.func's wrappers, within the transforms."""
+    hooks = torch._C._functorch
+    while hooks.is_functorch_wrapped_tensor(tensor):
+        tensor = hooks.get_unwrapped(tensor)
+    return tensor
+
+
 def above(tensor: Tensor, levels: Sequence[int], dim: int) -> Tensor:
     """A plain tensor as one whose dimensions from dim on are hidden by vmap, at levels in ascending order."""
     for level in levels:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .._arguments import NOTHING, PLAIN, Named, all_kwargs, check_named, named, names_of
+from .._cache import is_plain_context
 from .._checks import check_callable, check_choice, check_number, is_word, real_array, type_error, value_error
 from .._keys import attributes, is_ours, key_or_none
 from ..paths import CondOT, Path
@@ -222,10 +223,12 @@ class Guidance(ABC):
         if not isinstance(path, Path):
             raise type_error("path", "a path of fm.paths", path)
         check_choice("prediction", prediction, TARGETS)
-        calls = self.calls(model, all_kwargs({}, model_kwargs), named(batched, shared))
+        given, said = all_kwargs({}, model_kwargs), named(batched, shared)
+        calls = self.calls(model, given, said)
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
-            builder = Immediate(calls, x, t, path, prediction)
+            own = calls if is_plain_context() else self.calls(model, given, said)  # transforms have calls of their own
+            builder = Immediate(own, x, t, path, prediction)
             return builder.tensor(self.velocity(builder, builder.x, t))
 
         return velocity

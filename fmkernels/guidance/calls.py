@@ -11,6 +11,7 @@ from torch import Tensor
 from .._arguments import NOTHING, PLAIN, Kind, Named, kind_of, leaves, structure, tree_map
 from .._cache import is_plain_context
 from .._checks import describe, type_error, value_error
+from ..solvers.programs.ownership import reading
 from ..solvers.programs.run import Call, JoinedCall
 
 Model = Callable[..., Any]
@@ -64,13 +65,9 @@ class Calls(dict[str, Call]):
         if len(names) > 1:
             call: Call = _Joined(models, self._said, self._batching)
         else:
-            call = _bound(*models[0])
+            call = reading("model", *models[0])
         self[branch] = call = _guarded(call, self._leads) if self._leads else call
         return call
-
-
-def _bound(model: Model, kwargs: Mapping[str, Any]) -> Call:
-    return (lambda x, t: model(x, t, **kwargs)) if kwargs else model
 
 
 def _guarded(call: Call, leads: Sequence[tuple[str, tuple]]) -> Call:
@@ -100,7 +97,7 @@ class _Joined(JoinedCall):
     def __init__(self, models: Sequence[tuple[Model, Mapping[str, Any]]], said: Named, batching: Batching) -> None:
         self.model, self.kwargs = models[0][0], [kwargs for _, kwargs in models]
         self.said, self.batching = said, batching
-        self.apart = [_bound(*pair) for pair in models]
+        self.apart = [reading("model", *pair) for pair in models]
         # the joined arguments for a number of rows, None where they cannot be joined
         self.joined: dict[int, dict[str, Any] | None] = {}
         self.looked = self.writes_to_input = False

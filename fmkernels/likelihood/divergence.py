@@ -11,6 +11,7 @@ does not grow with the number of dimensions.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,8 +38,10 @@ from ..ops._operands import compute_dtype
 from ..ops.random.op import randn, random_words
 from ..ops.row_dots.op import row_dots
 from ..random import Noise, check_noise, draw_seed
+from ..solvers.programs.ownership import reading
 
 Field = Callable[..., Tensor]
+Reading = Callable[[Tensor, Tensor], Tensor]  # (x, t), of a field that does not write to x
 METHODS = ("exact", "hutchinson")
 DISTRIBUTIONS = ("rademacher", "gaussian")
 MODES = ("reverse", "forward")
@@ -91,11 +94,11 @@ def _no_derivative(name: str) -> ValueError:
 class _Reverse:
     """Products J^T e: the field's graph is kept, a backward pass for each e. Its graph is freed with this object."""
 
-    def __init__(self, func: Field, t: Tensor, x: Tensor, kwargs: dict[str, Any], gradient: bool, name: str) -> None:
+    def __init__(self, read: Reading, t: Tensor, x: Tensor, gradient: bool, name: str) -> None:
         self.gradient, self.name = gradient, name
         with torch.enable_grad():
             self.x = x if gradient and x.requires_grad else x.detach().requires_grad_()
-            self.v = as_state(self.name, func(t.clone(), self.x, **kwargs), x)
+            self.v = as_state(self.name, read(self.x, t.clone()), x)
         if not self.v.requires_grad:
             raise _no_derivative(self.name)
 
@@ -125,15 +128,15 @@ class _Reverse:
 class _Forward:
     """Products J e by forward-mode differentiation: an evaluation of the field for each e, no graph."""
 
-    def __init__(self, func: Field, t: Tensor, x: Tensor, kwargs: dict[str, Any], gradient: bool, name: str) -> None:
-        self.func, self.t, self.kwargs, self.name = func, t, kwargs, name
+    def __init__(self, read: Reading, t: Tensor, x: Tensor, gradient: bool, name: str) -> None:
+        self.read, self.t, self.name = read, t, name
         self.x = x if gradient else x.detach()
         self.gradient = gradient
         self.velocity: Tensor | None = None
 
     def product(self, e: Tensor, last: bool) -> Tensor:
         with torch.set_grad_enabled(self.gradient), forward_ad.dual_level():
-            output = self.func(self.t.clone(), forward_ad.make_dual(self.x, e.contiguous()), **self.kwargs)
+            output = self.read(forward_ad.make_dual(self.x, e.contiguous()), self.t.clone())
             dual = as_state(self.name, output, self.x)
             self.velocity, tangent = forward_ad.unpack_dual(dual)
         if tangent is None:
@@ -150,13 +153,13 @@ class _Forward:
         return tangents
 
     def _at(self, x: Tensor) -> Tensor:
-        return as_state(self.name, self.func(self.t.clone(), x, **self.kwargs), x)
+        return as_state(self.name, self.read(x, self.t.clone()), x)
 
     @property
     def v(self) -> Tensor:
         if self.velocity is None:  # no directions at all
             with torch.set_grad_enabled(self.gradient):
-                self.velocity = as_state(self.name, self.func(self.t.clone(), self.x, **self.kwargs), self.x)
+                self.velocity = self._at(self.x)
         return self.velocity
 
 
@@ -203,7 +206,8 @@ class Divergence:
                 x, t = x.clone(), t.clone()
                 probes = [e.clone() for e in probes]
                 kwargs = tree_map(_ordinary, kwargs or {})
-            jacobian = (_Reverse if self.mode == "reverse" else _Forward)(func, t, x, kwargs or {}, gradient, self.name)
+            read = reading(self.name, functools.partial(func, **kwargs) if kwargs else func, time_first=True)
+            jacobian = (_Reverse if self.mode == "reverse" else _Forward)(read, t, x, gradient, self.name)
             stack.enter_context(torch.set_grad_enabled(gradient))
             div = self._exact(jacobian, x) if self.method == "exact" else self._estimate(jacobian, x, probes)
             v = jacobian.v

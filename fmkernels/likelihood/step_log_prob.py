@@ -29,6 +29,7 @@ from ..paths.targets import conversion_coefficients
 from ..solvers.methods.sde import SDE
 from ..solvers.methods.step_density import REDUCTIONS, log_density, no_noise, reciprocal
 from ..solvers.programs.draws import Transform, check_transform, transformed
+from ..solvers.programs.ownership import reading
 
 
 def sde_step_log_prob(
@@ -108,7 +109,7 @@ def sde_step_log_prob(
         sde = replace(sde, last_step="none")
     times = start.to(dtype)
     times = (times.expand(x.shape[0]) if times.dim() == 0 else times).clone()  # the network may write to them
-    output = as_state("model", model(x, times, **given), x)
+    output = as_state("model", reading("model", model, given)(x, times), x)
     if start.dim() and end.dim() and start.shape != end.shape:
         raise value_error("t_next", f"a number, or the shape of t, {tuple(start.shape)}", t_next)
     start, end = torch.broadcast_tensors(start.double(), end.double())

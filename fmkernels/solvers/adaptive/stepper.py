@@ -16,7 +16,7 @@ from ...ops._operands import compute_dtype
 from ...ops.combine.op import combine
 from ...ops.step_control.op import Clock, Count, step_control
 from ...ops.step_control.rows import copy_rows, dense_output, dense_weights
-from ..programs.ownership import is_kept, owned_memory, references_of
+from ..programs.ownership import is_kept, ordinary_memory, owned_memory, references_of
 from .rows import Batch, Problem, row_norm, to_device
 
 
@@ -70,7 +70,8 @@ class Stepper:
         self.problem, self.batch = problem, batch
         y, tableau, rows = batch.y, problem.tableau, batch.rows
         dtype = compute_dtype(y)
-        self.y1 = torch.empty_like(y)
+        with ordinary_memory():
+            self.y1 = torch.empty_like(y)
         self.k0 = torch.empty_like(y)
         self.stages: list[Tensor] = []
         self.step_size = torch.zeros(rows, dtype=dtype, device=y.device)
@@ -175,7 +176,9 @@ class Stepper:
 
     def let_go(self) -> None:
         """Other memory for what the function was given last."""
-        self.y1, self.times = self.y1.detach().clone(), self.times.detach().clone()
+        with ordinary_memory():
+            self.y1 = self.y1.detach().clone()
+        self.times = self.times.detach().clone()
         self.time_views = self.views_of(self.times)
 
     def evaluate(self, number: int, t: Tensor, y: Tensor, held: Sequence[Tensor]) -> Tensor:
@@ -309,11 +312,14 @@ class Stepper:
                 out=self.flat(self.y1),
                 impl=problem.impl,
             )
+            lent, version = self.y1, self.y1._version
             stages.append(self.evaluate(s + 1, self.time_views[s + 1], self.y1, stages))
             flat.append(self.flat(stages[-1]))
         operands = [y, *(flat[j] for j in last)]
         solution, error = (self._table[:, table] for table in self._tables[-2:])
         if problem.slow_norm:
+            if lent._version != version:  # the function has written to the new state
+                combine(operands, solution, out=self.flat(self.y1), impl=problem.impl)
             return self._slow_norm(operands[1:], error[:, 1:], self.batch.y, self.y1)
         _, norm = combine(
             operands,

@@ -8,6 +8,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from ..._cache import is_plain_context
 from ..._checks import check_has_values, check_number, type_error, value_error
 from ..._torch import untraced
 from ...ops.combine.op import combine
@@ -16,6 +17,7 @@ from ..methods import registry as methods
 from ..methods.runge_kutta import take_stages
 from ..methods.tableaus import Tableau
 from ..programs.expressions import Number
+from ..programs.ownership import owned_state, references_of
 from .controlled import Control
 from .options import (
     ADAPTIVE_OPTIONS,
@@ -127,13 +129,15 @@ def _step(
     packed: Packed, tableau: Tableau, y: Tensor, k: Tensor | None, start: float, end: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A step from y, whose derivative is k if known: the new state, its derivative, and the interpolant's powers."""
-    h = end - start
+    h, look = end - start, is_plain_context()
 
     def state(row: Sequence[float], ks: list[Tensor]) -> Tensor:
         return combine([y, *ks], [1.0, *(h * a for a in row)]) if row else y
 
     def evaluate(y: Tensor, time: Number) -> Tensor:
-        return packed.field(torch.tensor(float(time), dtype=y.dtype, device=y.device), y)
+        output = packed.field(torch.tensor(float(time), dtype=y.dtype, device=y.device), y)
+        references = references_of(output) if look else 0
+        return owned_state("func", output, y, references, look)  # the next call may write to the same buffer
 
     ks, last = take_stages(tableau, start, end, state, evaluate, first=k)
     powers = [combine(ks, [h * w for w in column]) for column in zip(*tableau.interpolant, strict=True)]

@@ -18,6 +18,7 @@ from ..methods.runge_kutta import RungeKutta
 from ..methods.tableaus import Tableau
 from ..programs.builder import Method
 from ..programs.expressions import Number
+from ..programs.ownership import reading
 from .callbacks import Callbacks
 from .controlled import Control
 from .fixed import new_run, numbers_of, run_program
@@ -48,12 +49,13 @@ class Crossing:
     """
 
     def __init__(self, packed: Packed, event_fn: EventFn, t0: Tensor) -> None:
-        self.packed, self.event_fn = packed, event_fn
+        # the state is the solve's
+        self._read = reading("event_fn", lambda t, y: event_fn(t, packed.unpack(y)), time_first=True)
         with torch.no_grad():
             self.signs = self._values(t0, packed.y0).sign()
 
     def _values(self, t: Tensor, y: Tensor) -> Tensor:
-        values = self.event_fn(t, self.packed.unpack(y))
+        values = self._read(y, t)
         if not isinstance(values, Tensor) or values.numel() == 0 or not values.is_floating_point():
             raise type_error("event_fn", "a floating tensor of at least one value from event_fn(t, y)", values)
         if bool(values.isnan().any()):
@@ -329,8 +331,9 @@ def _fixed(search: Search, method: Method) -> tuple[float, Tensor]:
         start, end = (search.first + signed * n for n in (number, number + 1))
         slopes = None
         if interp == "cubic":
+            read = reading("func", steps.field, time_first=True)
             times = (torch.tensor(x, dtype=packed.y0.dtype, device=packed.y0.device) for x in (start, end))
-            slopes = tuple(steps.field(time, y) for time, y in zip(times, (before, after), strict=True))
+            slopes = tuple(read(y, time) for time, y in zip(times, (before, after), strict=True))
 
     def state(time: float) -> Tensor:
         return linear_or_hermite(before, after, slopes, start, end, time)
@@ -358,7 +361,7 @@ class _Steps:
         self.gradient = False
 
     def field(self, t: Tensor, y: Tensor) -> Tensor:
-        k = as_state("func", self.search.packed.field(t, y), y)
+        k = as_state("func", self.search.packed.call(t, y), y)
         if k.requires_grad:
             self.gradient = True
             return k.detach()

@@ -16,6 +16,7 @@ from ...paths import CondOT
 from ..methods.reversible import Scheme, coupling_of, solve_reversible, tableau_of
 from ..programs.builder import Builder, Method
 from ..programs.expressions import Number
+from ..programs.ownership import ordinary_memory, reading
 from ..programs.run import Run
 from ..programs.tables import numbers_for
 from .callbacks import Callbacks
@@ -53,11 +54,10 @@ def _grid(packed: Packed, t: Tensor, options: dict[str, Any]) -> list[Number] | 
 
 
 def new_run(packed: Packed, builder: Builder, method: Method, *, call: Field | None = None, **kwargs: Any) -> Run:
-    """A run of a method on a builder's grid from the packed state; ``call`` in place of the packed field."""
+    """A run of a method on a builder's grid from the packed state; ``call`` in the place of its right-hand side."""
     y0 = packed.y0
     program = builder.plan(method)
-    func = call or packed.call
-    calls = {"": lambda y, t: func(t, y)}
+    calls = {"": packed.reading if call is None else reading("func", call, time_first=True)}
     numbers = numbers_for(program, y0, y0.dtype, "scalar", keep=not torch.is_grad_enabled())
     run = Run(program, calls, y0, numbers, **kwargs)
     run.function_name = "func"
@@ -79,7 +79,8 @@ def run_program(
     steps = len(grid) - 1
     kept = None
     if trajectory and not gradient:
-        kept = y0.new_empty((steps + 1, *y0.shape))
+        with ordinary_memory():
+            kept = y0.new_empty((steps + 1, *y0.shape))
         kept[0].copy_(y0)
     callbacks = None if told else Callbacks(packed) or None
 
@@ -144,5 +145,5 @@ def _reversible(packed: Packed, t: Tensor, method: Any, options: Mapping[str, An
     # 0-dim times of any device serve as coefficients on the state's
     times = torch.cat(scheme_times).to(y0.device)
     coupling = coupling_of(options["reversible"])
-    scheme = Scheme(packed.field, tableau_of(method), kept, coupling, lambda x: x.to(y0.dtype))
+    scheme = Scheme(packed.call, tableau_of(method), kept, coupling, lambda x: x.to(y0.dtype))
     return solve_reversible(scheme, y0, times, modules=[packed.func])

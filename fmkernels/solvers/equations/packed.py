@@ -20,6 +20,7 @@ from ..._checks import (
     value_error,
 )
 from ...ops._operands import compute_dtype
+from ..programs.ownership import reading
 
 Field = Callable[[Tensor, Any], Any]
 State = Tensor | tuple[Tensor, ...]
@@ -116,11 +117,19 @@ class Packed:
 
     @property
     def call(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """The right-hand side on the packed state, in the quickest form."""
-        return self.func if self.plain and self.limits is None else self.field
+        """The right-hand side on a packed state that func may write to: a copy, in the quickest form."""
+        return self.func if self.plain and self.limits is None else self._value
+
+    @property
+    def reading(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """(y, t) to the right-hand side on a packed state that func may not write to."""
+        return reading("func", self.call, time_first=True)
 
     def field(self, t: Tensor, y: Tensor) -> Tensor:
-        """The right-hand side on the packed state."""
+        """The right-hand side on a packed state that func may not write to."""
+        return self.reading(y, t)
+
+    def _value(self, t: Tensor, y: Tensor) -> Tensor:
         if self.limits is not None:
             t = t.clamp(*self.limits)
         if self.plain:

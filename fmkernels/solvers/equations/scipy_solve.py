@@ -71,7 +71,7 @@ def _solve(packed: Packed, times: list[float], solver: str, arguments: dict[str,
     @torch.no_grad()
     def func(t: float, y: Any) -> Any:
         state = torch.tensor(y, dtype=torch.float64).to(y0.device, y0.dtype).reshape(y0.shape)
-        value = packed.field(torch.tensor(t, dtype=y0.dtype, device=y0.device), state)
+        value = packed.call(torch.tensor(t, dtype=y0.dtype, device=y0.device), state)
         return value.reshape(-1).double().cpu().numpy()
 
     start = y0.reshape(-1).double().cpu().numpy()

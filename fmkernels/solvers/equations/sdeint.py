@@ -31,6 +31,7 @@ from ..methods.sde import heun_step
 from ..programs.builder import Builder
 from ..programs.draws import Draw, Transform, check_transform, transformed
 from ..programs.expressions import ZERO, Expr, Number, as_grid
+from ..programs.ownership import reading
 from ..programs.run import Run
 from ..programs.tables import numbers_for
 
@@ -144,7 +145,7 @@ def sdeint(
     program = builder.program()
     run = Run(
         program,
-        {"": lambda y, time: drift(time, y)},
+        {"": reading("drift", drift, time_first=True)},
         y0,
         numbers_for(program, y0, compute_dtype(y0), "scalar", keep=False),  # the program is this call's own
         seed=seeds,
@@ -260,7 +261,7 @@ class Level:
     def at(self, t: float, y: Tensor) -> Tensor:
         """g, checked, in the dtype of sums."""
         dtype = compute_dtype(y)
-        g = self.function(torch.full((), t, dtype=dtype, device=y.device), y)
+        g = reading("diffusion", self.function, time_first=True)(y, torch.full((), t, dtype=dtype, device=y.device))
         if not isinstance(g, Tensor) or not g.is_floating_point():
             raise type_error("diffusion(t, y)", "a floating tensor", g)
         if self.matrix:

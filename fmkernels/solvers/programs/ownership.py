@@ -2,19 +2,24 @@
 
 A tensor that is kept has more references after the call, or its memory more tensors. Nothing of this is seen while
 anyone traces or transforms operations.
+
+A tensor that was written to has another version after the call. Inference tensors have no versions, so that states are
+made as ordinary tensors under torch.inference_mode too, and a function is given a copy of one that is not.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from ..._checks import as_state
-from ..._torch import storage_users
+from ..._torch import plain_beneath, storage_users, transform_active
 
 references_of = sys.getrefcount
 
@@ -49,6 +54,12 @@ def owned(output: Tensor, references: int, sharers: int = 1, look: bool = True) 
     if look and output.grad_fn is not None and output._version == 0:
         return output
     return output.clone()
+
+
+def owned_state(name: str, output: Any, x: Tensor, references: int, look: bool = True) -> Tensor:
+    """:func:`owned` of an output that is checked to be like the state x, in its dtype."""
+    state = as_state(name, output, x)
+    return owned(state, references, 1, look) if state is output else state
 
 
 def check_each(outputs: Sequence[Any], x: Tensor, name: str) -> None:
@@ -93,3 +104,81 @@ def is_kept(x: Tensor, references: int, memory: Owned) -> bool:
     """
     # here an argument refers to it too
     return references_of(x) - 1 != references or storage_users(memory[0]) != memory[1] or x.requires_grad
+
+
+class OwnTimes(Sequence[Tensor]):
+    """Times of which each call has its own."""
+
+    def __init__(self, times: Sequence[Tensor]) -> None:
+        self._times = times
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._times[index].clone()
+
+    def __len__(self) -> int:
+        return len(self._times)
+
+
+# ---------------------------------------------------------------------- what a function may not write to
+
+
+@contextmanager
+def _out_of_inference_mode() -> Iterator[None]:
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def ordinary_memory() -> AbstractContextManager[None]:
+    """Within it a solver makes the states that it lends: ordinary tensors, in inference mode too."""
+    if is_dynamo_compiling() or not torch.is_inference_mode_enabled():
+        return nullcontext()
+    return _out_of_inference_mode()
+
+
+def _ordinary(x: Tensor) -> Tensor:
+    with _out_of_inference_mode():
+        return x.clone()
+
+
+def wrote_to_input(name: str) -> ValueError:
+    return ValueError(
+        f"{name}: expected a function that leaves its input as it is, but it wrote to it (an in-place operation); "
+        "clone the input first"
+    )
+
+
+def reading(
+    name: str, function: Callable[..., Any], kwargs: Mapping[str, Any] | None = None, *, time_first: bool = False
+) -> Callable[[Tensor, Tensor], Any]:
+    """The call (x, t) of a user's function of a state, in which writing to the state is an error.
+
+    All solvers call through this: functions (x, t, **kwargs), or with ``time_first`` (t, x). A version is compared
+    before and after each call; torch.compile sees the function alone.
+
+    Args:
+        name: the caller's argument, in the error.
+
+    Raises:
+        ValueError: in the call; the function has written to x.
+    """
+    hidden = transform_active()
+
+    def read(x: Tensor, t: Tensor) -> Any:
+        version = None
+        if not is_dynamo_compiling():
+            try:
+                version = x._version if not hidden else _versions(x)
+            except RuntimeError:
+                x = _ordinary(x)
+                version = x._version if not hidden else _versions(x)
+        output = function(t, x) if time_first else function(x, t, **kwargs) if kwargs else function(x, t)
+        if version is not None and (x._version if not hidden else _versions(x)) != version:
+            raise wrote_to_input(name)
+        return output
+
+    return read
+
+
+def _versions(x: Tensor) -> int:
+    """With those of what lies beneath transforms, of which some have none of their own."""
+    return x._version + plain_beneath(x)._version

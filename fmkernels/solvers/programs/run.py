@@ -24,7 +24,18 @@ from ..._torch import same_memory
 from ...ops.combine.op import combine
 from ...random import Noise
 from .draws import Draws, Transform
-from .ownership import Owned, check_each, is_kept, owned, owned_each, owned_memory, references_of
+from .ownership import (
+    Owned,
+    OwnTimes,
+    check_each,
+    is_kept,
+    ordinary_memory,
+    owned_each,
+    owned_memory,
+    owned_state,
+    references_of,
+    wrote_to_input,
+)
 from .program import Prepared, Program, Segment, perform
 from .tables import Lease
 
@@ -55,26 +66,6 @@ def _is_plain(x: Tensor) -> bool:
 
 
 _ONE = [1.0]
-
-
-def wrote_to_input(name: str) -> ValueError:
-    return ValueError(
-        f"{name}: expected a function that leaves its input as it is, but it wrote to it (an in-place operation); "
-        "clone the input first"
-    )
-
-
-class _Own(Sequence[Tensor]):
-    """Times of which each call has its own."""
-
-    def __init__(self, times: Sequence[Tensor]) -> None:
-        self._times = times
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._times[index].clone()
-
-    def __len__(self) -> int:
-        return len(self._times)
 
 
 class Run:
@@ -139,27 +130,33 @@ class Run:
         self.doubles: list[Tensor] = []
         self.double_starts: set[int] = set()
         self.lends = lends and reuse and self.look
+        self.records = not reuse and torch.is_grad_enabled()
         if reuse and (self.look or not lends):
-            self.row_bytes = x_0.numel() * x_0.element_size()
-            library = _dispatch.plain_library("auto") if x_0.device.type == "cpu" and _is_plain(x_0) else None
-            if library is not None and program.doubled and trajectory is None and x_0.dim():
-                shape = (2 * x_0.shape[0], *x_0.shape[1:])
-                self.doubles = [x_0.new_empty(shape) for _ in range(program.slot_count)]
-                self.double_starts = {double.data_ptr() for double in self.doubles}
-                self.buffers = [double[: x_0.shape[0]] for double in self.doubles]
-            else:
-                self.buffers = [torch.empty_like(x_0) for _ in range(program.slot_count)]
-            if self.lends:
-                self.memory: dict[int, Owned] = {id(buffer): owned_memory(buffer) for buffer in self.buffers}
-                self.calls = {branch: self._lending(call) for branch, call in calls.items()}
-            if library is not None:
-                self.write = library.combine_into_buffer
-                self.kind = (_native.DTYPE_CODE[x_0.dtype], tuple(x_0.shape))
-                if self.row_bytes <= COPIED_BYTES and program.held_count:
-                    self.holders = [torch.empty_like(x_0) for _ in range(program.held_count)]
-            if trajectory is not None and (self.write is None or self.row_bytes > COPIED_BYTES):
-                self.rows = trajectory.unbind(0)
+            with ordinary_memory():
+                self._make_buffers(calls)
         self._begin(0, x_0)
+
+    def _make_buffers(self, calls: Mapping[str, Call]) -> None:
+        program, x_0, trajectory = self.program, self.x_0, self.trajectory
+        self.row_bytes = x_0.numel() * x_0.element_size()
+        library = _dispatch.plain_library("auto") if x_0.device.type == "cpu" and _is_plain(x_0) else None
+        if library is not None and program.doubled and trajectory is None and x_0.dim():
+            shape = (2 * x_0.shape[0], *x_0.shape[1:])
+            self.doubles = [x_0.new_empty(shape) for _ in range(program.slot_count)]
+            self.double_starts = {double.data_ptr() for double in self.doubles}
+            self.buffers = [double[: x_0.shape[0]] for double in self.doubles]
+        else:
+            self.buffers = [torch.empty_like(x_0) for _ in range(program.slot_count)]
+        if self.lends:
+            self.memory: dict[int, Owned] = {id(buffer): owned_memory(buffer) for buffer in self.buffers}
+            self.calls = {branch: self._lending(call) for branch, call in calls.items()}
+        if library is not None:
+            self.write = library.combine_into_buffer
+            self.kind = (_native.DTYPE_CODE[x_0.dtype], tuple(x_0.shape))
+            if self.row_bytes <= COPIED_BYTES and program.held_count:
+                self.holders = [torch.empty_like(x_0) for _ in range(program.held_count)]
+        if trajectory is not None and (self.write is None or self.row_bytes > COPIED_BYTES):
+            self.rows = trajectory.unbind(0)
 
     def _begin(self, number: int, state: Tensor) -> None:
         """Makes a chunk ready to run from a state."""
@@ -248,7 +245,8 @@ class Run:
         for at, buffer in enumerate(buffers):
             if buffer is x:
                 del self.memory[id(x)]
-                buffers[at] = new = torch.empty_like(x)
+                with ordinary_memory():
+                    buffers[at] = new = torch.empty_like(x)
                 self.memory[id(new)] = owned_memory(new)
                 for register in self.segment.slots:
                     if targets[register] is x and self.registers[register] is not x:
@@ -305,7 +303,9 @@ class Run:
                 if addresses is not None and type(output) is Tensor and len(results) == 1:
                     registers[results[0]] = output  # checked where it is read
                 else:
-                    self._take(output, results, registers[source])
+                    # what is recorded may save it for its derivative
+                    references = references_of(output) if self.records and look else None
+                    self._take(output, results, registers[source], references)
             elif kind == "Held":
                 branch, source, time, results = instruction
                 output = calls[branch](registers[source], times[time])
@@ -327,7 +327,8 @@ class Run:
                 if addresses is not None and type(output) is Tensor and len(results) == 1:
                     registers[results[0]] = output.clone() if same_memory(output, x) else output
                 else:
-                    self._take(output, results, x)
+                    references = references_of(output) if self.records and look else None
+                    self._take(output, results, x, references)
                     if targets is not None:
                         for result in results:
                             if same_memory(registers[result], x):
@@ -336,7 +337,9 @@ class Run:
                 branch, source, time, results = instruction
                 if not self.doubles or not self._call_on_all(calls[branch], source, time, results):
                     x = registers[source]
-                    self._take(calls[branch](x, times[time]), results, x)
+                    output = calls[branch](x, times[time])
+                    references = references_of(output) if self.records and look else None
+                    self._take(output, results, x, references)
             elif kind == "Compute":
                 function, sources, results = instruction
                 if addresses is not None:
@@ -362,11 +365,11 @@ class Run:
         assert self.addresses is not None
         slot = self.segment.slots[source]
         x = self.doubles[slot]
-        version = None if x.is_inference() else x._version
+        version = x._version
         output = call.on_all(x, self.doubled_times[time]) if isinstance(call, JoinedCall) else None
         if output is None:
             return False
-        if version is not None and x._version != version:
+        if x._version != version:
             raise wrote_to_input(self.function_name)
         output = as_state(self.function_name, output, x)
         begin = output.data_ptr()
@@ -391,12 +394,10 @@ class Run:
         """A branch's first call, which shows whether the network writes to its input."""
         x = self.registers[source]
         if x is self.x_0 and not x.requires_grad:  # the caller's, which a network that writes would spoil
-            x = x.clone()
-        version = x._version if self.look and not x.is_inference() else None
+            with ordinary_memory():
+                x = x.clone()
         output = self.calls[branch](x, self.times[time])
         references = references_of(output) if self.look else 0
-        if version is not None and x._version != version:
-            raise wrote_to_input(self.function_name)
         self._take(output, results, x, references)
 
     def _take(self, output: Any, results: tuple[int, ...], x: Tensor, references: int | None = None) -> None:
@@ -406,10 +407,9 @@ class Run:
                 self.addresses[result] = 0  # type: ignore[index]  # not copied
         name = self.function_name
         if len(results) == 1:
-            state = as_state(name, output, x)
-            if references is not None and state is output:
-                state = owned(output, references, 1, self.look)
-            self.registers[results[0]] = state
+            self.registers[results[0]] = (
+                as_state(name, output, x) if references is None else owned_state(name, output, x, references, self.look)
+            )
             return
         if not isinstance(output, (tuple, list)) or len(output) != len(results):
             raise type_error("model", f"{len(results)} outputs", output)
@@ -464,7 +464,7 @@ class Run:
         def segment(*tensors: Tensor) -> tuple[Tensor, ...]:
             nonlocal on_step
             self._begin(number, tensors[0])
-            self.times = _Own(self.times)  # the segment is run again, at the times as they were
+            self.times = OwnTimes(self.times)  # the segment is run again, at the times as they were
             self.registers[0] = None
             for register, tensor in zip(before, tensors, strict=True):
                 self.registers[register] = tensor

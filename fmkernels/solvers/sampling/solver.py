@@ -32,6 +32,7 @@ from ..methods.sde import SDE
 from ..methods.tableaus import Tableau
 from ..programs.draws import Transform, check_transform, transformed
 from ..programs.expressions import Number
+from ..programs.ownership import ordinary_memory, reading
 from ..programs.program import Program
 from ..programs.run import Call, Run
 from ..programs.solve_graph import Wanted, replayed
@@ -208,8 +209,7 @@ class Solver(FlowSettings):
         if self.guidance is not None:
             return self.guidance.calls(self.model, model_kwargs, self.said)
         check_named(self.said, model_kwargs)
-        model = self.model
-        return {"": (lambda x, t: model(x, t, **model_kwargs)) if model_kwargs else model}
+        return {"": reading("model", self.model, model_kwargs)}
 
     def _wanted(self, x: Tensor) -> Wanted:
         return Wanted(
@@ -261,7 +261,8 @@ class Solver(FlowSettings):
         reuse = in_place and not torch.compiler.is_compiling()
         trajectory = None
         if return_trajectory and in_place:
-            trajectory = x.new_empty((program.steps + 1, *x.shape))
+            with ordinary_memory():
+                trajectory = x.new_empty((program.steps + 1, *x.shape))
             trajectory[0].copy_(x)
         run = Run(
             program,

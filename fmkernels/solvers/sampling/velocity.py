@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ..._arguments import NOTHING, Named, check_named, divided
-from ..._cache import is_plain_context
 from ..._checks import as_state, type_error
 from ..._keys import NoKey
 from ...paths import Path
@@ -19,7 +18,8 @@ from ..programs.builder import Builder
 from ..programs.captures import held_object
 from ..programs.expressions import Expr, Number
 from ..programs.immediate import Immediate
-from ..programs.run import Call, wrote_to_input
+from ..programs.ownership import reading
+from ..programs.run import Call
 
 Model = Callable[..., Tensor]
 FOLLOW = ("batched", "scales")  # the arguments of a velocity that have an entry for each sample
@@ -77,6 +77,7 @@ class Velocity:
     def __init__(self, model: Model, guidance: Rule | None, path: Path, prediction: str, said: Named = NOTHING) -> None:
         self.model, self.guidance, self.path, self.prediction, self.said = model, guidance, path, prediction, said
         self.unknown: list[str] = []
+        self._call = reading(self.name_in_errors, model)
         self._models: dict[str, Model] = {}
         self._velocities, self._evaluations = 0, 0
 
@@ -109,25 +110,11 @@ class Velocity:
         scales: Mapping[str, Tensor] = _NONE,
     ) -> Tensor:
         self._velocities += 1
-        # at the first call it shows whether the network writes to its input
-        watched = self._velocities == 1 and is_plain_context() and not x.is_inference()
-        version = x._version if watched else 0
-        v = self._velocity(t, x, batched, shared, scales)
-        if watched and x._version != version:
-            raise wrote_to_input(self.name_in_errors)
-        return v
-
-    def _velocity(
-        self,
-        t: Tensor,
-        x: Tensor,
-        batched: Mapping[str, Any],
-        shared: Mapping[str, Any],
-        scales: Mapping[str, Tensor],
-    ) -> Tensor:
         if self.guidance is None:
-            own = t.clone()  # to which the network may write
-            v = self.model(x, own, **shared, **batched) if shared or batched else self.model(x, own)
+            call = self._call
+            if shared or batched:
+                call = reading(self.name_in_errors, self.model, {**shared, **batched})
+            v = call(x, t.clone())  # times to which the network may write
             if self.prediction == "velocity":
                 return v
             return self.path.convert(as_state("model", v, x), x, t, self.prediction, "velocity")
