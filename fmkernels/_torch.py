@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
+# Whether torch.compile traces this call: a constant to it, and the quickest such question elsewhere.
+compiling = torch.compiler.is_dynamo_compiling
+
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 

@@ -296,3 +296,17 @@ def test_a_failed_capture_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda *_: calls.append("released"), raising=False)
     _torch.leave_capture(torch.device("cuda", 0), (1, 2), "before")
     assert calls == ["before", torch.device("cuda", 0)]
+
+
+def test_what_is_written_within_vmap_shows_beneath() -> None:
+    seen = []
+
+    def function(y):
+        plain = _torch.plain_beneath(y)
+        version = plain._version
+        y.mul_(2.0)
+        seen.append((plain._version - version, plain.shape))
+        return y
+
+    torch.func.vmap(torch.func.vmap(function))(torch.ones(2, 3, 4))
+    assert seen == [(1, (2, 3, 4))]

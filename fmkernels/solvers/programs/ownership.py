@@ -16,10 +16,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
 
 from ..._checks import as_state
-from ..._torch import plain_beneath, storage_users, transform_active
+from ..._torch import compiling, plain_beneath, storage_users, transform_active
 
 references_of = sys.getrefcount
 
@@ -130,7 +129,7 @@ def _out_of_inference_mode() -> Iterator[None]:
 
 def ordinary_memory() -> AbstractContextManager[None]:
     """Within it a solver makes the states that it lends: ordinary tensors, in inference mode too."""
-    if is_dynamo_compiling() or not torch.is_inference_mode_enabled():
+    if compiling() or not torch.is_inference_mode_enabled():
         return nullcontext()
     return _out_of_inference_mode()
 
@@ -165,7 +164,7 @@ def reading(
 
     def read(x: Tensor, t: Tensor) -> Any:
         version = None
-        if not is_dynamo_compiling():
+        if not compiling():
             try:
                 version = x._version if not hidden else _versions(x)
             except RuntimeError:
