@@ -9,6 +9,7 @@ import torch
 from likelihood_problems import DTYPE, data, expand, network, normal_flow, rng, shapes
 from torch import Tensor, nn
 
+import fmkernels as fm
 from fmkernels.likelihood.density import log_prob, sample_with_log_prob
 from fmkernels.ops.step_control.op import Status
 
@@ -145,3 +146,30 @@ def test_hutchinson_log_density_is_unbiased_and_reproducible() -> None:
         model, x[2:], divergence="hutchinson", probes=8, generator=rng(4), row_offset=2, **options
     ).log_prob
     torch.testing.assert_close(shard, several[0][2:], rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("atol", [1e-6, 1e-12])
+def test_padding_is_in_no_norm_whatever_it_is(gradient: bool, atol: float) -> None:
+    x = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1], [0, 0, 0]], dtype=torch.bool)
+    seen = []
+
+    def model(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        seen.append(x.detach()[0, 2].item())
+        return torch.tanh(torch.nan_to_num(x, 0.5, 0.5, 0.5).clamp(-9.0, 9.0))
+
+    results = []
+    for padding in (0.5, 1e300, math.inf, math.nan):
+        start = x.masked_fill(~mask, padding)
+        seen.clear()
+        found = fm.log_prob(model, start, mask=mask, rtol=1e-6, atol=atol, gradient=gradient)
+        assert all(value == padding or padding != padding for value in seen)  # the network sees it
+        assert found.status.tolist() == [1, 1, 1, 1]
+        results.append((found.log_prob, found.nfe))
+        torch.testing.assert_close(found.x_0[~mask], start[~mask], equal_nan=True)
+        _, back = fm.sample_with_log_prob(model, found.x_0.detach(), mask=mask, rtol=1e-6, atol=atol)
+        torch.testing.assert_close(back.log_prob, found.log_prob.detach(), rtol=1e-4, atol=1e-4)
+    for value, nfe in results[1:]:
+        assert torch.equal(value, results[0][0])
+        assert nfe == results[0][1]

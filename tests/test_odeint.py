@@ -206,3 +206,31 @@ def test_torch_compile_goes_on_around_it(method: str) -> None:
     compiled = torch.compile(solve, backend="eager")
     torch.testing.assert_close(compiled(y0, t), solve(y0, t))
     torch.testing.assert_close(compiled(y0, t * 0.5), solve(y0, t * 0.5))
+
+
+@pytest.mark.parametrize("method", ["rk4", "dopri5", "implicit_euler"])
+def test_lazy_conjugates_and_negatives(method: str) -> None:
+    z = torch.randn(2, 3, dtype=torch.complex128, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([0.0, 0.25, 0.5], dtype=torch.float64)
+
+    def field(t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return (0.5j * y.resolve_conj()).resolve_conj()
+
+    def lazy(t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return (0.5j * y).conj().resolve_conj().conj()
+
+    expected = fm.odeint(field, z.conj().resolve_conj(), t, method=method)
+    assert z.conj().is_conj()
+    for f, start in ((field, z.conj()), (lazy, z.conj().resolve_conj()), (lazy, z.conj())):
+        torch.testing.assert_close(fm.odeint(f, start, t, method=method), expected)
+    pair = fm.odeint(lambda t, y: (lazy(t, y[0]), -y[1]), (z.conj(), z.conj().imag), t, method=method)
+    torch.testing.assert_close(pair[0], expected, rtol=1e-5, atol=1e-5)
+    # its own conjugate, and a parameter's
+    weight = torch.tensor([0.3 - 0.2j], dtype=torch.complex128, requires_grad=True)
+    grads = []
+    for lazily in (True, False):
+        rate = weight.conj() if lazily else weight.conj().resolve_conj()
+        y0 = z.detach().requires_grad_()
+        ys = fm.odeint_adjoint(lambda t, y, r=rate: r * y, y0, t, adjoint_params=(rate,))
+        grads.append(torch.autograd.grad(ys.abs().sum(), [y0, weight]))
+    torch.testing.assert_close(*grads)

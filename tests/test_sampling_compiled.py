@@ -143,3 +143,14 @@ def test_times_that_no_guard_sees_break_the_graph_whatever_ran_before(grid: Any)
     torch.testing.assert_close(compiled(X, grid), fm.sample(field, X, time_grid=grid)[0])
     other = grid * 0.9
     torch.testing.assert_close(compiled(X, other), fm.sample(field, X, time_grid=other)[0])
+
+
+def test_likelihoods_run_beside_the_graph() -> None:
+    x = torch.randn(4, 3)
+    for method in ("rk4", "dopri5"):
+
+        def value(x: Tensor, method: str = method) -> Tensor:
+            steps = 3 if method == "rk4" else None
+            return 2.0 * fm.log_prob(lambda x, t: torch.tanh(x) + t[:, None], x, method=method, steps=steps).log_prob
+
+        torch.testing.assert_close(torch.compile(value, backend="eager")(x + 1.0), value(x + 1.0))

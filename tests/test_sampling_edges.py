@@ -350,3 +350,20 @@ def test_a_source_density_of_another_kind_is_told() -> None:
     for value in (torch.ones(4, dtype=torch.int64), torch.ones(4, dtype=torch.complex64), torch.ones(4, device="meta")):
         with pytest.raises((TypeError, ValueError), match="log_p0: expected a "):
             fm.log_prob(field, X, log_p0=lambda x, value=value: value, method="euler", steps=1)
+
+
+def test_empty_batches_of_guided_adaptive_sampling_dense_solutions_and_own_times() -> None:
+    def model(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+        return torch.tanh(x) + t[:, None]
+
+    x, labels = torch.zeros(0, 3), torch.zeros(0, dtype=torch.long)
+    for batched in (True, False):
+        guidance = fm.guidance.CFG(2.0, negative={"y": 7}, batched=batched)
+        samples, _ = fm.sample(model, x, method="dopri5", guidance=guidance, y=labels)
+        assert samples.shape == (0, 3)
+    solution = fm.odeint_dense(lambda t, y: -y, x, 0.0, 1.0)
+    assert solution(0.5).shape == (0, 3)
+    assert solution(torch.tensor([0.1, 0.9])).shape == (2, 0, 3)
+    for method in fm.solvers.methods.registry.names():
+        samples, _ = fm.sample(model, x, time_grid=torch.zeros(5, 0), method=method)
+        assert samples.shape == (0, 3), method

@@ -212,3 +212,37 @@ def test_a_sample_that_waits_costs_no_update_of_its_past_but_between_its_steps(m
     assert launches([np.linspace(0.1, 0.9, LENGTH), padded(INNER)]) == none
     assert launches([np.linspace(0.1, 0.9, LENGTH), padded(INNER, 0, 1)]) > none
     assert solve(method, x, np.stack([padded(INNER, 0, 1)] * 2, 1)).isfinite().all()
+
+
+# ---------------------------------------------------------------------- times apart by rounding
+
+
+@pytest.mark.parametrize("method", ["euler", "ab3", "dpmpp_3m", "unipc", "unipc_3", "deis", "lms"])
+def test_a_step_of_rounding_is_a_wait(method: str) -> None:
+    x = torch.randn(3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    own = [0.0, 0.1, 0.3, 0.45, 0.8, 1.0]
+    exact = np.array([*own[:3], 0.3, *own[3:], 1.0])
+    for gap in (0.3 - 0.1 * 3, np.spacing(0.3), 4 * np.spacing(1.0)):
+        for sign in (1.0, -1.0):
+            rounded = exact.copy()
+            rounded[3] += sign * gap
+            rounded[-2] = 1.0 - abs(gap)
+            found, expected = (
+                fm.sample(model, x, time_grid=np.repeat(grid[:, None], 3, 1), method=method)[0]
+                for grid in (rounded, exact)
+            )
+            # a token beside that has other times
+            tokens = np.stack([np.repeat(grid[:, None], 2, 1) for grid in (rounded, exact, exact)], 1)
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+            beside = fm.sample(model, x, time_grid=tokens, method=method)[0]
+            torch.testing.assert_close(beside, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_shared_grid_with_times_apart_by_rounding_names_them() -> None:
+    x = torch.zeros(3, 2, dtype=torch.float64)
+    for times in ([0.0, 0.3, 0.1 + 0.2, 1.0], [0.0, 0.3, 0.3, 1.0], [1.0, 0.1 + 0.2, 0.3, 0.0]):
+        with pytest.raises(ValueError, match=f"time_grid: .*got {times[1]!r} and then {times[2]!r}"):
+            fm.sample(model, x, time_grid=times)
+    steep = fm.solvers.sampling.grids.Power(10.0)  # whose first step, 1e-17, is none of rounding
+    assert fm.sample(model, x, steps=50, schedule=steep)[1].steps == 50
+    assert fm.sdeint(lambda t, y: -y, 0.1, x, torch.tensor([0.0, 1e-18, 2e-18], dtype=torch.float64)).shape[0] == 3

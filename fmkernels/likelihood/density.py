@@ -29,6 +29,7 @@ from .._checks import (
     type_error,
     value_error,
 )
+from .._torch import untraced
 from ..ops._operands import compute_dtype
 from ..ops.row_dots.op import row_dots
 from ..ops.step_control.op import Status
@@ -237,6 +238,7 @@ class LikelihoodSettings(FlowSettings):
         return LogProb(log_prob, x_0, x_1, delta, solution.nfe, solution.status, dims, compaction)
 
 
+@untraced
 def log_prob(
     model: Model,
     x_1: Tensor,
@@ -325,6 +327,7 @@ def log_prob(
     return settings.solve(x_1, True, network_kwargs((log_prob,), settings, kwargs, model_kwargs))
 
 
+@untraced
 def sample_with_log_prob(
     model: Model,
     x_0: Tensor | Sequence[int],

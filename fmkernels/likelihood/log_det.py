@@ -269,10 +269,20 @@ def solve_adaptively(
     norm = _JointNorm()
 
     def func(
-        t: Tensor, y: Tensor, /, *, probes: Sequence[Tensor] = (), mask: Tensor | None = None, **arguments: Any
+        t: Tensor,
+        y: Tensor,
+        /,
+        *,
+        probes: Sequence[Tensor] = (),
+        mask: Tensor | None = None,
+        padded: Tensor | None = None,
+        **arguments: Any,
     ) -> Tensor:
         state = y[:, :dims].to(x.dtype).contiguous().view(len(y), *shape)
         if mask is not None:
+            assert padded is not None
+            state = torch.where(mask, state, padded)
+            norm.counts = mask.expand(state.shape).reshape(len(y), dims)
             norm.share = (elements_of(mask, state) / max(dims, 1)).clamp(min=1.0 / max(dims, 1))
         v, div = plain(t, state, probes, mask, **arguments)
         return torch.cat([v.reshape(len(y), dims).to(dtype), div[:, None].to(dtype)], 1)
@@ -280,9 +290,12 @@ def solve_adaptively(
     arguments = dict(flow.arguments)
     if flow.fixed:
         arguments["probes"] = flow.probes(x.detach(), arguments.get("mask"))
-    y0 = torch.cat([x.detach().reshape(x.shape[0], dims).to(dtype), x.new_zeros(x.shape[0], 1, dtype=dtype)], 1)
+    begin, mask = x.detach(), arguments.get("mask")
+    if mask is not None:  # whatever the padding is, the network sees it and the solve does not
+        arguments["padded"], begin = begin, torch.where(mask, begin, 0.0)
+    y0 = torch.cat([begin.reshape(x.shape[0], dims).to(dtype), x.new_zeros(x.shape[0], 1, dtype=dtype)], 1)
     t0, t1 = (torch.from_numpy(t) if isinstance(t, np.ndarray) else t for t in (start, end))
-    follow = (*FOLLOW, "probes", "mask")
+    follow = (*FOLLOW, "probes", "mask", "padded")
     result = solve_adaptive(func, y0, t0, t1, tableau, options, arguments=arguments, follow=follow, norm=norm)
     if flow.gradient:
         assert result.steps is not None
@@ -290,6 +303,8 @@ def solve_adaptively(
         again = solve_fixed(flow, RungeKutta(tableau), grid, x, "batch", options.time_dtype or dtype)
         return again._replace(nfe=again.nfe + result.n_f_evals, status=result.status)
     state = result.y[:, :dims].to(x.dtype).contiguous().view(x.shape)
+    if mask is not None:
+        state = torch.where(mask, state, x.detach())
     return Solution(state, result.y[:, dims].clone(), result.n_f_evals, result.status)
 
 
@@ -299,13 +314,18 @@ class _JointNorm:
 
     Attributes:
         share: (R,) of the elements of each sample that count, of the rows that the field saw last; None: all.
+        counts: (R, D), which these are.
     """
 
     def __init__(self) -> None:
+        self.counts: Tensor | None = None
         self.share: Tensor | None = None
 
     def __call__(self, ratio: Tensor) -> Tensor:
-        square = ratio[:, :-1].square().sum(1) / max(ratio.shape[1] - 1, 1)
+        state = ratio[:, :-1]
+        if self.counts is not None:
+            state = torch.where(self.counts, state, 0.0)
+        square = state.square().sum(1) / max(ratio.shape[1] - 1, 1)
         if self.share is not None:
             square = square / self.share
         return torch.maximum(square.sqrt(), ratio[:, -1].abs())

@@ -101,7 +101,7 @@ class _Adjoint(torch.autograd.Function):
 
 def _real(p: Tensor) -> Tensor:
     p = p.detach()
-    return torch.view_as_real(p) if p.is_complex() else p
+    return torch.view_as_real(p.resolve_conj().resolve_neg()) if p.is_complex() else p
 
 
 class _Dynamics:

@@ -106,7 +106,7 @@ def odeint_dense(
         result = control.part(here, segment)
         if bool((result.status != Status.SUCCESS).any()):
             raise RuntimeError("odeint_dense: expected a solve that reaches t1; see the warning")
-        starts = [float(t) for t, _ in result.steps or []]
+        starts = [float(t) for t, _ in result.steps or []] or [segment.start]  # one step, where y0 is empty
         ends += [*starts[1:], segment.end]
         k: Tensor | None = None
         for start, end in zip(starts, ends[-len(starts) :], strict=True):

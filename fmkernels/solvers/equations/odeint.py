@@ -53,7 +53,7 @@ def odeint(
             step_size or grid_constructor, interp ("linear" or "cubic"), perturb=True (func sees the ends of a step from
             inside, at the next numbers of y0's dtype), max_order of Adams methods, reversible (see
             :mod:`fmkernels.solvers.methods.reversible`). Both: checkpoint=True computes the solve again in the backward
-            pass, in sqrt(steps) segments.
+            pass, in sqrt(steps) segments; func is called once more for each call.
         event_fn: stops where event_fn(t, y) changes its sign: see :func:`fmkernels.odeint_event`.
 
     Returns:

@@ -61,7 +61,8 @@ class Packed:
             return y  # type: ignore[return-value]
         parts = (y,) if isinstance(y, Tensor) else y
         flat = torch.cat([p.reshape(-1).to(self.dtype) for p in parts]) if self.is_tuple else parts[0].to(self.dtype)
-        return torch.view_as_real(flat) if self.complex else flat
+        # a conjugate or negative that is not yet formed has no real numbers to be seen as
+        return torch.view_as_real(flat.resolve_conj().resolve_neg()) if self.complex else flat
 
     def unpack(self, y: Tensor, lead: int = 0) -> State:
         """The user's state; the first ``lead`` dimensions are the solver's own."""

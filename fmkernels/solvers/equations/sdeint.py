@@ -162,7 +162,7 @@ def sdeint(
 def _times(t: Any) -> list[float]:
     if isinstance(t, Tensor) and t.requires_grad and torch.is_grad_enabled():
         raise value_error("t", "times without a gradient (there is none for them)", t)
-    times = as_grid(t, name="t")
+    times = as_grid(t, name="t", unit=0.0)
     if any(isinstance(time, np.ndarray) for time in times):
         raise value_error("t", "one dimension", t)
     if len(times) > 1 and times[1] < times[0]:

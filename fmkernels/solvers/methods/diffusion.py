@@ -230,7 +230,8 @@ class UniPC:
 
     Both integrate the polynomial in :math:`\lambda` through the last predictions (UniP), and also through the one at
     the new state (UniC), which is the next step's anyway. Only where one difference is left, UniP-2 and UniC-1, the
-    variant decides, by the weight :math:`B / 2`: B = h for "bh1", :math:`B = 1 - e^{-h}` for "bh2".
+    variant decides, by the weight :math:`B / 2`: B = h for "bh1", :math:`B = 1 - e^{-h}` for "bh2". The polynomial's
+    differences grow with the ratio of neighbouring steps: a grid of very unequal ones magnifies errors.
 
     Args:
         order: 1, 2 or 3, of the predictor; the corrector's is one more.

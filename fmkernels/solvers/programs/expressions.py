@@ -94,13 +94,16 @@ def as_number(value: Tensor, name: str) -> Number:
 
 
 def as_grid(
-    grid: Tensor | np.ndarray | Sequence[float], *, waiting: bool = False, name: str = "time_grid"
+    grid: Tensor | np.ndarray | Sequence[float], *, waiting: bool = False, name: str = "time_grid", unit: float = 1.0
 ) -> list[Number]:
     """Times as numbers: finite, strictly monotone along dimension 0.
+
+    Times within 4 units in the last place of the larger one, or of ``unit``, differ by rounding alone: they are equal.
 
     Args:
         waiting: whether the times of a sample or token may stay the same for a step, or for all: it then waits.
         name: of the argument that gives them.
+        unit: a time of the size that times have; 0.0 where they have none.
 
     Raises:
         TypeError, ValueError: the times are not that.
@@ -110,10 +113,39 @@ def as_grid(
         raise value_error(name, "at least one time along dimension 0", grid)
     if not np.isfinite(times).all():
         raise value_error(name, "finite times", grid)
-    steps = np.diff(times, axis=0)
     if waiting and times.ndim > 1:
+        times = _settled(times, unit)
+        steps = np.diff(times, axis=0)
         if not ((steps >= 0).all() or (steps <= 0).all()):
             raise value_error(name, "times of each sample or token that all go one way, or stay", grid)
-    elif not ((steps > 0).all() or (steps < 0).all()):
+        return list(times)
+    steps, same = np.diff(times, axis=0), _same(times[:-1], times[1:], unit)
+    if same.any():
+        at = np.unravel_index(int(np.argmax(same)), same.shape)
+        first, second = float(times[:-1][at]), float(times[1:][at])
+        raise ValueError(
+            f"{name}: expected strictly monotone times, further apart than rounding errors, got {first!r} and then "
+            f"{second!r}"
+        )
+    if not ((steps > 0).all() or (steps < 0).all()):
         raise value_error(name, "strictly monotone times", grid)
     return [float(t) for t in times] if times.ndim == 1 else list(times)
+
+
+def _same(t: np.ndarray, u: np.ndarray, unit: float) -> np.ndarray:
+    """Whether times differ by no more than rounding."""
+    return np.asarray(np.abs(u - t) <= 4.0 * np.spacing(np.maximum(np.maximum(np.abs(t), np.abs(u)), unit)))
+
+
+def _settled(times: np.ndarray, unit: float) -> np.ndarray:
+    """Times of which those that rounding alone sets apart are equal; the first and the last stay as they are."""
+    close = _same(times[:-1], times[1:], unit)
+    if not (close & (times[1:] != times[:-1])).any():
+        return times
+    settled = times.copy()
+    for i in range(1, len(times)):
+        settled[i] = np.where(_same(settled[i - 1], times[i], unit), settled[i - 1], times[i])
+    moved = settled[-1] != times[-1]
+    if moved.any():  # the whole last wait is at the last time
+        settled = np.where(moved & (settled == settled[-1]) & (settled != times[0]), times[-1], settled)
+    return settled

@@ -188,9 +188,11 @@ def make_grid(
         waiting: a sample's or token's own times may stay the same.
     """
     if time_grid is None:
-        grid = as_grid(times_of(schedule, steps), waiting=waiting, name="schedule")
+        grid = as_grid(times_of(schedule, steps), waiting=waiting, name="schedule", unit=0.0)
     else:
         grid = as_grid(time_grid, waiting=waiting)
+    if any(isinstance(t, np.ndarray) and t.size == 0 for t in grid[:1]):
+        return grid  # of no samples
     low, high = _range(grid[0], grid[-1])  # times are monotone
     if low < -_BEYOND or high > 1.0 + _BEYOND:
         raise ValueError(

@@ -81,8 +81,8 @@ def sample(
             the number of steps to its times.
         time_grid: times instead: (S + 1,) strictly monotone, from the start to the end; or (S + 1, B) or
             (S + 1, B, T) for times of each sample or token, of which some may wait: what has no time to pass in a step,
-            or in all, stays as it is, bit for bit. With an adaptive method its ends are the interval, and
-            its times those of ``trajectory``.
+            or in all, stays as it is, bit for bit. Times that differ by rounding alone are equal. With an adaptive
+            method its ends are the interval, and its times those of ``trajectory``.
         rtol, atol, controller, max_steps: of an adaptive method; each sample's error norm is kept at 1, see
             :func:`fmkernels.combine`. A sample that reaches ``max_steps`` is returned as it is, with its status.
         generator: torch.Generator of what is drawn.
@@ -99,7 +99,8 @@ def sample(
             Python numbers that it reads elsewhere are fixed with the capture. Samples of captured adaptive steps do not
             leave the batch when they finish.
         gradient: "none" runs without gradients; "direct" records the solve; "checkpoint" keeps sqrt(steps) states and
-            computes the rest again in the backward pass. "reversible" takes the steps of
+            computes the rest again in the backward pass, the network's forward with it (what that counts, as batch
+            normalisation in training its statistics, is counted twice). "reversible" takes the steps of
             :mod:`fmkernels.solvers.methods.reversible` (Runge-Kutta methods only, twice the calls) and keeps one state.
             For the adjoint method see :func:`fmkernels.odeint_adjoint`.
         dtype, device: of the state; x_0's, and for a shape float32 and the model's device, if None.

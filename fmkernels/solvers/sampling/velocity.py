@@ -167,4 +167,4 @@ class _Zeros(dict[str, Call]):
 
     def __missing__(self, branch: str) -> Call:
         count = branch.count("|") + 1
-        return lambda x, t: tuple(torch.zeros_like(x) for _ in range(count))
+        return lambda x, t: tuple(torch.zeros_like(x) for _ in range(count)) if count > 1 else torch.zeros_like(x)
