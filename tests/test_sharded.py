@@ -53,8 +53,17 @@ def results(d: dict[str, torch.Tensor], noisy: bool) -> dict[str, object]:
             )
     loss = fm.regression_loss(pred, [d["x"]], [1.0], weight=t, reduction="weighted_mean", mask=d["row_mask"])
     found["learnt weights"] = (loss, *torch.autograd.grad(loss, (pred, t)))
-    loss = fm.regression_loss(pred, [d["x"]], [1.0], count=11)
-    found["count"] = (loss, *torch.autograd.grad(loss, pred))
+    for reduction in ("mean", "weighted_mean"):
+        for weight in (2.5, 0.0, torch.tensor(2.5)):
+            for mask in (None, "mask"):
+                masked = {} if mask is None else {"mask": d[mask]}
+                loss = fm.regression_loss(pred, [d["x"]], [1.0], weight=weight, reduction=reduction, **masked)
+                name = f"loss {reduction} with one weight {weight} {mask}"
+                found[name] = (loss, *torch.autograd.grad(loss.sum(), pred))
+    for name, count in {"number": 11, "tensor": torch.tensor(11), "sum": d["mask"].sum()}.items():
+        for weight in (None, 2.5):
+            loss = fm.regression_loss(pred, [d["x"]], [1.0], count=count, weight=weight)
+            found[f"count {name} {weight}"] = (loss, *torch.autograd.grad(loss, pred))
     given = {"x_1": d["x"], "x_0": d["y"], "t": d["t"], "path": fm.paths.VP()}
     loss = fm.cfm_loss(pred, weight="min_snr", mask=d["mask"], **given)
     found["cfm_loss"] = (loss, *torch.autograd.grad(loss, pred))
@@ -162,6 +171,10 @@ def test_one_rank_has_them_too_and_says_what_does_not_fit(tmp_path) -> None:
             ),
             (lambda: fm.regression_loss(x, [rows], [1.0]), "^pred: expected a DTensor"),
             (lambda: fm.regression_loss(rows, [x], [1.0], mask=torch.ones(2) > 0), "^mask: expected a leading part"),
+            (
+                lambda: fm.regression_loss(rows, [x], [1.0], weight="a", reduction="weighted_mean"),
+                "^weight: expected a",
+            ),
             (lambda: fm.row_dots([x, rows], [(0, 1)]), r"^tensors\[0\]: expected a DTensor"),
             (lambda: fm.interpolate(x, rows, alpha=0.5, sigma=0.5), "^x_1: expected a DTensor"),
         ):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import _torch
-from .._checks import leading_shape, type_error, value_error
+from .._checks import check_number, leading_shape, type_error, value_error
 from ..random import Noise, draw_seed
 from ._operands import Affine, Coefficient, Operand
 
@@ -213,7 +213,12 @@ def regression_loss(
     noise = any(isinstance(operand, Noise) for operand in operands)
     layout = Layout("pred", pred, whole_rows=reduction == "none", noise=noise)
     part = layout.local("pred", pred)
+    if reduction == "weighted_mean" and weight is not None and not isinstance(weight, (Tensor, Affine)):
+        check_number("weight", weight)
+        weight = 0.0 if weight == 0.0 else None  # a number among weights cancels, but for 0
     weight = layout.coefficient("weight", weight)
+    if is_sharded(count):
+        count = count.full_tensor()  # type: ignore[union-attr]
     mask = None if mask is None else layout.local("mask", mask, leading=True)
     given = [layout.operand(name, operand) for name, operand in zip(names, operands, strict=True)]
     cut = layout.coefficients("coefficients", coefficients)
@@ -226,7 +231,5 @@ def regression_loss(
             options["count"] = layout.on_all(layout.total(local_count))
         else:
             options["count"] = pred.numel()
-            if reduction == "weighted_mean":  # a number among weights cancels, but for 0
-                options["weight"] = 0.0 if weight == 0.0 else None
         reduction = "mean"
     return layout.total(function(part, given, cut, reduction=reduction, **options))
