@@ -112,11 +112,18 @@ def compare_draws(mesh, rank: int) -> None:
     for placement in (Shard(0), Shard(1), Replicate()):
         x_1, x_0 = (distribute_tensor(x, mesh, [placement, *others]) for x in (ones, zeros))
         for sampler in (None, fm.times.LogitNormal()):
+            if not placement.is_shard(1):  # noise is drawn by rows
+                torch.manual_seed(3)
+                plain = fm.paths.CondOT().sample(ones, time_sampler=sampler)
+                torch.manual_seed(3 + 10 * rank)  # the first rank's seeds are all ranks'
+                sharded = fm.paths.CondOT().sample(x_1, time_sampler=sampler)
+                assert torch.equal(plain.t, sharded.t)
+                assert torch.equal(plain.x_t, sharded.x_t.full_tensor())
             batch = fm.paths.CondOT().sample(x_1, x_0, time_sampler=sampler)
             assert torch.equal(batch.x_t.full_tensor(), batch.t[:, None].expand(B, T))
             other = fm.paths.CondOT().sample(x_1, x_0, time_sampler=sampler, generator=torch.Generator())
             assert torch.equal(other.x_t.full_tensor(), other.t[:, None].expand(B, T))
-        if not placement.is_shard(1):  # noise is drawn by rows
+        if not placement.is_shard(1):
             drawn = [fm.paths.CondOT().sample(x_1).x_t, fm.interpolate(x_1, alpha=0.0, sigma=1.0, store_noise=True)[0]]
             for x in drawn:
                 gathered = [torch.empty(B, T) for _ in range(torch.distributed.get_world_size())]

@@ -26,7 +26,7 @@ from ..ops.combine.op import combine
 from ..ops.interpolate.op import X_0_STREAM, Z_STREAM, interpolate
 from ..ops.random import kinds
 from ..ops.random.op import draw
-from ..random import Noise, as_seed, check_noise, draw_seed
+from ..random import Noise, as_seed, check_noise
 from ..times import TIME_STREAM, Sampler, check_row_offset, draw_times
 from . import targets
 from .derivatives import filled
@@ -292,17 +292,19 @@ def sample(
     if source is seed and source is not None and not store_noise:
         source = source.detach().clone()  # the loss reads it again, when the caller's may hold another value
     drawn = t is None
-    if source is None and is_sharded(x_1) and (drawn or x_0 is None or z is None):
-        source, generator = common_seed(x_1, generator), None  # what each rank draws alone would not be one batch
     if t is not None:
         if time_sampler is not None:
             raise ValueError("t, time_sampler: expected at most one of them, got both")
         t = as_times(t, "x_1", x_1, checks)
     elif time_sampler is not None:
-        t = draw_times("time_sampler", time_sampler, x_1.shape[:1], device, generator, source, row_offset)
+        of_times = source
+        if source is None and is_sharded(x_1):  # what each rank draws alone would not be one batch
+            of_times = common_seed(x_1, generator)
+        rng = generator if of_times is None else None
+        t = draw_times("time_sampler", time_sampler, x_1.shape[:1], device, rng, of_times, row_offset)
         t = as_times(t, "x_1", x_1, checks, "time_sampler(shape)")
     else:
-        source = draw_seed(device, generator) if source is None else source
+        source = common_seed(x_1, generator) if source is None else source
         t = draw(x_1.shape[:1], kinds.UNIFORM, source, TIME_STREAM, row_offset, torch.float32)
         if x_1.dtype is torch.float64:
             t = t.double()
@@ -310,7 +312,7 @@ def sample(
     if gamma is None and z is not None:
         raise value_error("z", f"None, as {path!r} has no gamma term", z)
     if x_0 is None or (gamma is not None and z is None):
-        source = draw_seed(device, generator) if source is None else source
+        source = common_seed(x_1, generator) if source is None else source
         x_0 = Noise._of(source, X_0_STREAM, row_offset) if x_0 is None else x_0
         z = Noise._of(source, Z_STREAM, row_offset) if gamma is not None and z is None else z
     elif not drawn and (seed is not None or row_offset > 0):
