@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -298,3 +301,60 @@ def test_float16_training_steps_with_a_gradient_scaler() -> None:
     want = 2 * 2.0 * 5e4 * (pred.detach().double() - x_1.double()) / pred.numel()
     assert grad.isfinite().all()
     torch.testing.assert_close(grad.double(), want, rtol=1e-3, atol=1e-3)
+
+
+def is_freed(run: Callable[[Tensor], Tensor]) -> bool:
+    """Whether a prediction is gone while the loss, which run has differentiated, is held."""
+    pred = torch.randn(4, 8) * torch.ones((), requires_grad=True)
+    gone = weakref.ref(pred)
+    loss = run(pred)
+    assert loss.requires_grad
+    del pred
+    gc.collect()
+    return gone() is None
+
+
+@pytest.mark.parametrize("kind", ["squared", "huber", "pseudo_huber", "l1"])
+@pytest.mark.parametrize("given", [{}, {"weight": torch.ones(4)}, {"mask": torch.tensor(True)}, {"impl": "reference"}])
+def test_a_loss_that_is_held_keeps_no_prediction_after_backward(kind: str, given: dict) -> None:
+    def loss_of(pred: Tensor) -> Tensor:
+        return fm.regression_loss(pred, [torch.zeros(4, 8)], [1.0], kind=kind, **given)
+
+    def once(pred: Tensor) -> Tensor:
+        loss = loss_of(pred)
+        loss.backward()
+        with pytest.raises(RuntimeError, match="second time"):
+            loss.backward()
+        return loss
+
+    def twice(pred: Tensor) -> Tensor:
+        loss = loss_of(pred)
+        (first,) = torch.autograd.grad(loss, pred, retain_graph=True)
+        assert torch.equal(first, *torch.autograd.grad(loss, pred))
+        return loss
+
+    def curved(pred: Tensor) -> Tensor:
+        loss = loss_of(pred)
+        (gradient,) = torch.autograd.grad(loss, pred, create_graph=True)
+        (gradient.sum() + loss).backward()
+        return loss
+
+    assert is_freed(once)
+    assert is_freed(twice)
+    assert is_freed(curved)
+
+
+def test_hooks_see_all_that_a_small_loss_keeps() -> None:
+    """As torch.autograd.graph.save_on_cpu needs: what is packed away is held nowhere else."""
+    pred = torch.randn(4, 8) * torch.ones((), requires_grad=True)
+    gone = weakref.ref(pred)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.numpy().copy(), torch.from_numpy):
+        loss = fm.regression_loss(pred, [torch.zeros(4, 8)], [1.0])
+    want = 2 * pred.detach() / 32
+    got = []
+    pred.register_hook(got.append)
+    del pred
+    gc.collect()
+    assert gone() is None
+    loss.backward()
+    assert torch.equal(got[0], want)

@@ -152,23 +152,29 @@ class LossFunction(Function):
 
 
 class PlainLossFunction(Function):
-    """The same for a small loss that is computed already, where a second output would cost more than keeping pred."""
+    """The same for a small loss that is computed already, where a second output would cost more than keeping pred.
+
+    Pred is kept beside what autograd saves, which would refuse the first derivative too after a change in place; so it
+    is let go here where autograd lets go of the rest. Not where hooks see what is saved: they would not see pred.
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, pred: Tensor, results: tuple[Tensor, Tensor], weight: Tensor | None, rule: tuple
     ) -> Tensor:
         loss, slope = results
-        ctx.state = pred, pred._version, rule, not _torch.saved_tensor_hooks_active()
+        ctx.state = pred, pred._version, rule
         ctx.save_for_backward(slope, weight)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:  # type: ignore[override]
         slope, weight = ctx.saved_tensors
-        pred, version, rule, owned = ctx.state
+        pred, version, rule = ctx.state
+        if not _torch.graph_is_kept():
+            ctx.state = None
         if not torch.is_grad_enabled():
-            return scaled_slope(slope, owned, "auto", grad_output, pred.dtype), None, None, None
+            return scaled_slope(slope, True, "auto", grad_output, pred.dtype), None, None, None
         if pred._version != version:
             raise RuntimeError("regression_loss: pred was changed in place, so that its second derivative is lost")
         kind, delta, scale = rule

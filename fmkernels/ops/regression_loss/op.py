@@ -59,8 +59,8 @@ def _plain_loss(
         return None
     mean = reduction != "sum"
     need_grad = torch.is_grad_enabled() and isinstance(pred, Tensor) and pred.requires_grad
-    if need_grad and bends_by_residual(pred, KINDS[kind]):
-        return None  # which keeps more than the slope
+    if need_grad and (bends_by_residual(pred, KINDS[kind]) or _torch.saved_tensor_hooks_active()):
+        return None  # which keeps more than the slope, or must keep what hooks see alone
     results = library.regression_loss_plain(pred, operands, coefficients, weight, KINDS[kind], delta, mean, need_grad)
     if results is None:
         return None
