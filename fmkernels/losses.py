@@ -164,8 +164,8 @@ class LossBins:
 
     @property
     def edges(self) -> Tensor:
-        """The bins' ends, bins + 1 times, float64."""
-        return torch.linspace(0.0, 1.0, self.bins + 1, dtype=torch.float64, device=self._held().device)
+        """The bins' ends i / bins, bins + 1 times, float64; a time equal to one is in the bin that begins there."""
+        return torch.arange(self.bins + 1, dtype=torch.float64, device=self._held().device) / self.bins
 
     @property
     def total(self) -> Tensor:
@@ -217,7 +217,10 @@ class LossBins:
         """Adds (2, N) losses and weights to the bins of their times, in fixed order."""
         assert self._sums is not None
         inside = (times >= 0.0) & (times <= 1.0)  # a NaN is not
-        place = torch.where(inside, times * self.bins, 0.0).floor().clamp(max=self.bins - 1)
+        times = torch.where(inside, times, 0.0)
+        place = (times * self.bins).floor()  # or its neighbour, as the product was rounded: the edges decide
+        place += (times >= (place + 1.0) / self.bins).double() - (times < place / self.bins).double()
+        place.clamp_(max=self.bins - 1)
         rows = torch.where(inside, rows, 0.0)
         if times.is_cpu:
             self._sums.index_add_(1, place.long(), rows)

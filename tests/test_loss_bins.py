@@ -37,6 +37,21 @@ def test_empty_bins_are_nan_and_nan_times_count_nowhere() -> None:
     assert bins.count.sum() == 0
 
 
+def test_a_time_on_an_edge_is_in_the_bin_that_begins_there() -> None:
+    for number in [*range(1, 130), 1000, 4097, 2**20]:
+        bins = fm.LossBins(number)
+        edges = bins.edges
+        assert torch.equal(edges, torch.arange(number + 1, dtype=torch.float64) / number)
+        bins.update(edges, torch.ones(number + 1))
+        want = torch.ones(number, dtype=torch.float64)
+        want[-1] = 2.0  # 1 as well
+        assert torch.equal(bins.count, want)
+        bins.reset()
+        below = torch.nextafter(edges[1:], torch.zeros(()).double())
+        bins.update(below, torch.ones(number))
+        assert torch.equal(bins.count, torch.ones_like(want))
+
+
 def test_times_outside_the_bins_and_losses_of_weight_zero_count_nowhere() -> None:
     bins = fm.LossBins(10)
     outside = torch.tensor([-0.1, -1e-30, 1.1, float("inf"), float("-inf"), 1 + 2**-20])
