@@ -15,7 +15,7 @@ from fmkernels import _dispatch, _native
 def _workspace(data: torch.Tensor, groups: int, sums: int = 1) -> torch.Tensor:
     """As on a GPU, but what nobody has written is NaN."""
     count = sums * _native.library().cuda_workspace_elements(data.numel(), groups)
-    return torch.full((count,), float("nan"), dtype=torch.float64)
+    return torch.full((count,), float("nan"), dtype=torch.float64, device=data.device)
 
 
 def install() -> None:
