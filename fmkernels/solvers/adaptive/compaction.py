@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..._arguments import take_rows
 from ...ops.step_control.op import Count
-from ..programs.ownership import ordinary_memory
 from .rows import Batch, Dense, own_copy
 
 
@@ -49,10 +48,8 @@ def gather(batch: Batch, keep: Tensor, places: Tensor, kwargs: Mapping[str, Any]
         one_for_all = wanted.stride(0) == 0
         wanted = wanted[:1].expand(keep.shape[0], -1) if one_for_all else wanted.index_select(0, keep)
         dense = Dense(wanted, places, dense.out)
-    with ordinary_memory():
-        y = own_copy(batch.y.index_select(0, keep))
     return Batch(
-        y,
+        own_copy(batch.y.index_select(0, keep)),
         batch.clock.index_select(1, keep),
         batch.count.index_select(1, keep),
         kwargs,

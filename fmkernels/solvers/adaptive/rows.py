@@ -12,6 +12,7 @@ from torch import Tensor
 from ..._checks import describe
 from ...ops.step_control.op import Clock, Rules
 from ..methods.tableaus import Tableau
+from ..programs.ownership import ordinary_memory
 
 Field = Callable[..., Tensor]
 Norm = Callable[[Tensor], Tensor]
@@ -135,9 +136,11 @@ def root_mean_square(ratio: Tensor, rows: int) -> Tensor:
 
 
 def own_copy(y: Tensor) -> Tensor:
-    """A copy in dense memory whose rows are dense too."""
+    """A copy in dense memory whose rows are dense too, to be lent."""
     layout = torch.contiguous_format
     for dims, candidate in ((4, torch.channels_last), (5, torch.channels_last_3d)):
         if y.dim() == dims and not y.is_contiguous() and y.is_contiguous(memory_format=candidate):
             layout = candidate
-    return torch.empty_like(y, memory_format=layout).copy_(y)
+    with ordinary_memory():
+        copy = torch.empty_like(y, memory_format=layout)
+    return copy.copy_(y)

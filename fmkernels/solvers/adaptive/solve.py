@@ -18,7 +18,6 @@ from torch import Tensor
 from ..._checks import check_float_tensor, check_number, type_error, value_error, warn
 from ...ops.step_control.op import Clock, Count, Status, new_state
 from ..methods.tableaus import Tableau
-from ..programs.ownership import ordinary_memory
 from . import kept_steppers as idle
 from .compaction import Watch, gather, select_rows
 from .native_stepper import make_stepper
@@ -113,8 +112,7 @@ def solve_adaptive(
             if kept is not None:
                 return _Solve(problem, options, kept.batch, follow, on_step, before_step, key, kept).run(graph)
         start, end = (_times(name, t, rows, y0.device) for name, t in (("t0", t0), ("t1", t1)))
-        with ordinary_memory():
-            y = own_copy(y0)
+        y = own_copy(y0)
         dense = None if t_eval is None else _dense(t_eval, start, end, y)
         batch = Batch(y, *new_state(start, end), kwargs, dense)
         kept = None

@@ -16,7 +16,7 @@ from ...ops._operands import compute_dtype
 from ...ops.combine.op import combine
 from ...ops.step_control.op import Clock, Count, step_control
 from ...ops.step_control.rows import copy_rows, dense_output, dense_weights
-from ..programs.ownership import is_kept, ordinary_memory, owned_memory, references_of
+from ..programs.ownership import is_kept, ordinary_copy, ordinary_memory, owned_memory, references_of
 from .rows import Batch, Problem, row_norm, to_device
 
 
@@ -176,8 +176,7 @@ class Stepper:
 
     def let_go(self) -> None:
         """Other memory for what the function was given last."""
-        with ordinary_memory():
-            self.y1 = self.y1.detach().clone()
+        self.y1 = ordinary_copy(self.y1.detach())
         self.times = self.times.detach().clone()
         self.time_views = self.views_of(self.times)
 

@@ -10,8 +10,8 @@ made as ordinary tensors under torch.inference_mode too, and a function is given
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -121,22 +121,22 @@ class OwnTimes(Sequence[Tensor]):
 # ---------------------------------------------------------------------- what a function may not write to
 
 
-@contextmanager
-def _out_of_inference_mode() -> Iterator[None]:
-    with torch.inference_mode(False), torch.no_grad():
-        yield
-
-
-def ordinary_memory() -> AbstractContextManager[None]:
-    """Within it a solver makes the states that it lends: ordinary tensors, in inference mode too."""
+def ordinary_memory() -> AbstractContextManager[Any]:
+    """Within it a solver makes the memory that it lends: ordinary tensors, in inference mode too. Nothing is computed
+    in it, as it may be recorded."""
     if compiling() or not torch.is_inference_mode_enabled():
         return nullcontext()
-    return _out_of_inference_mode()
+    return torch.inference_mode(False)
 
 
-def _ordinary(x: Tensor) -> Tensor:
-    with _out_of_inference_mode():
+def ordinary_copy(x: Tensor) -> Tensor:
+    """A copy to lend; in inference mode without a gradient."""
+    if compiling() or not (torch.is_inference_mode_enabled() or x.is_inference()):
         return x.clone()
+    with torch.inference_mode(False):
+        memory = torch.empty_like(x)
+    with torch.no_grad():
+        return memory.copy_(x)
 
 
 def wrote_to_input(name: str) -> ValueError:
@@ -160,24 +160,40 @@ def reading(
     Raises:
         ValueError: in the call; the function has written to x.
     """
-    hidden = transform_active()
+    if transform_active():
+        return _reading_within(name, function, kwargs or {}, time_first)
 
     def read(x: Tensor, t: Tensor) -> Any:
-        version = None
-        if not compiling():
-            try:
-                version = x._version if not hidden else _versions(x)
-            except RuntimeError:
-                x = _ordinary(x)
-                version = x._version if not hidden else _versions(x)
+        if compiling():
+            return function(t, x) if time_first else function(x, t, **(kwargs or {}))
+        try:
+            version = x._version
+        except RuntimeError:
+            x = ordinary_copy(x)
+            version = x._version
         output = function(t, x) if time_first else function(x, t, **kwargs) if kwargs else function(x, t)
-        if version is not None and (x._version if not hidden else _versions(x)) != version:
+        if x._version != version:
             raise wrote_to_input(name)
         return output
 
     return read
 
 
-def _versions(x: Tensor) -> int:
-    """With those of what lies beneath transforms, of which some have none of their own."""
-    return x._version + plain_beneath(x)._version
+def _reading_within(
+    name: str, function: Callable[..., Any], kwargs: Mapping[str, Any], time_first: bool
+) -> Callable[[Tensor, Tensor], Any]:
+    """The same within transforms, of which some hide what is written to the tensor beneath."""
+
+    def read(x: Tensor, t: Tensor) -> Any:
+        seen = [] if compiling() else [x, plain_beneath(x)]
+        versions = [_version(tensor) for tensor in seen]
+        output = function(t, x) if time_first else function(x, t, **kwargs)
+        if [_version(tensor) for tensor in seen] != versions:
+            raise wrote_to_input(name)
+        return output
+
+    return read
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version

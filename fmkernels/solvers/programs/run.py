@@ -29,6 +29,7 @@ from .ownership import (
     OwnTimes,
     check_each,
     is_kept,
+    ordinary_copy,
     ordinary_memory,
     owned_each,
     owned_memory,
@@ -394,8 +395,7 @@ class Run:
         """A branch's first call, which shows whether the network writes to its input."""
         x = self.registers[source]
         if x is self.x_0 and not x.requires_grad:  # the caller's, which a network that writes would spoil
-            with ordinary_memory():
-                x = x.clone()
+            x = ordinary_copy(x)
         output = self.calls[branch](x, self.times[time])
         references = references_of(output) if self.look else 0
         self._take(output, results, x, references)
