@@ -15,7 +15,7 @@ from fmkernels.solvers.methods import registry as methods
 from fmkernels.solvers.methods.adams import AdamsBashforth, AdamsMoulton
 from fmkernels.solvers.methods.runge_kutta import RungeKutta
 from fmkernels.solvers.methods.tableaus import TABLEAUS
-from fmkernels.solvers.programs import solve_graph as graph
+from fmkernels.solvers.programs import captures
 from fmkernels.solvers.programs.program import Update
 
 FIXED = methods.names()
@@ -402,7 +402,7 @@ class Recorder:
     def __init__(self) -> None:
         self.captures = 0
 
-    def __call__(self, body, generator):
+    def __call__(self, body, *_):
         self.captures += 1
         result = body().clone()
 
@@ -415,7 +415,7 @@ class Recorder:
 @pytest.fixture
 def recorder(monkeypatch) -> Recorder:
     recorder = Recorder()
-    monkeypatch.setattr(graph, "capture", recorder)
+    monkeypatch.setattr(captures, "record", recorder)
     monkeypatch.setattr(fm.Solver, "_graph_refusal", lambda *args: None)
     return recorder
 
@@ -438,11 +438,10 @@ def test_graphs_replay_with_new_data_and_numbers(recorder: Recorder) -> None:
 
 
 def test_a_graph_that_cannot_be_captured_says_why(recorder: Recorder, monkeypatch) -> None:
-    def refuse(body, generator):
+    def refuse(body, *_):
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(graph, "capture", refuse)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(captures, "record", refuse)
     network = Network()
     for expected in ("second call", "not permitted", "not permitted"):
         _, result = fm.sample(network, torch.rand(4, 2), steps=2)
@@ -458,7 +457,7 @@ def test_graphs_are_refused_with_a_reason_on_the_cpu() -> None:
 
 
 def test_a_captured_solve_does_not_keep_its_model(recorder: Recorder, monkeypatch) -> None:
-    monkeypatch.setattr(graph, "capture", lambda body, generator: (lambda: None, body()))  # a graph holds no Python
+    monkeypatch.setattr(captures, "record", lambda body, *_: (lambda: None, body()))  # a graph holds no Python
     network = Network()
     for how in ("eager", "captured", "replayed"):
         assert fm.sample(network, torch.rand(4, 2), steps=3)[1].graph.startswith(how)

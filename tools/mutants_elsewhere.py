@@ -151,8 +151,8 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
     ("fmkernels/paths/targets.py", "            times = times.double()\n", "            pass\n", TARGETS),
     (
         "fmkernels/losses.py",
-        ".floor().clamp(max=self.bins - 1)",
-        ".floor().clamp(max=self.bins)",
+        "place.clamp_(max=self.bins - 1)",
+        "place.clamp_(max=self.bins)",
         "tests/test_loss_bins.py",
     ),
     ("fmkernels/losses.py", "return self._held()[0].clone()", "return self._held()[0]", "tests/test_loss_bins.py"),
