@@ -36,7 +36,7 @@ test: setup
 	$(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)
 	PATH="$(abspath $(BIN)):$$PATH" sh tools/ctest.sh
 
-# The CUDA kernels on the CPU. ARGS=short is what every change passes.
+# The CUDA kernels on the CPU, under sanitizers and in Python. ARGS=short is for every change of a kernel.
 test-emulated: setup
 	PATH="$(abspath $(BIN)):$$PATH" PYTHON=python sh tools/emulated.sh $(ARGS)
 

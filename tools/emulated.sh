@@ -3,7 +3,7 @@
 # ThreadSanitizer, and Python's tests with CPU tensors in a GPU's place (tests/emulated.py). The order of blocks and
 # threads is random in all of them; `make test` runs the launches in three orders.
 #
-# `emulated.sh short` is for every change; `emulated.sh` takes all tests that launch anything, and many rounds.
+# `emulated.sh short` is for every change of a kernel; `emulated.sh` takes all tests that launch anything, and many rounds.
 set -eu
 python=${PYTHON:-python3}
 if [ "${1:-long}" = short ]; then
