@@ -124,3 +124,58 @@ def test_bfloat16_third_derivatives_where_nan_is_masked_out_and_noise_is_drawn()
         found.append(torch.autograd.grad(loss, pred)[0])
     assert found[0][0, 1] == 0
     torch.testing.assert_close(*found, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("form", ["small", "mask", "wide", "half", "second"])
+@pytest.mark.parametrize("impl", ["auto", "native", "reference"])
+@pytest.mark.parametrize("kind", ["squared", "huber", "pseudo_huber", "l1"])
+def test_residuals_that_are_not_finite_are_their_limits(kind: str, impl: str, form: str) -> None:
+    """An infinite residual costs infinitely and pulls as the limit does; a NaN is seen in both."""
+    delta, w = 0.5, 2.0
+    dtype = torch.bfloat16 if form == "half" else torch.float32
+    for value in (math.inf, -math.inf, math.nan):
+        pred = torch.full((3, 600 if form == "wide" else 4), 0.25, dtype=dtype)
+        pred[0, 1] = value
+        pred.requires_grad_()
+        mask = {"mask": torch.ones(pred.shape) > 0} if form == "mask" else {}
+        weight = torch.tensor([w, 1.0, 1.0])
+        options = {"kind": kind, "delta": delta, "weight": weight, "reduction": "none", "impl": impl, **mask}
+        losses = fm.regression_loss(pred, [torch.zeros_like(pred)], [1.0], **options)
+        options["reduction"] = "sum"
+        total = fm.regression_loss(pred, [torch.zeros_like(pred)], [1.0], **options)
+        (slope,) = torch.autograd.grad(total, pred, create_graph=form == "second")
+        limit = {"squared": 2.0 * value, "huber": math.copysign(delta, value)}.get(kind, math.copysign(1.0, value))
+        want = torch.tensor(math.nan if math.isnan(value) else w * limit, dtype=dtype)
+        torch.testing.assert_close(slope[0, 1].detach(), want, rtol=0, atol=0, equal_nan=True)
+        assert slope.isfinite().sum() == slope.numel() - (not math.isfinite(want.item()))
+        size = torch.tensor(abs(value))
+        torch.testing.assert_close(torch.stack((losses[0], total)), size.expand(2), equal_nan=True)
+        assert losses[1:].isfinite().all()
+        if form == "second":
+            (curvature,) = torch.autograd.grad(slope.sum(), pred)
+            rest = {"squared": 2.0 * w, "huber": w if math.isnan(value) else 0.0}.get(kind, 0.0)
+            if kind == "pseudo_huber" and math.isnan(value):
+                rest = math.nan
+            torch.testing.assert_close(curvature[0, 1], torch.tensor(rest), rtol=0, atol=0, equal_nan=True)
+            assert curvature[1:].isfinite().all()
+
+
+@pytest.mark.parametrize("impl", ["auto", "native", "reference"])
+@pytest.mark.parametrize("kind", ["huber", "pseudo_huber", "l1"])
+def test_an_infinite_incoming_gradient_or_weight_keeps_its_sign(kind: str, impl: str) -> None:
+    for residual in (0.25, 3.0, -3.0, math.inf, -math.inf):
+        for given in ("gradient", "weight"):
+            pred = torch.full((1, 4), residual, requires_grad=True)
+            weight = {"weight": torch.tensor([math.inf])} if given == "weight" else {}
+            loss = fm.regression_loss(pred, [torch.zeros(1, 4)], [1.0], kind=kind, reduction="sum", impl=impl, **weight)
+            incoming = torch.tensor(math.inf if given == "gradient" else 1.0)
+            (slope,) = torch.autograd.grad(loss, pred, incoming)
+            assert slope.tolist() == [[math.copysign(math.inf, residual)] * 4]
+
+
+@pytest.mark.parametrize("impl", ["native", "reference"])
+def test_pseudo_huber_at_the_largest_number_with_the_largest_bend(impl: str) -> None:
+    largest = torch.finfo(torch.float32).max
+    loss, slope = loss_and_slope(torch.full((2, 1), largest), largest, impl)
+    torch.testing.assert_close(loss, torch.full((2,), largest * (math.sqrt(2.0) - 1.0)))
+    torch.testing.assert_close(slope, torch.full((2, 1), math.sqrt(0.5)))

@@ -32,10 +32,12 @@ FM_HOST_DEVICE void penalty(T d, T delta, T& value, T& derivative) {
     derivative = inside ? d : (d < T(0) ? -delta : (d > T(0) ? delta : d));  // a NaN stays one
   } else if constexpr (kind == Penalty::pseudo_huber) {
     // sqrt(d^2 + delta^2) - delta = d^2 / (sqrt(d^2 + delta^2) + delta), without the cancellation next to 0; d and
-    // delta are measured by the larger of them, so that no square overflows and not both vanish
+    // delta are measured by the larger of them, so that no square overflows, not both vanish and no infinity meets one
     const T magnitude = d < T(0) ? -d : d;
-    const T unit = magnitude > delta ? magnitude : delta;
-    const T x = d / unit, b = delta / unit;
+    const bool outside = magnitude > delta;  // a NaN is not, and stays one
+    const T ratio = (outside ? delta : magnitude) / (outside ? magnitude : delta);
+    const T size = outside ? T(1) : ratio, b = outside ? ratio : T(1);
+    const T x = d < T(0) ? -size : size;
     const T root = sqrt(x * x + b * b);
     const T slope = x / (root * (root + b));
     value = d * (slope * root);

@@ -127,6 +127,13 @@ void test_penalty(const char* name) {
   expect(value == 0 && slope == 0, name, value, 0);
   fm::penalty<kind>(std::nan(""), delta, value, slope);
   expect(std::isnan(value) && std::isnan(slope), "NaN is kept", value, value);
+  for (double sign : {-1.0, 1.0}) {
+    double far;
+    fm::penalty<kind>(sign * 1e300, delta, value, far);
+    fm::penalty<kind>(sign * HUGE_VAL, delta, value, slope);
+    expect(value == HUGE_VAL, name, value, HUGE_VAL);
+    expect(slope == far || kind == fm::Penalty::squared, name, slope, far);
+  }
 }
 
 template <typename Run>

@@ -63,7 +63,7 @@ def curvature(slope: Tensor, dtype: torch.dtype, rule: Rule, factor: Tensor) -> 
     if rule.kind == KINDS["huber"]:
         # beyond the bend G is |f| delta, rounded; the product's own rounding may differ
         limit = (1.0 - 4.0 * torch.finfo(slope.dtype).eps) * bend(rule.delta, slope.dtype) * factor.abs()
-        return torch.where(slope.abs() < limit.to(dtype).to(slope.dtype), factor, 0.0)
+        return torch.where(slope.abs() >= limit.to(dtype).to(slope.dtype), 0.0, factor)
     if rule.kind == KINDS["pseudo_huber"]:
         ratio = slope / torch.where(factor == 0.0, 1.0, factor)
         return factor * (1.0 - ratio.square()).clamp(min=0.0) ** 1.5 / bend(rule.delta, slope.dtype)
@@ -74,7 +74,9 @@ def curvature_of_residual(d: Tensor, rule: Rule, factor: Tensor) -> Tensor:
     r"""The same by the residual d: f where |d| <= delta (Huber), :math:`f \delta^2 (d^2 + \delta^2)^{-3/2}`."""
     delta = bend(rule.delta, d.dtype)
     if rule.kind == KINDS["huber"]:
-        return torch.where(d.abs() <= delta, factor, 0.0)
+        return torch.where(d.abs() > delta, 0.0, factor)
+    largest = torch.finfo(d.dtype).max  # infinity over itself would be NaN
+    d = d.clamp(-largest, largest)
     unit = d.detach().abs().clamp(min=delta)  # of both, so that no square leaves the range
     x, b = d / unit, delta / unit
     return factor * (b.square() / (x.square() + b.square()) ** 1.5 / unit)

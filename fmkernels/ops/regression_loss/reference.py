@@ -16,18 +16,30 @@ from .schema import gradient_dtype
 
 
 def penalty(d: Tensor, kind: int, delta: float) -> Tensor:
-    """rho(d), elementwise."""
+    """rho(d), elementwise. Each branch is given what is finite there: the other's derivative counts 0 times, or NaN."""
     if kind == KINDS["squared"]:
         return d.square()
     if kind == KINDS["huber"]:
-        return torch.where(d.abs() <= delta, 0.5 * d.square(), delta * (d.abs() - 0.5 * delta))
+        outside = d.abs() > delta  # a NaN is not, and stays one
+        return torch.where(outside, delta * (d.abs() - 0.5 * delta), 0.5 * torch.where(outside, 0.0, d).square())
     if kind == KINDS["pseudo_huber"]:
-        # sqrt(d^2 + delta^2) - delta without the cancellation next to 0. d and delta are measured by the larger of the
-        # two, on which the result does not depend, so that no square overflows and not both vanish.
-        unit = d.detach().abs().clamp(min=delta)
-        x, b = d / unit, delta / unit
-        return d * (x / (torch.sqrt(x.square() + b.square()) + b))
-    return d.abs()
+        infinite = d.isinf()
+        return torch.where(infinite, d.abs(), _pseudo_huber(torch.where(infinite, 0.0, d), delta))
+    nan = d.isnan()
+    return torch.where(nan, d * torch.where(nan, d.detach(), 0.0), d.abs())  # abs has the derivative 0 there
+
+
+def _pseudo_huber(d: Tensor, delta: float) -> Tensor:
+    """sqrt(d^2 + delta^2) - delta without the cancellation next to 0.
+
+    d and delta are measured by the larger of the two, on which the result does not depend, so that no square overflows
+    and not both vanish. The derivatives are those of the root, which are products: a quotient's are differences.
+    """
+    unit = d.detach().abs().clamp(min=delta)
+    x, b = d / unit, delta / unit
+    root = torch.sqrt(x.square() + b.square())
+    size = 0.5 * unit * root  # of which twice the range is left
+    return (d * (x / (root + b))).detach() + 2.0 * (size - size.detach())
 
 
 def residual(

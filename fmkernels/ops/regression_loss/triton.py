@@ -47,8 +47,11 @@ def penalty(d, delta, KIND: tl.constexpr):
         slope = tl.where(size <= delta, d, tl.where(d < 0, -delta, tl.where(d > 0, delta, d)))  # a NaN stays one
     elif KIND == _PSEUDO_HUBER:
         # as csrc/regression_loss/penalty.h: neither square leaves the range
-        unit = tl.maximum(tl.abs(d), delta)
-        x, b = d / unit, delta / unit
+        size = tl.abs(d)
+        outside = size > delta  # a NaN is not, and stays one
+        ratio = tl.where(outside, delta, size) / tl.where(outside, size, delta)
+        size, b = tl.where(outside, 1.0, ratio), tl.where(outside, ratio, 1.0)
+        x = tl.where(d < 0, -size, size)
         root = tl.sqrt(x * x + b * b)
         value, slope = d * (x / (root + b)), x / root
     else:
