@@ -103,22 +103,14 @@ class _Reverse:
             raise _no_derivative(self.name)
 
     def product(self, e: Tensor, last: bool) -> Tensor:
-        (result,) = torch.autograd.grad(
-            self.v, self.x, e, retain_graph=self.gradient or not last, create_graph=self.gradient, allow_unused=True
-        )
-        if result is None:
-            raise _no_derivative(self.name)
-        return result
+        return self._product(e, self.gradient or not last)
 
     def products(self, e: Tensor) -> Tensor:
+        return self._product(e, True, is_grads_batched=True)
+
+    def _product(self, e: Tensor, retain_graph: bool, **options: bool) -> Tensor:
         (result,) = torch.autograd.grad(
-            self.v,
-            self.x,
-            e,
-            retain_graph=True,
-            create_graph=self.gradient,
-            allow_unused=True,
-            is_grads_batched=True,
+            self.v, self.x, e, retain_graph, create_graph=self.gradient, allow_unused=True, **options
         )
         if result is None:
             raise _no_derivative(self.name)

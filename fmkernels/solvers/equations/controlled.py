@@ -91,37 +91,17 @@ class Control:
         end: float | Tensor = segment.end
         if math.isinf(end):  # until on_step ends it
             end = torch.tensor(end, dtype=torch.float64, device="cpu")
-        on_step = self._after if self.callbacks.judges else self.on_step
-        before_step = self._before if self.callbacks.on_try is not None else None
-        times = None if t_eval is None else torch.from_numpy(t_eval)
+        watch: dict[str, Any] = {
+            "t_eval": None if t_eval is None else torch.from_numpy(t_eval),
+            "norm": self.norm,
+            "on_step": self._after if self.callbacks.judges else self.on_step,
+            "before_step": self._before if self.callbacks.on_try is not None else None,
+        }
+        task = (segment.start, end, self.tableau, self.engine)
         if self.lowered is not None:
-            return self.lowered.solve(
-                here.call,
-                here.y0,
-                segment.start,
-                end,
-                self.tableau,
-                self.engine,
-                t_eval=times,
-                norm=self.norm,
-                on_step=on_step,
-                before_step=before_step,
-                watching=watching,
-                again=self.callbacks.again,
-            )
-        return solve_adaptive(
-            watched(here.call) if watching else here.call,
-            here.y0.detach(),
-            segment.start,
-            end,
-            self.tableau,
-            self.engine,
-            t_eval=times,
-            norm=self.norm,
-            on_step=on_step,
-            before_step=before_step,
-            enable_grad=watching,
-        )
+            return self.lowered.solve(here.call, here.y0, *task, watching=watching, again=self.callbacks.again, **watch)
+        func = watched(here.call) if watching else here.call
+        return solve_adaptive(func, here.y0.detach(), *task, enable_grad=watching, **watch)
 
     def _before(self, batch: Batch) -> None:
         if self.lowered is None:

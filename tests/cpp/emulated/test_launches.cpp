@@ -134,7 +134,14 @@ inline Operand from_row(Operand operand, int64_t row, int64_t inner, Dtype dtype
   return operand;
 }
 
-// The norm of a sample does not depend on who else is in the batch, nor on its place there.
+// A number of a sample depends neither on who else is in the batch nor on its place there.
+void check_alone(const char* name, const void* batch, const void* alone, int64_t g, const Sizes& s, bool wide) {
+  const Dtype kind = wide ? Dtype::f64 : Dtype::f32;
+  CHECK(same(at(alone, kind, 0), at(batch, kind, g)), "%s of sample %lld of %lld, %lld elements: %.17g, alone %.17g",
+        name, static_cast<long long>(g), static_cast<long long>(s.samples),
+        static_cast<long long>(s.sample_rows * s.inner), at(batch, kind, g), at(alone, kind, 0));
+}
+
 void check_norm_alone(const CombineArguments& batch, const Sizes& s, bool wide) {
   const int64_t g = pick(0, s.samples - 1), row = g * s.sample_rows, elements = s.sample_rows * s.inner;
   CombineArguments a = batch;
@@ -146,14 +153,9 @@ void check_norm_alone(const CombineArguments& batch, const Sizes& s, bool wide) 
   a.norm = norm.data();
   a.workspace = scratch.data();
   CHECK(combine_cuda(a, nullptr) == Status::ok, "combine");
-  const Dtype kind = wide ? Dtype::f64 : Dtype::f32;
-  CHECK(same(at(a.norm, kind, 0), at(batch.norm, kind, g)),
-        "norm of sample %lld of %lld, %lld elements: %.17g, alone %.17g", static_cast<long long>(g),
-        static_cast<long long>(s.samples), static_cast<long long>(elements), at(batch.norm, kind, g),
-        at(a.norm, kind, 0));
+  check_alone("norm", batch.norm, a.norm, g, s, wide);
 }
 
-// A group's loss neither.
 void check_loss_alone(const RegressionLossArguments& batch, const Sizes& s, bool wide) {
   const int64_t g = pick(0, s.samples - 1), row = g * s.sample_rows, elements = s.sample_rows * s.inner;
   RegressionLossArguments a = batch;
@@ -169,11 +171,7 @@ void check_loss_alone(const RegressionLossArguments& batch, const Sizes& s, bool
   a.loss = loss.data();
   a.workspace = scratch.data();
   CHECK(regression_loss_cuda(a, nullptr) == Status::ok, "regression_loss");
-  const Dtype kind = wide ? Dtype::f64 : Dtype::f32;
-  CHECK(same(at(a.loss, kind, 0), at(batch.loss, kind, g)),
-        "loss of sample %lld of %lld, %lld elements: %.17g, alone %.17g", static_cast<long long>(g),
-        static_cast<long long>(s.samples), static_cast<long long>(elements), at(batch.loss, kind, g),
-        at(a.loss, kind, 0));
+  check_alone("loss", batch.loss, a.loss, g, s, wide);
 }
 
 void test_combine() {
