@@ -42,6 +42,9 @@ QUICK: dict[str, tuple[tuple[tuple[int, ...], str], ...]] = {
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a few float32 cases, under 2 minutes on 2 cores")
+    parser.add_argument(
+        "--promises", action="store_true", help="the cases of promised speeds (targets.py), and no others"
+    )
     parser.add_argument("--family", action="append", choices=FAMILIES, help="may be repeated; default: all")
     parser.add_argument("--filter", default="", help="only cases whose name holds this text (see --list)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -78,12 +81,15 @@ def _jobs(options: argparse.Namespace) -> list[Job]:
     for family in FAMILIES.values():
         if options.family and family.name not in options.family:
             continue
-        for name in options.dtype or (["float32"] if options.quick else DTYPES):
+        for name in options.dtype or (["float32"] if options.quick and not options.promises else DTYPES):
             if options.memory == records.KEPT_MEMORY and family.solve is not None:
                 continue  # whole solves write into buffers of their own
             for case in family.cases if DTYPES[name] in family.dtypes else ():
-                quick = (case.shape, case.variant) in QUICK.get(family.name, ())
-                if quick or not options.quick:
+                if options.promises:
+                    wanted = targets.is_promised(family.name, case.shape, case.variant, name, options.device)
+                else:
+                    wanted = not options.quick or (case.shape, case.variant) in QUICK.get(family.name, ())
+                if wanted:
                     jobs.append((family, case, DTYPES[name]))
     return [job for job in jobs if options.filter in _name(job)]
 

@@ -80,6 +80,14 @@ TARGETS: tuple[Target, ...] = (
 )
 
 
+def is_promised(family: str, shape: tuple[int, ...], variant: str, dtype: str, device: str) -> bool:
+    """Whether a promise for a device ("cpu", "cuda:1") is about a case."""
+    kind = device.partition(":")[0]
+    return any(
+        (t.family, t.shape, t.variant, t.dtype, t.device) == (family, shape, variant, dtype, kind) for t in TARGETS
+    )
+
+
 def check(records: Iterable[Record], device: str, families: Container[str] | None = None) -> tuple[list[str], bool]:
     """A line for each target of a device type (and of some families), and whether all are kept; one that was
     not measured is not kept."""
