@@ -13,6 +13,7 @@ import functools
 import importlib
 import importlib.util
 import os
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -89,10 +90,17 @@ def _plain_library() -> ModuleType | None:
 
 
 def plain_library(impl: str) -> ModuleType | None:
-    """The compiled library where its calls on plain CPU tensors may be tried first: see python/plain.h."""
+    """The compiled library where its calls on plain tensors may be tried first: see python/plain.h."""
     if type(impl) is not str or impl != "auto" or _torch.intercepted():
         return None
     return _plain_library()
+
+
+def plain_device_hooks() -> tuple[Callable[[int], int], Callable[[], int]] | None:
+    """What such calls ask torch before they launch on a CUDA device: its current stream, and which device is current.
+    None where "auto" takes other kernels there."""
+    chosen_natively = all(chosen(op, "cuda", _ENVIRONMENT) == "native" for op in OPS)
+    return _torch.launch_hooks() if chosen_natively else None
 
 
 def unavailable(impl: str, device_type: str) -> str | None:

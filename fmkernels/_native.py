@@ -92,5 +92,9 @@ def workspace(data: torch.Tensor, groups: int, sums: int = 1) -> torch.Tensor | 
     """Scratch for the partial sums of reductions of data in equal groups; the CPU kernels need none."""
     if on_host(data):
         return None
-    count = sums * library().cuda_workspace_elements(data.numel(), groups)
-    return torch.empty(count, dtype=torch.float64, device=data.device)
+    return scratch(data, sums * library().cuda_workspace_elements(data.numel(), groups))
+
+
+def scratch(data: torch.Tensor, doubles: int) -> torch.Tensor:
+    """Memory beside data that nobody has written."""
+    return torch.empty(doubles, dtype=torch.float64, device=data.device)

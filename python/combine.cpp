@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "binding.h"
+#include "device.h"
 #include "plain.h"
 
 namespace fm_python {
@@ -53,9 +54,11 @@ py::object combine_plain(py::handle operands, py::handle coefficients, py::handl
     return py::none();
   PyObject* first = PyList_GET_ITEM(operands.ptr(), 0);
   View data;
+  Place place;
   fm::CombineArguments a{};
-  if (!view(first, false, most_elements, data) ||
-      !fill(operands, coefficients, data, data, fm::max_operands - 1, a.operands, a.count, a.inner))
+  if (!view(first, false, data) ||
+      !fill(operands, coefficients, data, data, fm::max_operands - 1, a.operands, a.count, a.inner) ||
+      !place_of(data.device, place))
     return py::none();
   py::list results;
   const auto make = [&]() -> void* {
@@ -67,8 +70,24 @@ py::object combine_plain(py::handle operands, py::handle coefficients, py::handl
   set_data(a, data, make());
   for (int i = 0; stores && i < a.count; ++i)
     if (a.operands[i].data == nullptr && (a.operands[i].store = make()) == nullptr) return py::none();
-  if (a.out == nullptr || fm::combine_cpu(a) != fm::Status::ok) return py::none();
+  if (a.out == nullptr || place.run(a, fm::combine_cpu, fm::combine_cuda) != fm::Status::ok) return py::none();
   return results;
+}
+
+// out = factor * x, for tensors of one kind that are the same or share no memory: whether it was done.
+bool scale_plain(py::handle out, py::handle x, py::handle factor) {
+  View target, data;
+  Place place;
+  fm::CombineArguments a{};
+  if (!view(out.ptr(), false, target) || !view(x.ptr(), false, data) || target.dtype != data.dtype ||
+      target.device != data.device || !same_shape(target, data) || !place_of(data.device, place))
+    return false;
+  a.count = 1;
+  a.operands[0].data = data.data;
+  a.inner = data.elements;
+  if (!fill_beside(factor, data, a.operands, 0, a.operands[0].coefficient, a.inner)) return false;
+  set_data(a, data, target.data);
+  return place.run(a, fm::combine_cpu, fm::combine_cuda) == fm::Status::ok;
 }
 
 // combine into a contiguous CPU tensor with elements, by its address, dtype code and shape: whether it was done. An
@@ -79,6 +98,7 @@ bool combine_into_buffer(Address out, int dtype, py::tuple shape, py::handle ope
   View data;
   fm::CombineArguments a{};
   data.dtype = static_cast<fm::Dtype>(dtype);
+  data.device = host;
   data.elements = count_elements(shape.ptr(), INT64_MAX);
   data.shape = std::move(shape);
   if (data.elements < 0 ||
@@ -93,6 +113,7 @@ bool combine_into_buffer(Address out, int dtype, py::tuple shape, py::handle ope
 FM_BINDING(combine) {
   m.def("combine", &combine);
   m.def("combine_plain", &combine_plain);
+  m.def("scale_plain", &scale_plain);
   m.def("combine_into_buffer", &combine_into_buffer);
 }
 

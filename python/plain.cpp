@@ -8,7 +8,7 @@ namespace {
 // fmkernels' own classes and their fields, looked up once and never released.
 struct Classes {
   PyObject *affine, *noise;
-  PyObject *coefficient, *shift, *slope, *seed, *stream, *row_offset, *dtype, *is_cpu, *int64;
+  PyObject *coefficient, *shift, *slope, *seed, *stream, *row_offset, *dtype, *int64;
 
   static PyObject* name(const char* text) { return PyUnicode_InternFromString(text); }
 
@@ -23,7 +23,6 @@ struct Classes {
     stream = name("stream");
     row_offset = name("row_offset");
     dtype = name("dtype");
-    is_cpu = name("is_cpu");
   }
 };
 
@@ -54,7 +53,8 @@ bool coefficient(PyObject* x, const View& data, fm::Coefficient& out, int64_t& c
     x = holder.ptr();
   }
   View entries;
-  if (x == nullptr || !view(x, false, data.elements, entries) || entries.dim() > data.dim()) return false;
+  if (x == nullptr || !view(x, false, entries) || entries.device != data.device || entries.dim() > data.dim())
+    return false;
   for (int64_t i = 0; i < entries.dim(); ++i)
     if (entries.size(i) != data.size(i)) return false;
   out.data = entries.data;
@@ -72,18 +72,23 @@ bool integer(PyObject* owner, PyObject* name, int64_t most, int64_t& out) {
   return overflow == 0 && out >= 0 && out <= most;
 }
 
-// fm.Noise with its seed on the CPU.
+constexpr int64_t most_stream_elements = int64_t{1} << 62;  // as fmkernels.random has it
+constexpr int64_t most_rows_before = int64_t{1} << 40;
+
+// fm.Noise with its seed beside the data.
 bool noise(PyObject* x, const View& data, fm::Operand& out) {
   const Classes& c = classes();
   int64_t row_offset = 0;
+  int device = host;
   const py::object seed = attribute(x, c.seed);
-  if (!seed || !is_tensor(seed.ptr()) || attribute(seed.ptr(), c.is_cpu).ptr() != Py_True ||
-      attribute(seed.ptr(), c.dtype).ptr() != c.int64 || !integer(x, c.stream, INT64_MAX, out.stream) ||
-      !integer(x, c.row_offset, most_elements * most_elements, row_offset))
+  out.seed = seed_of(seed.ptr(), device);
+  if (out.seed == nullptr || device != data.device || !integer(x, c.stream, INT64_MAX, out.stream) ||
+      !integer(x, c.row_offset, most_rows_before, row_offset))
     return false;
-  out.offset = row_offset * (data.dim() == 0 ? 1 : data.elements / data.size(0));
-  out.seed = static_cast<const int64_t*>(values_address(seed.ptr()));
-  return out.seed != nullptr;
+  const int64_t row = data.dim() == 0 ? 1 : data.elements / data.size(0);
+  if (row_offset > (most_stream_elements - data.elements) / row) return false;
+  out.offset = row_offset * row;
+  return true;
 }
 
 // `first`: the first operand where it was looked at already.
@@ -104,7 +109,8 @@ bool fill(py::handle operands, py::handle coefficients, const View& data, const 
       if (!noise(item, data, out[i])) return false;
     } else {
       View operand;
-      if (!view(item, false, most_elements, operand) || operand.dtype != dtype || !same_shape(operand, data))
+      if (!view(item, false, operand) || operand.dtype != dtype || operand.device != data.device ||
+          !same_shape(operand, data))
         return false;
       out[i].data = operand.data;
     }
@@ -118,6 +124,12 @@ bool fill(py::handle operands, py::handle coefficients, const View& data, const 
 
 }  // namespace
 
+const int64_t* seed_of(PyObject* x, int& device) {
+  if (x == nullptr || !is_tensor(x) || !device_of(x, device) || attribute(x, classes().dtype).ptr() != classes().int64)
+    return nullptr;
+  return static_cast<const int64_t*>(values_address(x));
+}
+
 bool flag(py::handle x, bool& out) {
   out = x.ptr() == Py_True;
   return out || x.ptr() == Py_False;
@@ -125,7 +137,7 @@ bool flag(py::handle x, bool& out) {
 
 bool fill(py::handle operands, py::handle coefficients, const View& data, const View& first, int limit,
           fm::Operand* out, int& count, int64_t& inner) {
-  return (&first == &data || same_shape(first, data)) &&
+  return (&first == &data || (first.device == data.device && same_shape(first, data))) &&
          fill(operands, coefficients, data, &first, first.dtype, limit, out, count, inner);
 }
 

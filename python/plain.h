@@ -1,9 +1,9 @@
-// The operations on small, ordinary CPU tensors, with checks and marshalling in C++.
+// The operations on ordinary tensors, with checks and marshalling in C++.
 //
-// At a few hundred elements a call costs what Python does around it. The <op>_plain functions take the tensors
-// themselves, read their attributes through Python, and run the kernel if everything is as plain as in most training
-// loops; otherwise they return None, and the Python functions check, explain and run. They accept nothing that those
-// would reject.
+// At a few hundred elements, or on a GPU, a call costs what Python does around it. The <op>_plain functions take the
+// tensors themselves, read their attributes through Python, and run the kernel if everything is as plain as in most
+// training loops; otherwise they return None, and the Python functions check, explain and run. They accept nothing that
+// those would reject.
 #pragma once
 
 #include "common/operand.h"
@@ -11,14 +11,14 @@
 
 namespace fm_python {
 
-// Beyond this, outputs come from the pool and the time is the kernel's: Python does it.
-constexpr int64_t most_elements = int64_t{1} << 20;
-
 // A flag: exactly True or False.
 bool flag(py::handle x, bool& out);
 
 // What noise and coefficients are accumulated in.
 inline fm::Dtype accumulation(fm::Dtype dtype) { return dtype == fm::Dtype::f64 ? fm::Dtype::f64 : fm::Dtype::f32; }
+
+// The address of a seed, an int64 tensor, and its device; null where it is none.
+const int64_t* seed_of(PyObject* x, int& device);
 
 // Operands (a list) of data's shape, or noise, all of the first one's dtype, and their coefficients (a list): numbers,
 // tensors whose shape is a leading part of data's, or affine functions of one. `first`: the first operand, which is a

@@ -3,6 +3,8 @@
 #include <pybind11/stl.h>
 
 #include "binding.h"
+#include "common/workspace.h"
+#include "device.h"
 #include "plain.h"
 
 namespace fm_python {
@@ -42,20 +44,21 @@ void regression_loss(int device, int pred_dtype, Address pred, Address grad, int
 py::object regression_loss_plain(py::handle pred, py::handle operands, py::handle coefficients, py::handle weight,
                                  int kind, double delta, bool mean, bool need_grad) {
   View data, target;
+  Place place;
   fm::RegressionLossArguments a{};
   if (!PyList_CheckExact(operands.ptr()) || PyList_GET_SIZE(operands.ptr()) == 0) return py::none();
-  if (!view(pred.ptr(), true, most_elements, data) ||
-      !view(PyList_GET_ITEM(operands.ptr(), 0), false, most_elements, target))
-    return py::none();
+  if (!view(pred.ptr(), true, data) || !view(PyList_GET_ITEM(operands.ptr(), 0), false, target)) return py::none();
   // float16's gradient waits for its scale, which is Python's business.
   if (data.dtype == fm::Dtype::f16 || accumulation(data.dtype) != accumulation(target.dtype)) return py::none();
   if (!fill(operands, coefficients, data, target, fm::max_loss_operands, a.operands, a.count, a.inner))
     return py::none();
   a.weight = {nullptr, 1, 0, 1.0};
   if (!weight.is_none() && !fill_beside(weight, data, a.operands, a.count, a.weight, a.inner)) return py::none();
+  if (!place_of(data.device, place)) return py::none();
   const py::object grad = need_grad ? empty_like(pred.ptr()) : py::none();
-  const py::object loss = empty(py::tuple().ptr(), accumulation(data.dtype));
+  const py::object loss = empty_beside(pred.ptr(), py::tuple().ptr(), accumulation(data.dtype));
   if (!grad || !loss) throw py::error_already_set();
+  const Scratch scratch(pred.ptr(), data.device, fm::workspace_elements_cuda(data.elements, 1));
   a.pred_dtype = data.dtype;
   a.pred = data.data;
   a.grad = need_grad ? new_address(grad.ptr()) : nullptr;
@@ -67,7 +70,9 @@ py::object regression_loss_plain(py::handle pred, py::handle operands, py::handl
   a.delta = delta;
   a.loss = new_address(loss.ptr());
   a.groups = 1;
-  if (a.loss == nullptr || (need_grad && a.grad == nullptr) || fm::regression_loss_cpu(a) != fm::Status::ok)
+  a.workspace = scratch.data();
+  if (a.loss == nullptr || (need_grad && a.grad == nullptr) || scratch.failed() ||
+      place.run(a, fm::regression_loss_cpu, fm::regression_loss_cuda) != fm::Status::ok)
     return py::none();
   return py::make_tuple(loss, grad);
 }

@@ -5,6 +5,8 @@
 #include <algorithm>
 
 #include "binding.h"
+#include "common/workspace.h"
+#include "device.h"
 #include "plain.h"
 
 namespace fm_python {
@@ -50,11 +52,11 @@ py::object row_dots_plain(py::handle tensors, py::handle pairs) {
   View data;
   for (Py_ssize_t i = 0; i < count; ++i) {
     View operand;
-    if (!view(PySequence_Fast_GET_ITEM(tensors.ptr(), i), false, most_elements, operand)) return py::none();
+    if (!view(PySequence_Fast_GET_ITEM(tensors.ptr(), i), false, operand)) return py::none();
     a.tensors[i] = operand.data;
     if (i == 0)
       data = std::move(operand);
-    else if (operand.dtype != data.dtype || !same_shape(operand, data))
+    else if (operand.dtype != data.dtype || operand.device != data.device || !same_shape(operand, data))
       return py::none();
   }
   if (data.dim() == 0) return py::none();
@@ -70,10 +72,17 @@ py::object row_dots_plain(py::handle tensors, py::handle pairs) {
   a.dtype = data.dtype;
   a.rows = data.size(0);
   a.inner = data.elements / a.rows;
-  const py::object out = empty(py::make_tuple(a.rows, a.pairs).ptr(), accumulation(data.dtype));
+  Place place;
+  if (!place_of(data.device, place)) return py::none();
+  PyObject* first = PySequence_Fast_GET_ITEM(tensors.ptr(), 0);
+  const py::object out = empty_beside(first, py::make_tuple(a.rows, a.pairs).ptr(), accumulation(data.dtype));
   if (!out) throw py::error_already_set();
+  const Scratch scratch(first, data.device, a.pairs * fm::workspace_elements_cuda(data.elements, a.rows));
   a.out = new_address(out.ptr());
-  return a.out != nullptr && fm::row_dots_cpu(a) == fm::Status::ok ? out : py::none();
+  a.workspace = scratch.data();
+  const bool done =
+      a.out != nullptr && !scratch.failed() && place.run(a, fm::row_dots_cpu, fm::row_dots_cuda) == fm::Status::ok;
+  return done ? out : py::none();
 }
 
 FM_BINDING(row_dots) {

@@ -6,9 +6,9 @@ namespace {
 // What is looked up in Python once, attributes and methods as their descriptors: looking them up costs as much as some
 // of them do. Never released: it must outlive the interpreter's last tensor.
 struct Torch {
-  PyObject *tensor, *parameter, *dtypes[4], *empty_like, *empty, *cpu, *empty_names;
-  PyObject *dtype, *shape, *is_cpu, *requires_grad, *device;  // attributes
-  PyObject *is_contiguous, *is_neg, *data_ptr, *stride;       // methods
+  PyObject *tensor, *parameter, *dtypes[4], *empty_like, *empty, *empty_names;
+  PyObject *dtype, *shape, *is_cpu, *is_cuda, *requires_grad, *device;  // attributes
+  PyObject *is_contiguous, *is_neg, *data_ptr, *stride, *get_device;    // methods
 
   Torch() {
     const py::module_ torch = py::module_::import("torch");
@@ -20,17 +20,18 @@ struct Torch {
     for (int i = 0; i < 4; ++i) dtypes[i] = keep(torch.attr(names[i]));
     empty_like = keep(torch.attr("empty_like"));
     empty = keep(torch.attr("empty"));
-    cpu = keep(torch.attr("device")("cpu"));
     empty_names = keep(py::make_tuple("dtype", "device"));
     dtype = of_tensor("dtype");
     shape = of_tensor("shape");
     is_cpu = of_tensor("is_cpu");
+    is_cuda = of_tensor("is_cuda");
     requires_grad = of_tensor("requires_grad");
     device = of_tensor("device");
     is_contiguous = of_tensor("is_contiguous");
     is_neg = of_tensor("is_neg");
     data_ptr = of_tensor("data_ptr");
     stride = of_tensor("stride");
+    get_device = of_tensor("get_device");
     tensor = keep(type);
   }
 };
@@ -95,18 +96,37 @@ int64_t count_elements(PyObject* shape, int64_t most) {
   return elements;
 }
 
-bool view(PyObject* x, bool may_require_grad, int64_t most, View& out) {
+bool floating(PyObject* dtype, fm::Dtype& out) {
+  int code = 0;
+  while (code < 4 && dtype != torch().dtypes[code]) ++code;
+  out = static_cast<fm::Dtype>(code);
+  return code < 4;
+}
+
+bool device_of(PyObject* x, int& out) {
   const Torch& t = torch();
-  if (!is_tensor(x) || !is(read(x, t.is_cpu), Py_True)) return false;
+  if (is(read(x, t.is_cpu), Py_True)) {
+#if defined(FM_EMULATED)
+    out = 0;  // a CPU tensor in the place of a GPU's
+#else
+    out = host;
+#endif
+    return true;
+  }
+  if (!is(read(x, t.is_cuda), Py_True)) return false;
+  const py::object index = taken(ask(x, t.get_device));
+  out = index ? static_cast<int>(PyLong_AsLong(index.ptr())) : host;
+  return out >= 0;
+}
+
+bool view(PyObject* x, bool may_require_grad, View& out) {
+  const Torch& t = torch();
+  if (!is_tensor(x) || !device_of(x, out.device)) return false;
   if (!may_require_grad && !is(read(x, t.requires_grad), Py_False)) return false;
   if (!is(ask(x, t.is_contiguous), Py_True)) return false;
-  const py::object dtype = taken(read(x, t.dtype));
-  int code = 0;
-  while (code < 4 && dtype.ptr() != t.dtypes[code]) ++code;
-  if (code == 4) return false;
-  out.dtype = static_cast<fm::Dtype>(code);
+  if (!floating(taken(read(x, t.dtype)).ptr(), out.dtype)) return false;
   out.shape = taken(read(x, t.shape));
-  out.elements = count_elements(out.shape.ptr(), most);
+  out.elements = count_elements(out.shape.ptr(), most_elements(out.device));
   if (out.elements < 0) return false;
   out.data = values_address(x);
   return out.data != nullptr;
@@ -151,9 +171,11 @@ py::object empty_like(PyObject* x) {
   return py::reinterpret_steal<py::object>(PyObject_CallOneArg(torch().empty_like, x));
 }
 
-py::object empty(PyObject* shape, fm::Dtype dtype) {
+py::object empty_beside(PyObject* x, PyObject* shape, fm::Dtype dtype) {
   const Torch& t = torch();
-  PyObject* arguments[] = {shape, t.dtypes[static_cast<int>(dtype)], t.cpu};
+  const py::object device = py::reinterpret_steal<py::object>(read(x, t.device));
+  if (!device) return device;
+  PyObject* arguments[] = {shape, t.dtypes[static_cast<int>(dtype)], device.ptr()};
   return py::reinterpret_steal<py::object>(PyObject_Vectorcall(t.empty, arguments, 1, t.empty_names));
 }
 

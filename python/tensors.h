@@ -27,10 +27,16 @@ void* new_address(PyObject* x);
 // is none, or where it is not so.
 void* values_address(PyObject* x);
 
-// A contiguous tensor on the CPU. The caller has the tensor's reference.
+constexpr int host = -1;  // a device; the others are CUDA's, by their number
+
+// The device of a tensor, if it is one that kernels are launched on.
+bool device_of(PyObject* x, int& out);
+
+// A contiguous tensor on the CPU or a CUDA device. The caller has the tensor's reference.
 struct View {
   void* data;
   fm::Dtype dtype;
+  int device;
   py::object shape;  // a tuple
   int64_t elements;  // > 0
 
@@ -38,12 +44,20 @@ struct View {
   int64_t size(int64_t i) const { return PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), i)); }
 };
 
+// Torch's floating dtypes that the kernels know.
+bool floating(PyObject* dtype, fm::Dtype& out);
+
 // Elements of a shape, a tuple of ints; -1 where it is empty, has an empty dimension or is beyond `most`.
 int64_t count_elements(PyObject* shape, int64_t most);
 
-// Fills a view where x is a strided, contiguous CPU tensor of exactly torch's own type and of a floating dtype, of 1 to
-// `most` elements.
-bool view(PyObject* x, bool may_require_grad, int64_t most, View& out);
+// Beyond these, outputs on the CPU come from the pool and the time is the kernel's: Python does it; on a device they
+// are only far enough from what an index holds.
+constexpr int64_t most_host_elements = int64_t{1} << 20, most_device_elements = int64_t{1} << 40;
+constexpr int64_t most_elements(int device) { return device == host ? most_host_elements : most_device_elements; }
+
+// Fills a view where x is a strided, contiguous tensor of exactly torch's own type and of a floating dtype, of as many
+// elements as are taken on its device.
+bool view(PyObject* x, bool may_require_grad, View& out);
 
 bool same_shape(const View& a, const View& b);
 
@@ -64,8 +78,8 @@ class Like {
   py::object shape_, strides_, dtype_, device_;
 };
 
-// New tensors on the CPU, whatever torch's default device and dtype; null with an exception set.
+// New tensors, on x's device whatever torch's default device and dtype; null with an exception set.
 py::object empty_like(PyObject* x);
-py::object empty(PyObject* shape, fm::Dtype dtype);
+py::object empty_beside(PyObject* x, PyObject* shape, fm::Dtype dtype);
 
 }  // namespace fm_python

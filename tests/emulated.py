@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import torch
 
-from fmkernels import _dispatch, _native
+from fmkernels import _native
 
 
-def _workspace(data: torch.Tensor, groups: int, sums: int = 1) -> torch.Tensor:
+def _scratch(data: torch.Tensor, doubles: int) -> torch.Tensor:
     """As on a GPU, but what nobody has written is NaN."""
-    count = sums * _native.library().cuda_workspace_elements(data.numel(), groups)
-    return torch.full((count,), float("nan"), dtype=torch.float64, device=data.device)
+    return torch.full((doubles,), float("nan"), dtype=torch.float64, device=data.device)
 
 
 def install() -> None:
@@ -25,5 +24,4 @@ def install() -> None:
         raise RuntimeError(f"FMKERNELS_TEST_LIBRARY: expected a library of emulated kernels, got one by {version}")
     _native.DEVICE_CODE["cpu"] = _native.DEVICE_CODE["cuda"]
     _native.on_host = lambda tensor: False
-    _native.workspace = _workspace
-    _dispatch.plain_library = lambda impl: None  # the short way of CPU tensors
+    _native.scratch = _scratch

@@ -134,8 +134,8 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
     ),
     (
         "fmkernels/ops/regression_loss/autograd.py",
-        "grad_output.is_cpu and math.isfinite(grad_output.sum().item())",
-        "grad_output.is_cpu",
+        "_native.on_host(grad_output) and math.isfinite(grad_output.sum().item())",
+        "_native.on_host(grad_output)",
         "tests/test_loss_gradients.py",
     ),
     (

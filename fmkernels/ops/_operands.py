@@ -33,7 +33,7 @@ MAX_TENSORS = 16
 
 @final
 class Affine:
-    """The coefficient shift + slope * tensor, formed in the CPU kernels: 1 - t costs no operation."""
+    """The coefficient shift + slope * tensor, formed in the kernels of plain calls: there 1 - t costs no operation."""
 
     __slots__ = ("shift", "slope", "tensor")
 

@@ -86,8 +86,10 @@ def draw(
 ) -> Tensor:
     """randn, rand or random_words on checked arguments."""
     offset = first_element(row_offset, shape) if row_offset else 0
-    if type(seed) is Tensor and seed.is_cpu and _dispatch.plain_library(impl) is not None:
-        return _dispatch.implementation("random", "cpu", "native").run(shape, seed, kind, stream, offset, dtype)
+    if (library := _dispatch.plain_library(impl)) is not None:
+        drawn = library.random_plain(shape, seed, kind, stream, offset, dtype)
+        if drawn is not None:
+            return drawn
     args = (shape, seed, kind, stream, offset, dtype)
     impl = _dispatch.wanted(impl)
     if impl == "reference":

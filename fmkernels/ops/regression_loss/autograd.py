@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.graph import increment_version
 
-from ... import _memory, _torch
+from ... import _dispatch, _memory, _native, _torch
 from .._operands import TENSOR, compute_dtype, expand_leading
 from ..combine.op import combine_into
 from . import reference, schema
@@ -206,12 +207,15 @@ def scaled_slope(
             return kept(mask, product).to(dtype)
         return product.masked_fill_(expand_leading(mask, product).logical_not(), 0.0).to(dtype)  # of slope's layout
     last = owned and not _torch.graph_is_kept()
-    if last and grad_output.is_cpu and grad_output.dim() == 0 and grad_output.item() == 1.0:
+    if last and _native.on_host(grad_output) and grad_output.dim() == 0 and grad_output.item() == 1.0:
         return slope
     out = slope if last else _memory.empty_like(slope)
+    if mask is None and (library := _dispatch.plain_library(impl)) and library.scale_plain(out, slope, grad_output):
+        increment_version(out)
+        return out
     factor = grad_output.to(compute_dtype(slope))
     # the slope is 0 where masked out, and a finite factor leaves it so; on a device no one can look
-    if mask is not None and grad_output.is_cpu and math.isfinite(grad_output.sum().item()):
+    if mask is not None and _native.on_host(grad_output) and math.isfinite(grad_output.sum().item()):
         mask = None
     by_element = mask is not None and mask.dim() == slope.dim()
     if mask is not None and not by_element:

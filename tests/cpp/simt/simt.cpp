@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "fiber.h"
+#include "report.h"
 
 namespace simt {
 
@@ -107,6 +108,7 @@ struct Report {
     std::fclose(file);
   }
 } report;
+bool bodies_run = true;
 
 void to_caller(bool last) { switch_stacks(launch->fiber(launch->current).stack, launch->caller, last); }
 
@@ -223,6 +225,13 @@ bool is_possible(dim3 grid, uint64_t threads, size_t shared_bytes) {
 
 }  // namespace
 
+std::map<std::string, long> launches() {
+  const std::lock_guard<std::mutex> lock(one_launch);
+  return report.launches;
+}
+
+void run_bodies(bool run) { bodies_run = run; }
+
 void complain(const char* format, ...) {
   char text[512];
   va_list list;
@@ -291,6 +300,10 @@ void run(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, const s
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   if (!is_possible(grid, threads, shared_bytes)) {
     last_error = invalid_configuration;
+    return;
+  }
+  if (!bodies_run) {
+    ++report.launches[kernel];
     return;
   }
   Launch now{kernel, thread, shared_bytes, static_cast<int>(threads)};
