@@ -278,6 +278,36 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
         RARE,
     ),
     (
+        f"{SOLVERS}/programs/captures.py",
+        "yield from (value.__self__, value.__func__)",
+        "yield value.__func__",
+        "tests/test_captured_memory.py",
+    ),
+    (
+        f"{SOLVERS}/programs/captures.py",
+        "yield id(value), tuple(m.training for m in value.modules()), tuple(",
+        "yield id(value), tuple(",
+        "tests/test_captured_memory.py",
+    ),
+    (
+        f"{SOLVERS}/programs/solve_graph.py",
+        "Run(program, wanted.calls(kwargs), self.x, numbers",
+        "Run(program, wanted.calls(kwargs), x, numbers",
+        "tests/test_captured_memory.py::test_inputs_of_a_call_are_read_at_that_call_alone",
+    ),
+    (
+        f"{SOLVERS}/programs/solve_graph.py",
+        "self.coefficients = table.clone()",
+        "self.coefficients = table",
+        "tests/test_captured_memory.py::test_other_numbers_and_states_change_nothing_that_others_read",
+    ),
+    (
+        f"{SOLVERS}/programs/solve_graph.py",
+        "self.arguments = x.clone(), program, StaticArguments(model_kwargs)",
+        "self.arguments = x, program, StaticArguments(model_kwargs)",
+        "tests/test_captured_memory.py::test_other_numbers_and_states_change_nothing_that_others_read",
+    ),
+    (
         f"{SOLVERS}/methods/own_steps.py",
         "not np.any(left == 1)",
         "not np.any(left == 0)",

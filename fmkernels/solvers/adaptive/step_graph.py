@@ -131,7 +131,7 @@ def captured_steps(
         (batch.y.shape, batch.y.dtype, batch.y.device, batch.y.stride()),
         None if dense is None else (dense.out.shape, dense.out.stride()),
         arguments,
-        state_of(graph.owner),
+        state_of(graph.owner, owners),
         surroundings(batch.y.device),
     )
     make = partial(CapturedSteps, problem, batch, first_step, chunk)

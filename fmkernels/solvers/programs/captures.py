@@ -8,7 +8,9 @@ parameters and modes make of it: Python numbers that it reads elsewhere are fixe
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import partial
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
@@ -166,7 +168,7 @@ def held(value: Any, owners: list[Any], name: str = "") -> Hashable:
     if not callable(value) or isinstance(value, type):
         raise NoKey(f"{name} is of type {type(value).__name__}, which may change unseen")
     owners.append(value)
-    return id(value), state_of(value)
+    return id(value), state_of(value, owners)
 
 
 def held_object(value: Any, owners: list[Any], names: Callable[[str], bool] = lambda name: True) -> Hashable:
@@ -185,13 +187,64 @@ def network_fields(guidance: Any) -> Callable[[str], bool]:
     return lambda name: name not in fields or fields[name].metadata.get("network", False)
 
 
-def state_of(model: Any) -> Hashable:
-    """Modes and addresses of a module, also of one whose method is called."""
-    module = model if isinstance(model, torch.nn.Module) else getattr(model, "__self__", None)
-    if not isinstance(module, torch.nn.Module):
-        return None
-    tensors = (*module.parameters(), *module.buffers())
-    return tuple(m.training for m in module.modules()), tuple(tensor.data_ptr() for tensor in tensors)
+def state_of(model: Any, owners: list[Any]) -> Hashable:
+    """Modes and addresses of the modules, and addresses of the tensors, that a callable reads: a module's own; of a
+    function those that it closes over or names, of a method or another object those that the object holds.
+
+    Args:
+        owners: receives the modules, with which the key ends.
+    """
+    return tuple(_states(model, owners, set(), 0))
+
+
+MOST_NESTED = 8
+MOST_HELD = 1024  # of a container: what is larger is data
+
+
+def _states(value: Any, owners: list[Any], seen: set[int], depth: int) -> Iterator[Hashable]:
+    if id(value) in seen or depth > MOST_NESTED:
+        return
+    seen.add(id(value))
+    if isinstance(value, torch.nn.Module):
+        owners.append(value)
+        tensors = (*value.parameters(), *value.buffers())
+        yield id(value), tuple(m.training for m in value.modules()), tuple(tensor.data_ptr() for tensor in tensors)
+    elif isinstance(value, Tensor):
+        if depth and value.layout is torch.strided:
+            yield value.data_ptr(), value.shape, value.stride(), value.dtype, value.device
+    else:
+        for held_by_it in _held_by(value, depth):
+            yield from _states(held_by_it, owners, seen, depth + 1)
+
+
+def _held_by(value: Any, depth: int) -> Iterator[Any]:
+    """What a value holds in which modules and tensors may be."""
+    if isinstance(value, FunctionType):
+        for cell in value.__closure__ or ():
+            with suppress(ValueError):  # it is empty
+                yield cell.cell_contents
+        yield from (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+        for name in _names_of(value.__code__):
+            named = value.__globals__.get(name)
+            if isinstance(named, (torch.nn.Module, Tensor)) or getattr(named, "__globals__", None) is value.__globals__:
+                yield named
+    elif isinstance(value, MethodType):
+        yield from (value.__self__, value.__func__)
+    elif isinstance(value, partial):
+        yield from (value.func, *value.args, *value.keywords.values())
+    elif isinstance(value, (Mapping, tuple, list)):
+        if len(value) <= MOST_HELD:
+            yield from value.values() if isinstance(value, Mapping) else value
+    elif depth <= 1 and not isinstance(value, (type, ModuleType)) and hasattr(value, "__dict__"):
+        yield from vars(value).values()  # of what is called, or whose method is
+
+
+def _names_of(code: CodeType) -> Iterator[str]:
+    """The names of a function and of those within it."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names_of(constant)
 
 
 def surroundings(device: torch.device) -> Hashable:

@@ -123,7 +123,7 @@ def replayed(
             held_object(wanted.guidance, owners, network_fields(wanted.guidance)),
             (wanted.said, getattr(wanted.guidance, "said", None), getattr(wanted.guidance, "batching", None)),
             (None if generator is None else id(generator), row_offset, wanted.time_shape, wanted.time_dtype),
-            state_of(wanted.model),
+            state_of(wanted.model, owners),
             surroundings(x.device),
         )
     except NoKey as error:
