@@ -258,3 +258,42 @@ def test_error_norms_of_single_operations_follow_the_layout(kind: str) -> None:
         solve(y0.contiguous(memory_format=torch.channels_last)), solve(y0), rtol=1e-12, atol=1e-12
     )
     torch.testing.assert_close(torch.tensor(seen[0]), torch.tensor(seen[1]))
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("solve", ["odeint", "dense", "event"])
+def test_no_solve_asks_for_the_slope_at_a_jump_itself(solve: str, backward: bool) -> None:
+    seen: list[float] = []
+    sign = -1.0 if backward else 1.0
+
+    def func(t: Tensor, y: Tensor) -> Tensor:
+        seen.append(float(t))
+        return relay(t, y)
+
+    y0, first, last = times(0.0), 0.5 - 0.5 * sign, 0.5 + 0.5 * sign
+    settings: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-9, "options": {"jump_t": [0.5]}}
+    want = torch.tensor([-0.5 if not backward else 0.5], dtype=D)
+    if solve == "odeint":
+        y = fm.odeint(func, y0, times(first, last), **settings)[-1]
+    elif solve == "dense":
+        y = fm.odeint_dense(func, y0, first, last, **settings)(last)
+    else:
+        time, ys = fm.odeint_event(func, y0, first, reverse_time=backward, event_fn=lambda t, y: t - last, **settings)
+        y = ys[-1]
+        torch.testing.assert_close(time, torch.tensor(last, dtype=D), rtol=0.0, atol=1e-8)
+    torch.testing.assert_close(y, want, rtol=0.0, atol=1e-7)
+    assert 0.5 not in seen
+    assert min(seen) < 0.5 < max(seen)
+
+
+def test_after_a_part_that_fails_nothing_is_solved() -> None:
+    def func(t: Tensor, y: Tensor) -> Tensor:  # hard before the jump, easy after it
+        return torch.where(t < 0.5, 50.0 * (50.0 * t).cos(), torch.zeros_like(t)) * torch.ones_like(y)
+
+    options = {"jump_t": [0.5], "max_num_steps": 12}
+    t = times(0.0, 0.25, 0.5, 0.75, 1.0)
+    with pytest.warns(UserWarning, match="max_steps=12") as warned:
+        y = fm.odeint(func, times(0.0, 1.0), t, rtol=1e-9, atol=1e-9, options=options)
+    assert len(warned) == 1
+    torch.testing.assert_close(y[0], times(0.0, 1.0), rtol=0.0, atol=0.0)
+    assert bool(y[1:].isnan().all())

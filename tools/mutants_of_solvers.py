@@ -254,6 +254,36 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
         "tests/test_odeint_gradients.py::test_a_dense_solution_is_of_its_interval",
     ),
     (
+        f"{SOLVERS}/equations/controlled.py",
+        "packed.part(y, segment.limits)",
+        "packed.part(y)",
+        "tests/test_odeint_options.py::test_no_solve_asks_for_the_slope_at_a_jump_itself",
+    ),
+    (
+        f"{SOLVERS}/equations/dense.py",
+        "packed.part(y, segment.limits)",
+        "packed.part(y)",
+        "tests/test_odeint_options.py::test_no_solve_asks_for_the_slope_at_a_jump_itself",
+    ),
+    (
+        f"{SOLVERS}/equations/events.py",
+        "packed.part(y, segment.limits)",
+        "packed.part(y)",
+        "tests/test_odeint_options.py::test_no_solve_asks_for_the_slope_at_a_jump_itself",
+    ),
+    (
+        f"{SOLVERS}/equations/controlled.py",
+        "            break\n    ys = torch.cat",
+        "            pass\n    ys = torch.cat",
+        "tests/test_odeint_options.py::test_after_a_part_that_fails_nothing_is_solved",
+    ),
+    (
+        f"{SOLVERS}/programs/ownership.py",
+        "output.grad_fn is not None and output._version == 0",
+        "output.grad_fn is not None",
+        "tests/test_written_inputs.py::test_gradients_of_guidance_whose_network_has_one_buffer",
+    ),
+    (
         "csrc/step_control/step_control_host.cpp",
         "if (time == clock[at_t * a.rows]) {",
         "if (false) {",

@@ -36,7 +36,7 @@ def asks_gradient(packed: Packed, t: Tensor) -> bool:
         kinds = transform_kinds()
         if "Jvp" in kinds or ("Grad" in kinds and torch.is_grad_enabled()):
             return True
-        if torch.is_grad_enabled() and (requires_grad(packed.y0) or requires_grad(t)):
+        if torch.is_grad_enabled() and requires_grad(packed.y0):  # times are not transformed
             return True
     if not torch.is_grad_enabled():
         return False
