@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ..._checks import type_error, warn
+from ..._first_derivatives import first_derivatives_only
 from ..._torch import untraced
 from ..methods import registry as methods
 from .callbacks import CALLBACKS
@@ -61,7 +61,7 @@ class _Adjoint(torch.autograd.Function):
         return event_t, ys
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only("odeint_adjoint")
     def backward(ctx: Any, _: Tensor, grad_ys: Tensor) -> tuple[Tensor | None, ...]:
         problem: _Problem = ctx.problem
         t, event_t, ys, *params = ctx.saved_tensors

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..._checks import as_state, check_function, check_has_values, type_error, value_error
+from ..._first_derivatives import first_derivatives_only
 from ...ops.step_control.op import Status
 from ..adaptive.stepper import AdaptiveStep
 from ..implicit.solve import ImplicitStep, Watch, is_adaptive, option_names, solve_implicit
@@ -149,6 +150,23 @@ def solve_event(packed: Packed, t: Tensor, event_fn: EventFn, settings: Settings
     return torch.tensor(event_t, dtype=t.dtype, device=t.device), ys
 
 
+class _EventTime(torch.autograd.Function):
+    """The time at which an event function, whose total derivative in time is ``rate``, has the value of zero."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, event_t: Tensor, rate: Tensor) -> Tensor:
+        out = event_t.clone()
+        ctx.save_for_backward(rate, out)
+        ctx.dtype = value.dtype
+        return out
+
+    @staticmethod
+    @first_derivatives_only("the time of an event")  # how the rate depends on everything is not recorded
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        rate, _ = ctx.saved_tensors
+        return (-grad / rate).to(ctx.dtype), None, None
+
+
 def event_time(packed: Packed, event_fn: EventFn, t0: Tensor, event_t: Tensor, y: Tensor) -> Tensor:
     """The event time with its gradient, by the implicit function theorem: see :func:`fmkernels.odeint_event`.
 
@@ -163,8 +181,7 @@ def event_time(packed: Packed, event_fn: EventFn, t0: Tensor, event_t: Tensor, y
     if not value.requires_grad:
         return event_t
     rate = _rate(packed, crossing, event_t, y.detach())
-    # event_t's value stays as it is, and its gradient comes in
-    return event_t - ((value - value.detach()) / rate).to(event_t.dtype)
+    return _EventTime.apply(value, event_t, rate)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def _rate(packed: Packed, crossing: Crossing, t: Tensor, y: Tensor) -> Tensor:

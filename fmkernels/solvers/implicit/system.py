@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..._checks import as_state, type_error, value_error
+from ..._first_derivatives import first_derivatives_only
 from ..adaptive.gradient_watch import FoundGradient
 
 Field = Callable[[Tensor, Tensor], Tensor]
@@ -28,14 +29,14 @@ class Stage(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, f: Tensor, k: Tensor, matrix: Tensor) -> Tensor:
-        ctx.save_for_backward(matrix)
-        return k.clone()
+        out = k.clone()
+        ctx.save_for_backward(matrix, out)
+        return out
 
     @staticmethod
+    @first_derivatives_only("a solve by an implicit method")  # how the matrix depends on everything is not recorded
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        if torch.is_grad_enabled():  # how the matrix depends on everything is not recorded
-            raise RuntimeError("odeint: implicit methods have first derivatives only, not those of create_graph=True")
-        (matrix,) = ctx.saved_tensors
+        matrix, _ = ctx.saved_tensors
         return torch.linalg.solve(matrix.mT, grad.unsqueeze(-1)).squeeze(-1), None, None
 
 

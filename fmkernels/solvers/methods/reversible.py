@@ -25,9 +25,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ..._checks import as_state, check_number, value_error
+from ..._first_derivatives import first_derivatives_only
 from ...ops.combine.op import combine
 from ..programs.tables import accumulator
 from .runge_kutta import RungeKutta, take_stages
@@ -111,14 +111,14 @@ class _Solve(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scheme: Scheme, solved: _Solved, y0: Tensor, times: Tensor, *inputs: Tensor) -> Tensor:
         ctx.scheme = scheme
-        ctx.save_for_backward(solved.y, solved.z, times, *inputs)
+        ctx.save_for_backward(solved.y, solved.z, times, solved.kept, *inputs)
         return solved.kept
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only("a reversible solve")
     def backward(ctx: Any, grad_kept: Tensor) -> tuple[Tensor | None, ...]:
         scheme: Scheme = ctx.scheme
-        y, z, times, *inputs = ctx.saved_tensors
+        y, z, times, _, *inputs = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:]
         tape = _Tape(scheme, inputs, needs[2])
         places = {n: i for i, n in enumerate(scheme.kept)}

@@ -1,0 +1,55 @@
+"""Gradients that cannot be differentiated again, and say so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+Backward = Callable[..., Any]
+
+
+@final
+class _Once(torch.autograd.Function):
+    """A gradient as a function of what it depends on, whose derivative is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, message: str, grad: Tensor, *on: Tensor) -> Tensor:
+        ctx.message = message
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(ctx.message)
+
+
+def first_derivatives_only(what: str) -> Callable[[Backward], Backward]:
+    """For the backward of an autograd.Function whose own operations are not recorded.
+
+    With create_graph=True it gives the same gradients, and differentiating them is an error. That of
+    ``torch.autograd.function.once_differentiable`` is raised only on the way to what the gradients came from: to the
+    function's inputs the gradients seem constant, and a gradient penalty is silently left out.
+
+    The function saves its output, by which the gradients depend on all inputs.
+
+    Args:
+        what: whose gradients they are, in the error.
+    """
+    message = f"{what} has first derivatives only, not those of gradients made with create_graph=True"
+
+    def decorate(backward: Backward) -> Backward:
+        @wraps(backward)
+        def guarded(ctx: Any, *grads: Any) -> Any:
+            with torch.no_grad():
+                found = backward(ctx, *grads)
+            if not torch.is_grad_enabled():
+                return found
+            on = [x for x in (*ctx.saved_tensors, *grads) if isinstance(x, Tensor) and x.requires_grad]
+            return tuple(_Once.apply(message, x, *on) if isinstance(x, Tensor) else x for x in found)
+
+        return guarded
+
+    return decorate
