@@ -267,6 +267,17 @@ def apply_function(function: type[Function], *args: Any) -> Any:
     return super(Function, function).apply(*args)  # type: ignore[misc]
 
 
+def apply_traced(function: type[Function], *args: Any) -> Any:
+    """function.apply, also where one tensor is several arguments: torch.compile takes each once only."""
+    if not torch.compiler.is_compiling():
+        return function.apply(*args)
+    given: list[Any] = []
+    for x in args:
+        again = isinstance(x, Tensor) and any(x is other for other in given)
+        given.append(x.view_as(x) if again else x)
+    return function.apply(*given)
+
+
 def graph_is_kept() -> bool:
     """Within a backward pass: whether the graph is kept, so that this backward may run again (retain_graph)."""
     return torch._C._autograd._get_current_graph_task_keep_graph()

@@ -19,6 +19,7 @@ from ._checks import (
     type_error,
     value_error,
 )
+from ._torch import compiling
 from .ops._operands import Operand
 from .ops.regression_loss.op import regression_loss
 from .paths.batch import Batch, as_times, check_times, target_terms
@@ -91,6 +92,7 @@ def cfm_loss(
         for name, value in (("x_0", x_0), ("x_1", x_1), ("z", z), ("t", t), ("path", path)):
             if value is not None:
                 raise type_error(name, "None beside a batch", value)
+        batch.check_unwritten()
         x_1, x_0, z, path, times = batch.x_1, batch.source, batch.bridge, batch.path, batch.t
         if checks:
             check_times("t", times)
@@ -204,6 +206,8 @@ class LossBins:
             self._sums = self._zeros(t.device)
         elif self._sums.device != t.device:
             raise value_error("t", f"a tensor on {self._sums.device}, where the sums are", t)
+        elif not compiling() and self._sums.is_inference() and not torch.is_inference_mode_enabled():
+            self._sums = self._sums.clone()  # copied or unpickled in inference mode
         with torch.no_grad():
             times, losses = t.detach().double().flatten(), loss.detach().double().flatten()
             if weight is None:

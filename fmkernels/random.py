@@ -81,7 +81,9 @@ class Noise:
         check_tensor("seed", seed)
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise value_error("seed", "an int64 tensor with one element", seed)
-        self._set(seed.detach().clone(), stream, row_offset)
+        with torch.inference_mode(False):  # a training step may use what was made in inference mode
+            seed = seed.detach().clone()
+        self._set(seed, stream, row_offset)
 
     def _set(self, seed: Tensor, stream: int, row_offset: int) -> None:
         check_int("stream", stream, low=0, high=MAX_STREAM)

@@ -146,10 +146,12 @@ class Likelihood(_Formula):
     """
 
     def _weight(self, path: Schedule, t: Tensor) -> Tensor:
+        dtype, t = t.dtype, t.double()  # alpha and its derivative may both be below float32's range
         alpha, sigma = tensor_at(path, "alpha", t), _sigma(path, t)
         d_alpha, d_sigma = tensor_at(path, "d_alpha", t), tensor_at(path, "d_sigma", t)
         half = sigma * (sigma * d_alpha - alpha * d_sigma)
-        return alpha / torch.where(half > 0.0, half, SMALL * SMALL)  # 0 where both derivatives vanish, with alpha
+        # 0 where both derivatives vanish, with alpha
+        return (alpha / torch.where(half > 0.0, half, SMALL * SMALL)).to(dtype)
 
 
 @final
@@ -192,10 +194,15 @@ def resolve(weight: Weight, path: Schedule, t: Tensor) -> Tensor | None:
         weight = WEIGHTINGS[weight]
     if weight is None or isinstance(weight, Tensor):
         return weight
-    if isinstance(weight, Weighting) and callable(weight.weight):  # a module may hold a parameter of that name
-        return weight.weight(path, t)
-    if not callable(weight) or isinstance(weight, type):
-        raise type_error("weight", "None, a name, a weighting, a tensor or a callable of t", weight)
+    if not isinstance(weight, type):
+        if isinstance(weight, Weighting) and callable(weight.weight):  # a module may hold a parameter of that name
+            return weight.weight(path, t)
+        if callable(weight):
+            return _called(weight, t)
+    raise type_error("weight", "None, a name, a weighting, a tensor or a callable of t", weight)
+
+
+def _called(weight: Callable[[Tensor], Any], t: Tensor) -> Tensor:
     value = weight(t)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return filled(value, t.shape, t.dtype, t.device)

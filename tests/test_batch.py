@@ -269,3 +269,42 @@ def test_a_function_of_ones_own_samples_times() -> None:
 
     shards = [CondOT().sample(x_1, time_sampler=Mine(), seed=5, row_offset=first).t for first in (0, 4)]
     assert torch.equal(torch.cat(shards), fm.rand(8, seed=5, stream=7).square())
+
+
+@pytest.mark.parametrize("name", ["t", "x_1", "x_0", "z"])
+def test_a_batch_whose_tensors_were_written_to_is_an_error(name: str) -> None:
+    given = {"x_1": torch.randn(4, 3), "x_0": torch.randn(4, 3), "t": torch.rand(4), "z": torch.randn(4, 3)}
+    batch, pred = SchrodingerBridge(0.3).sample(**given), torch.zeros(4, 3)
+    fm.cfm_loss(pred, batch)
+    given[name].mul_(0.5)
+    for use in (
+        lambda: fm.cfm_loss(pred, batch),
+        lambda: batch.target(),
+        lambda: batch[:2],
+        lambda: batch.to("cpu"),
+    ):
+        with pytest.raises(RuntimeError, match=rf"batch: expected {name} as it was when the path was sampled"):
+            use()
+
+
+def test_copies_of_a_batch_have_tensors_of_their_own() -> None:
+    x_1, pred = torch.randn(4, 3), torch.zeros(4, 3)
+    x_1.add_(1.0)  # its version is not 0
+    batch = CondOT().sample(x_1, seed=3)
+    loss = fm.cfm_loss(pred, batch)
+    copies = [copy.deepcopy(batch), pickle.loads(pickle.dumps(batch))]
+    assert torch.equal(fm.cfm_loss(pred, copy.copy(batch)), loss)
+    x_1.zero_()
+    assert all(torch.equal(fm.cfm_loss(pred, other), loss) for other in copies)
+    with torch.inference_mode():  # tensors made in it are not watched
+        inside = CondOT().sample(torch.randn(4, 3), seed=3)
+        inside.x_1.zero_()
+        fm.cfm_loss(pred, inside)
+
+
+def test_a_time_sampler_with_one_buffer_is_told() -> None:
+    buffer = torch.empty(4)
+    first = CondOT().sample(torch.randn(4, 3), time_sampler=lambda shape, device, generator: buffer.uniform_())
+    CondOT().sample(torch.randn(4, 3), time_sampler=lambda shape, device, generator: buffer.uniform_())
+    with pytest.raises(RuntimeError, match="batch: expected t as it was"):
+        fm.cfm_loss(torch.zeros(4, 3), first)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 import torch._dynamo.testing
@@ -78,8 +81,8 @@ def test_what_was_handed_out_is_not_written_again() -> None:
     kept = [bins.total, bins.count, bins.mean, *bins.state_dict().values()]
     copies = [k.clone() for k in kept]
     bins.update(torch.tensor([0.1]), torch.tensor([5.0]))
-    for k, copy in zip(kept, copies, strict=True):
-        torch.testing.assert_close(k, copy, equal_nan=True)
+    for k, before in zip(kept, copies, strict=True):
+        torch.testing.assert_close(k, before, equal_nan=True)
     state = {"total": torch.ones(2), "count": torch.ones(2)}
     bins.load_state_dict(state)
     bins.update(torch.tensor([0.1]), torch.tensor([5.0]))
@@ -159,3 +162,12 @@ def test_many_bins_cost_no_comparison_with_each() -> None:
     for part in zip(t.split(333), loss.split(333), weight.split(333), strict=True):
         parts.update(*part)
     torch.testing.assert_close(parts.mean, few.mean, rtol=1e-12, atol=0.0)
+
+
+def test_bins_copied_in_inference_mode_go_on() -> None:
+    bins = fm.LossBins(2, device="cpu")
+    with torch.inference_mode():
+        copies = [copy.deepcopy(bins), pickle.loads(pickle.dumps(bins))]
+    for other in copies:
+        other.update(torch.tensor([0.1]), torch.tensor([3.0]))
+        assert other.total.tolist() == [3.0, 0.0]

@@ -283,3 +283,20 @@ def test_shifted_times_are_drawn_as_those_of_any_sampler() -> None:
     expected = shifted.shift(shifted.sampler.draw((5,), seed, 3))
     assert torch.equal(shifted.draw((5,), seed, 3), expected)
     assert torch.equal(shifted((5,), seed=1, row_offset=3), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [7.25, 12.0, 60.0])
+def test_the_likelihood_weight_where_alpha_underflows(n: float, dtype: torch.dtype) -> None:
+    """alpha = t^n, sigma = 1 - t^n: 2 / g^2 = t / (n sigma)."""
+    t = torch.tensor([1e-4, 1e-3, 0.1, 0.5], dtype=dtype)
+    exact = t.double()
+    want = exact / (n * (1.0 - exact**n))
+    got = fm.weightings.Likelihood().weight(fm.paths.Polynomial(n), t)
+    assert got.dtype is dtype
+    torch.testing.assert_close(got, want.to(dtype), rtol=4 * torch.finfo(dtype).eps * n, atol=0.0)
+
+
+def test_a_weighting_is_not_its_class() -> None:
+    with pytest.raises(TypeError, match="weight: expected None, a name, a weighting"):
+        fm.weightings.resolve(fm.weightings.MinSNR, fm.paths.CondOT(), torch.rand(3))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from .._checks import (
     type_error,
     value_error,
 )
-from .._torch import assert_while_running
+from .._torch import assert_while_running, compiling
 from ..ops._operands import Coefficient, Operand
 from ..ops._sharded import common_seed, is_sharded
 from ..ops.combine.op import combine
@@ -44,6 +44,9 @@ STORE_NOISE = {"cpu": True}
 class Batch:
     """A sample of a probability path: what a training step feeds to the model and to :func:`fmkernels.cfm_loss`.
 
+    It holds the tensors that it was made of, not copies. The loss reads them again: it raises a RuntimeError where one
+    was written to meanwhile, as autograd does.
+
     Attributes:
         x_t: the point on the path, of x_1's shape and dtype.
         t: times, float32 (float64 for float64 data), (B,) or the shape that was given; 0 is noise, 1 is data.
@@ -53,7 +56,7 @@ class Batch:
         bridge: the noise z of a path with a gamma term, likewise; else None.
     """
 
-    __slots__ = ("bridge", "path", "source", "t", "x_1", "x_t")
+    __slots__ = ("_versions", "bridge", "path", "source", "t", "x_1", "x_t")
 
     def __init__(
         self, x_t: Tensor, t: Tensor, x_1: Tensor, path: Schedule, source: Operand, bridge: Operand | None = None
@@ -72,13 +75,54 @@ class Batch:
                 check_noise(name, operand, "x_1", x_1)
         self.x_t, self.t, self.x_1, self.path = x_t, as_times(t, "x_1", x_1, False), x_1, path
         self.source, self.bridge = source, bridge
+        self._versions = self._present()
 
     @classmethod
     def _of(cls, x_t: Tensor, t: Tensor, x_1: Tensor, path: Schedule, source: Operand, bridge: Operand | None) -> Batch:
         """A batch of what is known to fit."""
         batch = cls.__new__(cls)
         batch.x_t, batch.t, batch.x_1, batch.path, batch.source, batch.bridge = x_t, t, x_1, path, source, bridge
+        batch._versions = batch._present()
         return batch
+
+    def _present(self) -> tuple[int, ...] | None:
+        """The versions of the tensors, which inference tensors do not have, nor those that torch.compile traces."""
+        if compiling() or torch.is_inference_mode_enabled():
+            return None
+        source, bridge = self.source, self.bridge
+        try:
+            return (
+                self.t._version,
+                self.x_1._version,
+                source._version if isinstance(source, Tensor) else 0,
+                bridge._version if isinstance(bridge, Tensor) else 0,
+            )
+        except RuntimeError:
+            return None
+
+    def check_unwritten(self) -> None:
+        """That what the batch was made of is as it was then.
+
+        Raises:
+            RuntimeError: it was written to.
+        """
+        if self._versions is None:
+            return
+        present = self._present()
+        if present is not None and present != self._versions:
+            changed = zip(("t", "x_1", "x_0", "z"), self._versions, present, strict=True)
+            names = ", ".join(name for name, before, now in changed if before != now)
+            raise RuntimeError(
+                f"batch: expected {names} as it was when the path was sampled, but it was written to (an in-place "
+                "operation); the loss reads it again: clone it first"
+            )
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        return self.x_t, self.t, self.x_1, self.path, self.source, self.bridge
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.x_t, self.t, self.x_1, self.path, self.source, self.bridge = state
+        self._versions = self._present()
 
     @property
     def x_0(self) -> Tensor:
@@ -92,6 +136,7 @@ class Batch:
 
     def target(self, target: str = "velocity", **parameters: float) -> Tensor:
         """The regression target as a tensor: what :func:`fmkernels.cfm_loss` compares with, without forming it."""
+        self.check_unwritten()
         _, operands, coefficients = target_terms(
             self.path, self.t, target, self.x_1, self.source, self.bridge, **parameters
         )
@@ -108,6 +153,7 @@ class Batch:
         Args:
             index: a slice, or a 1-D tensor of integers or booleans over the samples.
         """
+        self.check_unwritten()
         if isinstance(index, Tensor):
             if index.dim() != 1 or index.is_floating_point() or index.is_complex():
                 raise value_error("index", "a slice, or a 1-D tensor of integers or booleans", index)
@@ -154,6 +200,8 @@ class Batch:
         return self._map(Tensor.pin_memory)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        self.check_unwritten()
+
         def moved(operand: Operand) -> Operand:
             if isinstance(operand, Tensor):
                 return function(operand)

@@ -68,6 +68,15 @@ def _facts_if_plain(owner: Any, name: str, t: Tensor) -> Facts:
     return _facts(owner, name, t.dtype)
 
 
+@constant_while_compiling
+def _is_of_numbers(owner: Any) -> bool:
+    """Whether what a schedule's functions return depends on numbers of its own alone, of which torch.compile sees when
+    they change: one of ours, without tensors. What another reads, a parameter or whatever it closes over, may change
+    under compiled code."""
+    ours = type(owner).__module__.startswith(__package__)
+    return ours and not any(isinstance(value, Tensor) for value in getattr(owner, "__dict__", {}).values())
+
+
 def _readable(value: Tensor) -> bool:
     """Whether a tensor's values can be looked at without waiting for a device."""
     return value.is_cpu and plain(value) and not transform_active()
@@ -76,7 +85,7 @@ def _readable(value: Tensor) -> bool:
 def _is_finite(owner: Any, name: str, value: Tensor, t: Tensor) -> bool:
     """Whether a schedule's value at times t is known to be finite."""
     if torch.compiler.is_compiling():
-        return _facts(owner, name, t.dtype)[0]
+        return _is_of_numbers(owner) and _facts(owner, name, t.dtype)[0]
     return _readable(value) and math.isfinite(value.detach().sum().item())  # of all, or it is asked about each
 
 

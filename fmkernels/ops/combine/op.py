@@ -12,6 +12,7 @@ from torch.autograd.graph import increment_version
 
 from ... import _dispatch
 from ..._checks import check_float_tensor, check_like, check_number, type_error, value_error
+from ..._torch import apply_traced
 from .. import _sharded
 from .._operands import (
     IN_PLACE,
@@ -169,9 +170,8 @@ def combine_packed(
     if impl == "reference":
         return reference.run(tensors, streams, offsets, coefs, values, error_coefs, *options)
     if torch.is_grad_enabled() and needs_grad(tensors, coefs):
-        return CombineFunction.apply(
-            len(tensors), streams, offsets, values, (*options, impl), *tensors, *coefs, *error_coefs
-        )
+        arguments = (len(tensors), streams, offsets, values, (*options, impl), *tensors, *coefs, *error_coefs)
+        return apply_traced(CombineFunction, *arguments)
     call = _combine if _dispatch.plain(*tensors, *coefs) else torch.ops.fmkernels.combine
     return call(tensors, streams, offsets, coefs, values, error_coefs, *options, impl)
 

@@ -110,7 +110,7 @@ def randn(
     r"""Standard normal numbers from a Philox stream, the noise that the fused kernels draw.
 
     Element i comes from word pair i / 2 of the stream by Box-Muller:
-    :math:`z = \sqrt{-2 \ln u_a} (\cos 2\pi u_b, \sin 2\pi u_b)`, u = (word + 1/2) / 2^32 in float32, |z| <= 6.67.
+    :math:`z = \sqrt{-2 \ln u_a} (\cos 2\pi u_b, \sin 2\pi u_b)`, u = (word + 1/2) / 2^32 in float32, |z| <= 6.77.
     All implementations and dtypes agree to 2e-6 before rounding to ``dtype``.
 
     Args:

@@ -146,7 +146,12 @@ def _divisor(elements: int, weight: Any, mask: Tensor | None, reduction: str) ->
         if mask is not None:  # both over the leading dimensions that either has
             wider = weight if weight.dim() > mask.dim() else mask
             counted = torch.where(expand_leading(mask, wider), expand_leading(weight, wider), 0.0)
-    return elements if counted is None else counted.sum() * (elements // max(counted.numel(), 1))
+    return elements if counted is None else _total(counted) * (elements // max(counted.numel(), 1))
+
+
+def _total(counted: Tensor) -> Tensor:
+    # on a CPU the sum of booleans is that of a copy in int64
+    return torch.count_nonzero(counted) if counted.dtype is torch.bool and counted.is_cpu else counted.sum()
 
 
 def _scale(

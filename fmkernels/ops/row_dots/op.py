@@ -11,6 +11,7 @@ from torch.autograd import Function
 
 from ... import _dispatch
 from ..._checks import check_float_tensor, check_like, type_error, value_error
+from ..._torch import apply_traced
 from .. import _sharded
 from .._operands import compute_dtype, expand_leading
 from ..combine.op import combine, needs_grad
@@ -141,6 +142,6 @@ def row_dots(tensors: Sequence[Tensor], pairs: Sequence[tuple[int, int]], *, imp
     if impl == "reference":
         return reference.run(packed, first, second)
     if torch.is_grad_enabled() and needs_grad(packed, ()):
-        return RowDotsFunction.apply(first, second, impl, *packed)
+        return apply_traced(RowDotsFunction, first, second, impl, *packed)
     call = _row_dots if _dispatch.plain(*packed) else torch.ops.fmkernels.row_dots
     return call(packed, first, second, impl)
