@@ -1,4 +1,4 @@
-"""Gradients that have no derivative of their own: a gradient penalty is an error, never left out."""
+"""Derivatives that are not to be had: an error, never a part left out."""
 
 from __future__ import annotations
 
@@ -65,3 +65,13 @@ def test_recorded_solves_have_every_derivative(method: str) -> None:
     (got,) = torch.autograd.grad(grad.square().sum(), a)
     slope = 3.0 * x.detach() ** 2 * torch.exp(3.0 * a.detach())
     torch.testing.assert_close(got, (2.0 * slope * 3.0 * slope).sum(), rtol=1e-7, atol=0.0)
+
+
+def test_what_transforms_hide_is_told() -> None:
+    solution = fm.odeint_dense(lambda t, y: -y, torch.ones(2), 0.0, 1.0)
+    with pytest.raises(ValueError, match="t: expected all times in one tensor"):
+        torch.func.vmap(solution)(torch.tensor([0.1, 0.5]))
+    torch.testing.assert_close(torch.func.jacfwd(solution)(torch.tensor(0.5)), -solution(0.5), rtol=1e-5, atol=0.0)
+    for transformed in (torch.func.vmap, torch.func.grad):
+        with pytest.raises(RuntimeError, match=r"do not run within torch.func's transforms"):
+            transformed(lambda x: fm.log_prob(lambda x, t: -x, x).log_prob.sum())(torch.randn(3, 2, 2))

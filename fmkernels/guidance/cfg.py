@@ -109,7 +109,8 @@ class CFG(ClassifierFree):
 
     Args:
         scale: a number; a tensor with one for each sample (B,), or token (B, T) on a grid of such times; or a function
-            of the time, which gets a tensor and may return a tensor of its shape or a number.
+            of the time, which gets a tensor and may return a tensor of its shape or a number. A tensor's values now
+            count, of which a copy is kept: for others give a new guidance, or a function that reads them.
         negative: keyword arguments that the unconditional call has in place of the caller's: a null label or embedding,
             or a negative prompt. A number for a tensor's stands for a tensor full of it (a null class); a tensor
             with one entry, not named in ``shared``, for one with that entry for each sample.

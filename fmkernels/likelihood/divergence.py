@@ -34,6 +34,7 @@ from .._checks import (
     check_same_device,
     value_error,
 )
+from .._torch import transform_active
 from ..ops._operands import compute_dtype
 from ..ops.random.op import randn, random_words
 from ..ops.row_dots.op import row_dots
@@ -96,6 +97,11 @@ class _Reverse:
 
     def __init__(self, read: Reading, t: Tensor, x: Tensor, gradient: bool, name: str) -> None:
         self.gradient, self.name = gradient, name
+        if transform_active():
+            raise RuntimeError(
+                f"{name}: divergences by reverse-mode products do not run within torch.func's transforms (vmap, grad, "
+                "jacrev, jvp, ...) and forward-mode AD: call it outside of them, with all samples in one batch"
+            )
         with torch.enable_grad():
             self.x = x if gradient and x.requires_grad else x.detach().requires_grad_()
             self.v = as_state(self.name, read(self.x, t.clone()), x)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..._cache import is_plain_context
 from ..._checks import check_has_values, check_number, type_error, value_error
-from ..._torch import untraced
+from ..._torch import beneath, transform_active, untraced
 from ...ops.combine.op import combine
 from ...ops.step_control.op import Status
 from ..methods import registry as methods
@@ -46,6 +46,8 @@ class DenseSolution:
         """With gradients to t too."""
         if isinstance(t, Tensor) and (t.is_complex() or t.dtype == torch.bool):
             raise type_error("t", "real times", t)
+        if isinstance(t, Tensor) and transform_active() and beneath(t)[1]:
+            raise value_error("t", "all times in one tensor: vmap hides them from the search for their steps", t)
         t = torch.as_tensor(t, dtype=torch.float64, device="cpu")
         sign = 1.0 if bool(self.times[-1] >= self.times[0]) else -1.0
         flat, times = sign * t.reshape(-1), sign * self.times
