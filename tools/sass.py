@@ -206,11 +206,18 @@ def _is_wide(instruction: Instruction, narrow: bool) -> bool:
     return ".128" in instruction.suffix or (narrow and ".64" in instruction.suffix)
 
 
+def _stores(block: list[Instruction], narrow: bool) -> int:
+    """One for two of the same that are predicated against each other: past the caches, or not."""
+    wide = [i for i in block if i.opcode in ("STG", "ST") and _is_wide(i, narrow)]
+    either = {i.arguments for i in wide if i.predicate}
+    return len(either) + sum(not i.predicate for i in wide)
+
+
 def _gain(block: list[Instruction], narrow: bool, double: bool) -> Wanted:
     loads = [i for i in block if i.opcode in ("LDG", "LD")]
     return Wanted(
         loads=sum(_is_wide(i, narrow) for i in loads),
-        stores=sum(i.opcode in ("STG", "ST") and _is_wide(i, narrow) for i in block),
+        stores=_stores(block, narrow),
         entries=sum(not _is_wide(i, narrow) and (".64" in i.suffix) == double for i in loads),
         products=sum("-0x2daee0ad" in i.arguments or "0xd2511f53" in i.arguments for i in block),
     )

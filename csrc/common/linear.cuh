@@ -113,22 +113,41 @@ FM_HOST_DEVICE void add_scaled(const Lookup<A>& lookup, const Position& position
   }
 }
 
-// Numbers first .. first + V - 1 of a stream; `make` turns a block's words into four of them.
+// A stream's blocks of four numbers, as vectors at multiples of 4 elements need them: where the blocks begin within a
+// vector is then the same for all threads.
+struct Blocks {
+  uint64_t seed, stream, first;  // first: block of element 0
+  int lead;                      // elements of `first` that come before element 0
+
+  FM_HOST_DEVICE Blocks(uint64_t seed, uint64_t stream, int64_t offset)
+      : seed(seed), stream(stream), first(static_cast<uint64_t>(offset) >> 2), lead(static_cast<int>(offset & 3)) {}
+
+  FM_HOST_DEVICE Words operator()(int64_t block) const {
+    return philox4x32(seed, first + static_cast<uint64_t>(block), stream);
+  }
+};
+
+// Numbers of the V elements from 4 block on, where these are whole blocks (lead is 0). `make` turns a block's words
+// into four numbers.
 template <int V, typename T, typename Make>
-FM_HOST_DEVICE void draw_vector(uint64_t seed, uint64_t stream, int64_t first, Make make, T (&out)[V]) {
-  const int lead = static_cast<int>(first & 3);
-  const uint64_t block = static_cast<uint64_t>(first) >> 2;
-  T z[V + 4];
+FM_HOST_DEVICE void draw_blocks(const Blocks& blocks, int64_t block, Make make, T* out) {
   FM_UNROLL
-  for (int b = 0; b < V / 4; ++b) make(philox4x32(seed, block + static_cast<uint64_t>(b), stream), z + 4 * b);
-  if (lead != 0) {
-    make(philox4x32(seed, block + V / 4, stream), z + V);
+  for (int b = 0; b < V / 4; ++b) make(blocks(block + b), out + 4 * b);
+}
+
+// The same for any lead.
+template <int V, typename T, typename Make>
+FM_HOST_DEVICE void draw_vector(const Blocks& blocks, int64_t block, Make make, T (&out)[V]) {
+  T z[V + 4];
+  draw_blocks<V>(blocks, block, make, z);
+  if (blocks.lead != 0) {
+    make(blocks(block + V / 4), z + V);
     // Shifts by constants keep the array in registers.
-    if ((lead & 1) != 0) {
+    if ((blocks.lead & 1) != 0) {
       FM_UNROLL
       for (int j = 0; j < V + 3; ++j) z[j] = z[j + 1];
     }
-    if ((lead & 2) != 0) {
+    if ((blocks.lead & 2) != 0) {
       FM_UNROLL
       for (int j = 0; j < V + 2; ++j) z[j] = z[j + 2];
     }
@@ -227,12 +246,12 @@ FM_HOST_DEVICE void linear_vectors(const LinearOperand<A>* operands, int count, 
     for (int k = 0; k < count; ++k) {
       const LinearOperand<A>& operand = operands[k];
       if (operand.data != nullptr) continue;
-      const uint64_t seed = static_cast<uint64_t>(*operand.seed);
+      const Blocks blocks(static_cast<uint64_t>(*operand.seed), operand.stream, operand.offset);
       FM_UNROLL
       for (int u = 0; u < U; ++u) {
         if (!active[u]) continue;
         A x[V];
-        draw_vector<V>(seed, operand.stream, operand.offset + at[u], MakeNormals{}, x);
+        draw_vector<V>(blocks, at[u] >> 2, MakeNormals{}, x);
         const Packed<bytes> rounded = pack<dtype, V>(x);
         if (operand.store != nullptr) store_packed<bytes>(operand.store, at[u] * bytes_of(dtype), rounded, streaming);
         unpack<dtype, V>(rounded, x);

@@ -26,12 +26,13 @@ FM_HOST_DEVICE void for_range(int64_t begin, int64_t end, bool vectors, int thre
   constexpr int64_t step = static_cast<int64_t>(block_threads) * V;
   FM_ROLLED
   for (int64_t i = head + static_cast<int64_t>(thread) * V; i < tail; i += U * step) {
+    const int left = tail - i < U * step ? static_cast<int>(tail - i) : static_cast<int>(U * step);
     int64_t at[U];
     bool active[U];
     FM_UNROLL
     for (int u = 0; u < U; ++u) {
       at[u] = i + u * step;
-      active[u] = u == 0 || at[u] < tail;
+      active[u] = u == 0 || u * static_cast<int>(step) < left;
     }
     body.vectors(at, active);
   }

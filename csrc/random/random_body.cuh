@@ -36,8 +36,8 @@ template <RandomKind kind_, Dtype dtype_>
 struct RandomShape {
   static constexpr RandomKind kind = kind_;
   static constexpr Dtype dtype = dtype_;
-  static constexpr int V = vector_length(dtype);
-  static constexpr int64_t tile = static_cast<int64_t>(block_threads) * V;
+  static constexpr int V = vector_length(dtype), U = dtype == Dtype::f64 ? 1 : 16 / V;
+  static constexpr int64_t tile = static_cast<int64_t>(block_threads) * V * U;
   using T =
       std::conditional_t<kind == RandomKind::words, uint32_t, std::conditional_t<dtype == Dtype::f64, double, float>>;
 };
@@ -70,13 +70,28 @@ struct MakeNumbers {
 template <typename Shape>
 struct RandomBody {
   using T = typename Shape::T;
-  static constexpr int V = Shape::V;
+  static constexpr int V = Shape::V, U = Shape::U;
   const RandomParams& p;
-  uint64_t seed;
+  const Blocks blocks;
 
   FM_HOST_DEVICE void vectors(const int64_t (&at)[1], const bool (&)[1]) {
     T numbers[V];
-    draw_vector<V>(seed, p.stream, p.offset + at[0], MakeNumbers<Shape>{}, numbers);
+    draw_vector<V>(blocks, at[0] >> 2, MakeNumbers<Shape>{}, numbers);
+    store(at[0], numbers);
+  }
+
+  // A tile that is whole and whose vectors are whole blocks.
+  FM_HOST_DEVICE void whole(int64_t begin, int thread) {
+    const int64_t at = begin + thread * V, block = at >> 2;
+    FM_UNROLL
+    for (int u = 0; u < U; ++u) {
+      T numbers[V];
+      draw_blocks<V>(blocks, block + u * (block_threads * V / 4), MakeNumbers<Shape>{}, numbers);
+      store(at + u * (block_threads * V), numbers);
+    }
+  }
+
+  FM_HOST_DEVICE void store(int64_t at, const T (&numbers)[V]) {
     if constexpr (Shape::kind == RandomKind::words) {
       Packed<V * 8> packed;
       FM_UNROLL
@@ -84,14 +99,15 @@ struct RandomBody {
         packed.words[2 * j] = numbers[j];
         packed.words[2 * j + 1] = 0;
       }
-      store_packed<V * 8>(p.out, at[0] * 8, packed, p.streaming);
+      store_packed<V * 8>(p.out, at * 8, packed, p.streaming);
     } else {
-      store_packed<V * bytes_of(Shape::dtype)>(p.out, at[0] * bytes_of(Shape::dtype), pack<Shape::dtype, V>(numbers),
+      store_packed<V * bytes_of(Shape::dtype)>(p.out, at * bytes_of(Shape::dtype), pack<Shape::dtype, V>(numbers),
                                                p.streaming);
     }
   }
 
   FM_HOST_DEVICE void scalar(int64_t i) {
+    const uint64_t seed = blocks.seed;
     if constexpr (Shape::kind == RandomKind::normal)
       store_scalar(p.out, Shape::dtype, i, normal_at<T>(seed, p.stream, p.offset + i));
     else if constexpr (Shape::kind == RandomKind::uniform)
@@ -104,8 +120,12 @@ struct RandomBody {
 template <typename Shape>
 FM_HOST_DEVICE void random_thread(const RandomParams& p, int64_t block, int thread) {
   const int64_t begin = block * Shape::tile;
+  RandomBody<Shape> body{p, Blocks(static_cast<uint64_t>(*p.seed), p.stream, p.offset)};
+  if (p.vectors && body.blocks.lead == 0 && p.count - begin >= Shape::tile) {
+    body.whole(begin, thread);
+    return;
+  }
   const int64_t end = p.count - begin < Shape::tile ? p.count : begin + Shape::tile;
-  RandomBody<Shape> body{p, static_cast<uint64_t>(*p.seed)};
   for_range<Shape::V, 1>(begin, end, p.vectors, thread, body);
 }
 
