@@ -94,9 +94,11 @@ def cfm_loss(
                 raise type_error(name, "None beside a batch", value)
         batch.check_unwritten()
         x_1, x_0, z, path, times = batch.x_1, batch.source, batch.bridge, batch.path, batch.t
+        table = batch._table
         if checks:
             check_times("t", times)
     else:
+        table = None
         if not isinstance(path, Schedule):
             raise type_error("path", "a path of fm.paths, or a batch", path)
         if x_1 is None:
@@ -109,7 +111,7 @@ def cfm_loss(
         if z is not None and path.gamma(times) is None:
             raise value_error("z", f"None, as {path!r} has no gamma term", z)
     parameters = {} if sigma_data is None else {"sigma_data": sigma_data}
-    names, operands, coefficients = target_terms(path, times, target, x_1, x_0, z, **parameters)
+    names, operands, coefficients = target_terms(path, times, target, x_1, x_0, z, table, impl, **parameters)
     try:
         return regression_loss(
             pred,

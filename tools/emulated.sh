@@ -12,7 +12,7 @@ if [ "${1:-long}" = short ]; then
 else
   rounds=1000 races=30 tests=tests
 fi
-launches="test_launches test_row_dots_launches test_step_launches"
+launches="test_launches test_row_dots_launches test_schedule_launches test_step_launches"
 export SIMT_ORDER=random
 for sanitizer in address,undefined thread; do
   build=build/emulated-$(echo $sanitizer | cut -d, -f1)

@@ -106,7 +106,7 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
         "source, 2, 0, torch.float32",
         BATCHES,
     ),
-    ("fmkernels/paths/batch.py", "source, TIME_STREAM, row_offset", "source, X_0_STREAM, row_offset", BATCHES),
+    ("fmkernels/paths/batch.py", "UNIFORM, source, TIME_STREAM", "UNIFORM, source, X_0_STREAM", BATCHES),
     ("fmkernels/paths/batch.py", "elif not drawn and (seed is not None", "elif not drawn and (False", ARGUMENTS),
     (
         "fmkernels/paths/batch.py",

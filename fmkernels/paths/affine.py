@@ -12,7 +12,7 @@ from .._checks import check_number, value_error
 from ..ops._operands import Affine, Coefficient
 from .derivatives import SMALL, power, root
 from .path import Path
-from .schedule import half_pi, one_minus_exp, promoted, promoted_times
+from .schedule import Kernel, half_pi, one_minus_exp, promoted, promoted_times
 
 
 @final
@@ -69,6 +69,10 @@ class OptimalTransport(Path):
     def d_sigma(self, t: Tensor) -> Tensor | float:
         return self.sigma_min - 1.0
 
+    def _kernel(self) -> Kernel | None:
+        sigma_min = self.sigma_min
+        return Kernel(5, sigma_min, 0.0, (None, None, 1.0, sigma_min - 1.0)) if type(sigma_min) is float else None
+
     def log_snr_inverse(self, log_snr: Tensor | float) -> Tensor:
         ratio = torch.exp(-0.5 * promoted("log_snr", log_snr))  # sigma / alpha
         return (1.0 / (1.0 + ratio - self.sigma_min)).clamp(0.0, 1.0)
@@ -103,6 +107,9 @@ class Polynomial(Path):
     def d_sigma(self, t: Tensor) -> Tensor | float:
         return -self.n * power(t, self.n - 1.0)
 
+    def _kernel(self) -> Kernel | None:
+        return Kernel(3, self.n) if type(self.n) is float else None
+
     def log_snr_inverse(self, log_snr: Tensor | float) -> Tensor:
         return torch.sigmoid(0.5 * promoted("log_snr", log_snr)) ** (1.0 / self.n)
 
@@ -124,6 +131,9 @@ class Cosine(Path):
 
     def d_sigma(self, t: Tensor) -> Tensor | float:
         return (-0.5 * math.pi) * torch.sin(half_pi(t))
+
+    def _kernel(self) -> Kernel | None:
+        return Kernel(1)
 
     def log_snr_inverse(self, log_snr: Tensor | float) -> Tensor:
         return torch.atan(torch.exp(0.5 * promoted("log_snr", log_snr))) * (2.0 / math.pi)
@@ -149,6 +159,9 @@ class LinearVP(Path):
 
     def d_sigma(self, t: Tensor) -> Tensor | float:
         return -t / root((1.0 - t) * (1.0 + t)).clamp(min=SMALL)
+
+    def _kernel(self) -> Kernel | None:
+        return Kernel(2, numbers=(None, None, 1.0, None))
 
     def log_snr_inverse(self, log_snr: Tensor | float) -> Tensor:
         return torch.sqrt(torch.sigmoid(promoted("log_snr", log_snr)))
@@ -198,6 +211,10 @@ class VP(Path):
         total = self.integral(promoted_times(t))
         return -total - torch.log(one_minus_exp(total))
 
+    def _kernel(self) -> Kernel | None:
+        plain = type(self.beta_min) is float and type(self.beta_max) is float
+        return Kernel(0, self.beta_min, self.beta_max) if plain else None
+
     def log_snr_inverse(self, log_snr: Tensor | float) -> Tensor:
         # T = log(1 + e^-log_snr), then the quadratic for 1 - t, in the form without cancellation
         total = torch.nn.functional.softplus(-promoted("log_snr", log_snr))
@@ -239,6 +256,11 @@ class VE(Path):
 
     def d_sigma(self, t: Tensor) -> Tensor | float:
         return (-self._log_ratio * self.sigma_min) * torch.exp(self._log_ratio * (1.0 - t))
+
+    def _kernel(self) -> Kernel | None:
+        if type(self.sigma_min) is not float or type(self.sigma_max) is not float:
+            return None
+        return Kernel(4, self.sigma_min, self._log_ratio, (1.0, None, 0.0, None))
 
     def log_snr_inverse(self, log_snr: Tensor | float) -> Tensor:
         log_sigma = -0.5 * promoted("log_snr", log_snr)

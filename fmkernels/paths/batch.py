@@ -28,7 +28,7 @@ from ..ops.random import kinds
 from ..ops.random.op import draw
 from ..random import Noise, as_seed, check_noise
 from ..times import TIME_STREAM, Sampler, check_row_offset, draw_times
-from . import targets
+from . import fused, targets
 from .derivatives import filled
 from .schedule import Schedule
 
@@ -56,7 +56,7 @@ class Batch:
         bridge: the noise z of a path with a gamma term, likewise; else None.
     """
 
-    __slots__ = ("_versions", "bridge", "path", "source", "t", "x_1", "x_t")
+    __slots__ = ("_table", "_versions", "bridge", "path", "source", "t", "x_1", "x_t")
 
     def __init__(
         self, x_t: Tensor, t: Tensor, x_1: Tensor, path: Schedule, source: Operand, bridge: Operand | None = None
@@ -75,13 +75,24 @@ class Batch:
                 check_noise(name, operand, "x_1", x_1)
         self.x_t, self.t, self.x_1, self.path = x_t, as_times(t, "x_1", x_1, False), x_1, path
         self.source, self.bridge = source, bridge
+        self._table: fused.Table | None = None
         self._versions = self._present()
 
     @classmethod
-    def _of(cls, x_t: Tensor, t: Tensor, x_1: Tensor, path: Schedule, source: Operand, bridge: Operand | None) -> Batch:
-        """A batch of what is known to fit."""
+    def _of(
+        cls,
+        x_t: Tensor,
+        t: Tensor,
+        x_1: Tensor,
+        path: Schedule,
+        source: Operand,
+        bridge: Operand | None,
+        table: fused.Table | None = None,
+    ) -> Batch:
+        """A batch of what is known to fit; ``table``: of its path at its times, for the loss."""
         batch = cls.__new__(cls)
         batch.x_t, batch.t, batch.x_1, batch.path, batch.source, batch.bridge = x_t, t, x_1, path, source, bridge
+        batch._table = table
         batch._versions = batch._present()
         return batch
 
@@ -122,6 +133,7 @@ class Batch:
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.x_t, self.t, self.x_1, self.path, self.source, self.bridge = state
+        self._table = None
         self._versions = self._present()
 
     @property
@@ -138,7 +150,7 @@ class Batch:
         """The regression target as a tensor: what :func:`fmkernels.cfm_loss` compares with, without forming it."""
         self.check_unwritten()
         _, operands, coefficients = target_terms(
-            self.path, self.t, target, self.x_1, self.source, self.bridge, **parameters
+            self.path, self.t, target, self.x_1, self.source, self.bridge, self._table, "auto", **parameters
         )
         return combine([self._tensor(operand) for operand in operands], coefficients)
 
@@ -235,13 +247,17 @@ def target_terms(
     x_1: Operand,
     x_0: Operand | None,
     z: Operand | None,
+    table: fused.Table | None = None,
+    impl: str = "auto",
     **parameters: float,
 ) -> tuple[list[str], list[Operand], list[Coefficient]]:
     """Names, operands and coefficients of a target, leaving out the operands that its coefficients do not need."""
     names: list[str] = []
     operands: list[Operand] = []
     coefficients: list[Coefficient] = []
-    c_1, c_0, c_z = targets.coefficients(path, t, target, **parameters)
+    plain = type(target) is str and target == "velocity" and not parameters
+    known = fused.derivatives(path, t, table, impl) if plain else None
+    c_1, c_0, c_z = targets.coefficients(path, t, target, **parameters) if known is None else (*known, None)
     for name, operand, coefficient in (("x_1", x_1, c_1), ("x_0", x_0, c_0), ("z", z, c_z)):
         if coefficient is None or (type(coefficient) is float and coefficient == 0.0):
             continue
@@ -339,7 +355,7 @@ def sample(
     source = None if seed is None else as_seed(seed, device, generator)
     if source is seed and source is not None and not store_noise:
         source = source.detach().clone()  # the loss reads it again, when the caller's may hold another value
-    drawn = t is None
+    drawn, table = t is None, None
     if t is not None:
         if time_sampler is not None:
             raise ValueError("t, time_sampler: expected at most one of them, got both")
@@ -353,10 +369,16 @@ def sample(
         t = as_times(t, "x_1", x_1, checks, "time_sampler(shape)")
     else:
         source = common_seed(x_1, generator) if source is None else source
-        t = draw(x_1.shape[:1], kinds.UNIFORM, source, TIME_STREAM, row_offset, torch.float32)
-        if x_1.dtype is torch.float64:
-            t = t.double()
-    alpha, sigma, gamma = path.interpolation_coefficients(t)
+        shape, wide = x_1.shape[:1], x_1.dtype is torch.float64
+        dtype = torch.float64 if wide else torch.float32
+        table = fused.draw(path, shape, source, TIME_STREAM, row_offset, dtype, impl)
+        if table is not None:
+            t = table.t
+        else:
+            t = draw(shape, kinds.UNIFORM, source, TIME_STREAM, row_offset, torch.float32)
+            t = t.double() if wide else t
+    table = fused.at(path, t, impl) if table is None else table
+    alpha, sigma, gamma = path.interpolation_coefficients(t) if table is None else table.interpolation()
     if gamma is None and z is not None:
         raise value_error("z", f"None, as {path!r} has no gamma term", z)
     if x_0 is None or (gamma is not None and z is None):
@@ -376,4 +398,4 @@ def sample(
         store_noise=store_noise,
         impl=impl,
     )
-    return Batch._of(point.x_t, t, x_1, path, point.x_0, point.z)
+    return Batch._of(point.x_t, t, x_1, path, point.x_0, point.z, table)

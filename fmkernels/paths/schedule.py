@@ -43,6 +43,15 @@ class Coefficients(NamedTuple):
     d_gamma_t: Tensor | None = None
 
 
+class Kernel(NamedTuple):
+    """What csrc/schedule/schedule.h takes for a schedule, and which of its four values are numbers."""
+
+    code: int
+    a: float = 0.0
+    b: float = 0.0
+    numbers: tuple[float | None, float | None, float | None, float | None] = (None, None, None, None)
+
+
 class Schedule:
     """What a path is made of: alpha and sigma, their derivatives, and gamma for a path with noise of its own.
 
@@ -81,6 +90,10 @@ class Schedule:
         if self.gamma(t) is None:
             return None
         return derivative(self, "gamma", t)
+
+    def _kernel(self) -> Kernel | None:
+        """The compiled form of alpha, sigma and their derivatives, where there is one; see fmkernels/paths/fused.py."""
+        return None
 
     def _arguments(self) -> dict[str, Any]:
         """The constructor's arguments, by name."""

@@ -1,0 +1,84 @@
+"""The built-in schedules at many times in one launch, where nobody differentiates or traces them.
+
+csrc/schedule has the formulas of :mod:`fmkernels.paths.affine` once more, for one time; python/schedule.cpp takes what
+is plain (a contiguous tensor of times without a gradient, numbers as parameters) and leaves the rest to them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from .. import _dispatch
+from ..ops._operands import Coefficient
+from ..random import first_element
+from .schedule import Kernel, Schedule
+
+ALPHA, SIGMA, D_ALPHA, D_SIGMA = range(4)
+
+
+@final
+class Table(NamedTuple):
+    """A schedule's values at times, and what they were made of."""
+
+    kernel: Kernel
+    t: Tensor
+    version: int | None  # of t; None: nobody counts its changes
+    values: Tensor  # (4, *t.shape)
+
+    def row(self, place: int) -> Coefficient:
+        number = self.kernel.numbers[place]
+        return self.values.select(0, place) if number is None else number
+
+    def interpolation(self) -> tuple[Coefficient, Coefficient, None]:
+        return self.row(ALPHA), self.row(SIGMA), None
+
+    def fits(self, kernel: Kernel, t: Tensor) -> bool:
+        return self.t is t and self.version is not None and self.version == t._version and self.kernel == kernel
+
+
+def _table(kernel: Kernel, t: Tensor, values: Tensor) -> Table:
+    return Table(kernel, t, None if t.is_inference() else t._version, values)
+
+
+def at(schedule: Schedule, t: Tensor, impl: str) -> Table | None:
+    """The table at given times, or None where their own formulas must do."""
+    kernel = schedule._kernel()
+    if kernel is None or (library := _dispatch.plain_library(impl)) is None:
+        return None
+    values = library.schedule_plain(t, kernel.code, kernel.a, kernel.b)
+    return None if values is None else _table(kernel, t, values)
+
+
+def draw(
+    schedule: Schedule,
+    shape: tuple[int, ...],
+    seed: Tensor,
+    stream: int,
+    row_offset: int,
+    dtype: torch.dtype,
+    impl: str,
+) -> Table | None:
+    """The same at uniform times, drawn as :func:`fmkernels.rand` draws float32 ones."""
+    kernel = schedule._kernel()
+    if kernel is None or (library := _dispatch.plain_library(impl)) is None:
+        return None
+    offset = first_element(row_offset, shape) if row_offset else 0
+    drawn = library.drawn_schedule_plain(shape, seed, stream, offset, dtype, kernel.code, kernel.a, kernel.b)
+    return None if drawn is None else _table(kernel, *drawn)
+
+
+def derivatives(
+    schedule: Schedule, t: Tensor, known: Table | None, impl: str
+) -> tuple[Coefficient, Coefficient] | None:
+    """(d alpha / dt, d sigma / dt), from a table that is there already if it is of this schedule and these times."""
+    kernel = schedule._kernel()
+    if kernel is None or _dispatch.plain_library(impl) is None:
+        return None
+    d_alpha, d_sigma = kernel.numbers[D_ALPHA], kernel.numbers[D_SIGMA]
+    if d_alpha is not None and d_sigma is not None:
+        return d_alpha, d_sigma
+    table = known if known is not None and known.fits(kernel, t) else at(schedule, t, impl)
+    return None if table is None else (table.row(D_ALPHA), table.row(D_SIGMA))
