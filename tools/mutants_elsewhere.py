@@ -107,6 +107,8 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
         BATCHES,
     ),
     ("fmkernels/paths/batch.py", "UNIFORM, source, TIME_STREAM", "UNIFORM, source, X_0_STREAM", BATCHES),
+    ("fmkernels/paths/fused.py", "if row_offset else 0", "if row_offset < 0 else 0", "tests/test_fused_schedules.py"),
+    ("fmkernels/paths/fused.py", " and self.kernel == kernel", "", "tests/test_fused_schedules.py"),
     ("fmkernels/paths/batch.py", "elif not drawn and (seed is not None", "elif not drawn and (False", ARGUMENTS),
     (
         "fmkernels/paths/batch.py",
