@@ -12,7 +12,7 @@ export FMKERNELS_CUDA ?= $(if $(GPU),auto,off)
 # Sources whose change calls for a new build of the compiled library.
 SOURCES := $(shell find csrc python -type f) CMakeLists.txt setup.py pyproject.toml fmkernels/version.py
 
-.PHONY: demo test test-emulated sanitize bench mutants gpu lint format wheel docs clean setup cuda
+.PHONY: demo test test-emulated coverage-kernels sanitize bench mutants gpu lint format wheel docs clean setup cuda
 .DEFAULT_GOAL := test
 
 setup: $(VENV)/installed
@@ -34,11 +34,15 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -n auto --dist loadgroup $(ARGS)
-	PATH="$(abspath $(BIN)):$$PATH" sh tools/ctest.sh
+	PATH="$(abspath $(BIN)):$$PATH" PYTHON=python sh tools/ctest.sh
 
 # The CUDA kernels on the CPU, under sanitizers and in Python. ARGS=short is for every change of a kernel.
 test-emulated: setup
 	PATH="$(abspath $(BIN)):$$PATH" PYTHON=python sh tools/emulated.sh $(ARGS)
+
+# Which lines of the kernels and their bindings the launches above execute: fails below 95 %.
+coverage-kernels: setup
+	PATH="$(abspath $(BIN)):$$PATH" PYTHON=python sh tools/coverage.sh
 
 # Plants the bugs of tools/mutants_*.py one at a time and tells which no test sees; not a part of CI.
 mutants: setup

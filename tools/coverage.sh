@@ -15,14 +15,14 @@ cmake -G Ninja -S . -B $build -DCMAKE_BUILD_TYPE=None -DFMKERNELS_CUDA=emulated 
   -Dpybind11_DIR="$($python -m pybind11 --cmakedir)" >/dev/null
 cmake --build $build
 find $build -name '*.gcda' -delete
-for source in tests/cpp/emulated/test_*.cpp; do
+for source in tests/cpp/emulated/test_*launches.cpp; do
   SIMT_ORDER=random "$build/$(basename "$source" .cpp)" 120
 done
 # one process, which writes its counts as it ends
 # shellcheck disable=SC2086 # a list
 FMKERNELS_TEST_EMULATED=1 FMKERNELS_TEST_LIBRARY=$(echo $build/_C*.so) \
   "$python" -m pytest -q -n 0 -m "not host" $tests
-"$python" -m gcovr --root . --exclude-throw-branches --merge-mode-functions=separate \
+"$python" -m gcovr --root . --exclude-throw-branches --merge-lines --merge-mode-functions=separate \
   --filter 'csrc/' --filter 'python/' --txt $build/lines.txt --print-summary --fail-under-line $least \
   $build/CMakeFiles/fm_cuda.dir $build/CMakeFiles/_C.dir
 cat $build/lines.txt

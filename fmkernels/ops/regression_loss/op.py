@@ -71,7 +71,7 @@ def _plain_loss(
 
 def _is_of_dtype(operands: Any, dtype: torch.dtype) -> bool:
     """True where the first of a list of operands is a tensor of this dtype."""
-    return type(operands) is list and bool(operands) and getattr(operands[0], "dtype", None) is dtype
+    return type(operands) is list and len(operands) > 0 and getattr(operands[0], "dtype", None) is dtype
 
 
 def _check_count(count: Any, reduction: str, pred: Tensor) -> None:
