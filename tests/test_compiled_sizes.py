@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from torch.export import Dim, export
+from tracing import traces_objects
 
 import fmkernels as fm
 from fmkernels import times, weightings
@@ -115,6 +116,7 @@ def drawn(x, generator):
     return torch.stack((first.x_t, first.x_0, second.x_t, second.x_0))
 
 
+@traces_objects
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_compiled_draw_from_a_generator_is_the_eager_one(backend: str) -> None:
     generators = [torch.Generator().manual_seed(seed) for seed in (0, 0, 7, 7)]
@@ -129,6 +131,7 @@ def test_a_compiled_draw_from_a_generator_is_the_eager_one(backend: str) -> None
         torch.testing.assert_close(compiled(data(size), generators[0]), drawn(data(size), generators[1]))
 
 
+@traces_objects
 def test_a_compiled_training_step_with_a_generator_has_the_eager_gradients() -> None:
     """The noise of the backward pass is that of the forward pass."""
 

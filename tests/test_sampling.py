@@ -9,6 +9,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from tracing import traces_objects
 
 import fmkernels as fm
 from fmkernels.solvers.methods import registry as methods
@@ -349,6 +350,7 @@ def test_model_arguments_reach_the_model() -> None:
     assert torch.allclose(samples - plain, shift)
 
 
+@traces_objects
 @pytest.mark.parametrize("method", ["euler", "heun2", "ab2", "rk4"])
 def test_compiles_as_one_graph(method: str) -> None:
     network = Network()
@@ -362,6 +364,7 @@ def test_compiles_as_one_graph(method: str) -> None:
         assert torch.allclose(solve(x_0), fm.sample(network, x_0, steps=4, method=method)[0], atol=1e-6)
 
 
+@traces_objects
 def test_compiles_with_a_trajectory() -> None:
     network = Network()
     x_0 = torch.rand(4, 2)

@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from tracing import traces_objects
 
 import fmkernels as fm
 from fmkernels.solvers.methods.diffusion import DPMSolverPP
 from fmkernels.solvers.sampling import grids
+
+pytestmark = traces_objects
 
 X = torch.linspace(-1.0, 1.0, 6).reshape(3, 2)
 Y = torch.arange(3.0)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 from torch.autograd import Function, forward_ad
+from tracing import traces_objects
 
 import fmkernels
 from fmkernels import _torch
@@ -158,6 +159,7 @@ def test_assertions_of_compiled_code() -> None:
         _torch.assert_while_running(torch.tensor(False), "said")
 
 
+@traces_objects
 def test_generators_are_remembered_as_long_as_they_live() -> None:
     generator = torch.Generator()
     number = _torch.remember_generator(generator)
