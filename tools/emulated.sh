@@ -9,7 +9,8 @@ python=${PYTHON:-python3}
 if [ "${1:-long}" = short ]; then
   # each kernel and each way of launching it, from Python too, within minutes: fibers under ThreadSanitizer are slow
   rounds=100 races=4 tests="tests/test_ops.py tests/test_row_dots.py tests/test_step_control.py tests/test_step_plan.py
-    tests/test_adaptive.py tests/test_plain_calls.py tests/test_shards.py"
+    tests/test_adaptive.py tests/test_plain_calls.py tests/test_shards.py tests/test_launches.py
+    tests/test_fused_schedules.py"
 else
   rounds=1000 races=30 tests=tests
 fi
