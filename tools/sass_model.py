@@ -102,9 +102,12 @@ def _cases(dtype: str) -> Iterable[Case]:
     yield case("combine 3, numbers", source, more, 1, Wanted(3 * w, w), 3, 1)
     yield case("combine 3, a sample", source, more, 1, Wanted(3 * w, w, 3), 3, 1)
     entries = 3 if dtype == "f64" else 2  # there the seed counts, which has 64 bits
-    noise = combine("1, 4, true, false", 1)
-    yield case("combine 1 + noise, a sample", source, noise, 1, Wanted(w, w, entries, 10 * blocks), 1, 1)
-    yield case("combine 1 + noise stored, a sample", source, noise, 1, Wanted(w, 2 * w, entries, 10 * blocks), 1, 2)
+    many = 16 // V
+    noise = combine(f"{many}, 1, true, false", many)
+    per = many * w
+    drawn = 10 * blocks * many
+    yield case("combine 1 + noise, a sample", source, noise, 1, Wanted(per, per, entries, drawn), 1, 1)
+    yield case("combine 1 + noise stored, a sample", source, noise, 1, Wanted(per, 2 * per, entries, drawn), 1, 2)
     norm = f"{V}:combine_norm_kernel<CombineShape<{dtype}, 1, 4, true, true>>"
     yield case("combine 4 + norm, a sample", source, norm, 16 // V, Wanted(4 * w, w, 6), 4, 1)
 
@@ -112,9 +115,9 @@ def _cases(dtype: str) -> Iterable[Case]:
     U = 2 if dtype == "f32" else 1
     loss = f"{U * V}:loss_kernel<LossShape<{dtype}, {dtype}, {U}, false>>"
     yield case("loss of 2, gradient", source, loss, 16 // (U * V), Wanted(3 * U * w, U * w), 3, 1)
-    loss = f"{V}:loss_kernel<LossShape<{dtype}, {dtype}, 1, true>>"
+    loss = f"{2 * V}:loss_kernel<LossShape<{dtype}, {dtype}, 2, true>>"
     if dtype != "f64":  # whose way of single elements is the cheaper one
-        yield case("loss of 1 + noise, gradient", source, loss, 16 // V, Wanted(2 * w, w, 0, 10 * blocks), 2, 1)
+        yield case("loss of 1 + noise, gradient", source, loss, 8 // V, Wanted(4 * w, 2 * w, 0, 20 * blocks), 2, 1)
 
     source = "random"
     for name, kind in (("randn", "normal"), ("rand", "uniform")):

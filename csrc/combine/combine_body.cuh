@@ -21,6 +21,8 @@ struct CombineParams {
   bool use_error;
   A atol, rtol;
   Partition partition;  // where there is a norm
+  int64_t row_tiles;    // of a row, where blocks take parts of rows (see in_rows); else 0
+  Divider by_row_tiles;
 };
 
 template <typename A>
@@ -41,6 +43,20 @@ CombineParams<A> make_combine_params(const CombineArguments& a) {
   p.rtol = static_cast<A>(a.rtol);
   if (with_norm) p.partition = make_partition(p.elements, a.samples);
   return p;
+}
+
+// The tiles of a call without a norm. Noise costs more than what it is added to: blocks then take parts of single rows,
+// whose coefficients are looked up once, unless rows are so short that most of a block would idle.
+template <typename Shape>
+int64_t make_tiles(const CombineArguments& a, CombineParams<typename Shape::A>& p) {
+  constexpr int64_t least = static_cast<int64_t>(block_threads) * Shape::V;
+  if (Shape::noise && p.vectors && a.inner >= least && a.inner % Shape::V == 0 &&
+      has_whole_blocks(a.operands, a.count)) {
+    p.row_tiles = (a.inner + Shape::tile - 1) / Shape::tile;
+    p.by_row_tiles = make_divider(p.row_tiles);
+    return p.row_tiles * a.rows;
+  }
+  return (p.elements + Shape::tile - 1) / Shape::tile;
 }
 
 template <typename A>
@@ -65,14 +81,38 @@ struct CombineBody {
   const CombineParams<A>& p;
   Tally<A> tally;
 
+  // `step` elements apart, all in one row.
+  FM_HOST_DEVICE void in_row(int64_t row, int64_t first, int64_t end) {
+    constexpr int step = block_threads * V;
+    const int left = static_cast<int>(end - first);
+    int64_t at[U];
+    bool active[U];
+    FM_UNROLL
+    for (int u = 0; u < U; ++u) {
+      at[u] = first + u * step;
+      active[u] = u * step < left;
+    }
+    LinearVectors<A, V, U, false> sum;
+    linear_vectors<Shape::dtype, V, U, Shape::chunk, true, false>(p.operands, p.count, false, OneRow{row}, at, active,
+                                                                  p.streaming, sum);
+    FM_UNROLL
+    for (int u = 0; u < U; ++u)
+      if (active[u]) store(at[u], sum.y[u]);
+  }
+
+  FM_HOST_DEVICE void store(int64_t at, const A (&y)[V]) {
+    store_packed<V * bytes_of(Shape::dtype)>(p.out, at * bytes_of(Shape::dtype), pack<Shape::dtype, V>(y), p.streaming);
+  }
+
   FM_HOST_DEVICE bool unchanged(int64_t row) const { return p.skip_ones && p.operands[0].coefficient.at(row) == A(1); }
 
+  template <int U>
   FM_HOST_DEVICE void vectors(const int64_t (&at)[U], const bool (&active_)[U]) {
     constexpr Dtype dtype = Shape::dtype;
     bool active[U];
     FM_UNROLL
     for (int u = 0; u < U; ++u) active[u] = active_[u];
-    if constexpr (Shape::chunk == 1) {
+    if constexpr (Shape::chunk == 1 && !Shape::noise) {
       if (p.skip_ones) {
         FM_UNROLL
         for (int u = 0; u < U; ++u) {
@@ -95,7 +135,7 @@ struct CombineBody {
               error_square(p.use_error ? sum.error[u][j] : sum.y[u][j], sum.first[u][j], sum.y[u][j], p.atol, p.rtol);
         tally.add(at[u], square);
       }
-      store_packed<V * bytes_of(dtype)>(p.out, at[u] * bytes_of(dtype), pack<dtype, V>(sum.y[u]), p.streaming);
+      store(at[u], sum.y[u]);
     }
   }
 
@@ -118,10 +158,18 @@ FM_HOST_DEVICE Tally<typename Shape::A> combine_thread(const CombineParams<typen
     for_partition<Shape::V, Shape::U>(p.partition, block, p.vectors, thread, body);
     return body.tally;
   } else {
+    CombineBody<Shape> body{p, {0, values, 0}};
+    if constexpr (Shape::noise) {
+      if (p.row_tiles > 0) {
+        const int64_t row = p.by_row_tiles.divide(block), in_row = (block - row * p.row_tiles) * Shape::tile;
+        const int64_t first = in_row + thread * Shape::V, from = row * p.rows.inner;
+        if (first < p.rows.inner) body.in_row(row, from + first, from + p.rows.inner);
+        return body.tally;
+      }
+    }
     const int64_t begin = block * Shape::tile;
     const int64_t end = p.elements - begin < Shape::tile ? p.elements : begin + Shape::tile;
-    CombineBody<Shape> body{p, {0, values, begin}};
-    for_range<Shape::V, Shape::U>(begin, end, p.vectors, thread, body);
+    for_range<Shape::V, Shape::noise ? 1 : Shape::U>(begin, end, p.vectors, thread, body);
     return body.tally;
   }
 }
@@ -132,7 +180,7 @@ auto choose_combine_shape(const CombineArguments& a, Visit visit) {
   // U keeps about four 16-byte loads of a thread in flight, as far as registers go.
   constexpr int U = dtype == Dtype::f64 ? 1 : 2;
   if (a.norm != nullptr) return visit(CombineShape<dtype, 1, 4, true, true>{});
-  if (has_noise(a.operands, a.count)) return visit(CombineShape<dtype, 1, 4, true, false>{});
+  if (has_noise(a.operands, a.count)) return visit(CombineShape<dtype, 16 / vector_length(dtype), 1, true, false>{});
   if (a.count == 1) return visit(CombineShape<dtype, dtype == Dtype::f32 ? 4 : 2, 1, false, false>{});
   if (a.count == 2) return visit(CombineShape<dtype, U, 2, false, false>{});
   return visit(CombineShape<dtype, 1, 4, false, false>{});

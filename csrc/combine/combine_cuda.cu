@@ -8,14 +8,14 @@ namespace {
 // Blocks kept resident on a multiprocessor: as many as leave the registers to spill nothing on any
 // architecture.
 template <typename Shape>
-constexpr int resident_blocks = Shape::norm || Shape::dtype == Dtype::f64    ? 2
-                                : Shape::noise || Shape::dtype == Dtype::f16 ? 3
-                                                                             : 4;
+constexpr int resident_blocks = Shape::norm || Shape::dtype == Dtype::f64 || (Shape::noise && Shape::V == 8) ? 2
+                                : Shape::noise || Shape::dtype == Dtype::f16                                 ? 3
+                                                                                                             : 4;
 
 template <typename Shape>
 __global__ void __launch_bounds__(block_threads, resident_blocks<Shape>)
     combine_kernel(const __grid_constant__ CombineParams<typename Shape::A> p, int64_t tiles) {
-  if constexpr (Shape::chunk == 1) {
+  if constexpr (Shape::chunk == 1 && !Shape::noise) {
     // One coefficient for all, and it is 1: the backward pass of a loss whose gradient needs no factor.
     const auto& coefficient = p.operands[0].coefficient;
     if (p.skip_ones && (coefficient.data == nullptr || coefficient.stride == 0) && coefficient.at(0) == 1) return;
@@ -44,7 +44,7 @@ struct Launch {
   template <typename Shape>
   Status operator()(Shape) const {
     using A = typename Shape::A;
-    const CombineParams<A> p = make_combine_params<A>(a);
+    CombineParams<A> p = make_combine_params<A>(a);
     if constexpr (Shape::norm) {
       const Partition& partition = p.partition;
       if (partition.blocks > most_blocks) return Status::bad_argument;
@@ -55,7 +55,7 @@ struct Launch {
       (p, finish, workspace, small_group_lanes(partition.group_elements));
       return finish_parts(partition, finish, workspace, stream);
     } else {
-      const int64_t tiles = (p.elements + Shape::tile - 1) / Shape::tile;
+      const int64_t tiles = make_tiles<Shape>(a, p);
       const int64_t blocks = p.skip_ones && tiles > skip_blocks ? skip_blocks : tiles;
       if (blocks > most_blocks) return Status::bad_argument;
       FM_LAUNCH(combine_kernel<Shape>, static_cast<unsigned>(blocks), block_threads, 0, stream)(p, tiles);

@@ -4,6 +4,8 @@
 // a thread happens to take as vectors is never seen in the result.
 #pragma once
 
+#include <type_traits>
+
 #include "operand.h"
 #include "philox.h"
 #include "vector.cuh"
@@ -56,6 +58,13 @@ inline bool has_noise(const Operand* operands, int count) {
   return false;
 }
 
+// Whether all noise begins with a block.
+inline bool has_whole_blocks(const Operand* operands, int count) {
+  for (int k = 0; k < count; ++k)
+    if (operands[k].data == nullptr && operands[k].offset % 4 != 0) return false;
+  return true;
+}
+
 inline bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 inline bool are_aligned(const Operand* operands, int count) {
@@ -85,6 +94,17 @@ struct Rows {
 
 inline Rows make_rows(int64_t inner) { return {inner, make_divider(inner)}; }
 
+// In place of Rows where all of a thread's vectors lie in one row, and noise begins with a block: every coefficient is
+// then looked up once.
+struct OneRow {
+  int64_t row;
+
+  template <int V>
+  FM_HOST_DEVICE Position at(int64_t) const {
+    return {row, V};
+  }
+};
+
 // What a vector looks up: an entry for its elements before `left`, one for the others.
 template <typename A>
 struct Pair {
@@ -102,9 +122,8 @@ FM_HOST_DEVICE Pair<A> look_up(const Lookup<A>& lookup, const Position& position
 
 // y += c x
 template <int V, typename A>
-FM_HOST_DEVICE void add_scaled(const Lookup<A>& lookup, const Position& position, const A (&x)[V], A (&y)[V]) {
-  const Pair<A> c = look_up<V>(lookup, position);
-  if (position.left >= V) {  // nearly always: no selection for each element
+FM_HOST_DEVICE void add_scaled(const Pair<A>& c, const A (&x)[V], A (&y)[V]) {
+  if (c.left >= V) {  // nearly always: no selection for each element
     FM_UNROLL
     for (int j = 0; j < V; ++j) y[j] = multiply_add(c.before, x[j], y[j]);
   } else {
@@ -198,11 +217,16 @@ struct LinearVectors<A, V, U, true> {
 
 // U vectors of V elements, from elements at[u] on where active[u]. All loads of `chunk` operands are in
 // flight before the first is used.
-template <Dtype dtype, int V, int U, int chunk, bool noise, bool with_error, typename A>
-FM_HOST_DEVICE void linear_vectors(const LinearOperand<A>* operands, int count, bool use_error, const Rows& rows,
+template <Dtype dtype, int V, int U, int chunk, bool noise, bool with_error, typename Place, typename A>
+FM_HOST_DEVICE void linear_vectors(const LinearOperand<A>* operands, int count, bool use_error, const Place& rows,
                                    const int64_t (&at)[U], const bool (&active)[U], bool streaming,
                                    LinearVectors<A, V, U, with_error>& sum) {
   constexpr int bytes = V * bytes_of(dtype);
+  constexpr bool one_row = std::is_same_v<Place, OneRow>;
+  // Of vector u; `once` is what one row has for all of them.
+  const auto look = [&](const Lookup<A>& lookup, const Pair<A>& once, int u) {
+    return one_row ? once : look_up<V>(lookup, sum.position[u]);
+  };
   FM_UNROLL
   for (int u = 0; u < U; ++u) {
     sum.position[u] = rows.template at<V>(at[u]);
@@ -225,14 +249,17 @@ FM_HOST_DEVICE void linear_vectors(const LinearOperand<A>* operands, int count, 
     FM_UNROLL
     for (int k = 0; k < chunk; ++k) {
       if ((chunk > 1 && start + k >= count) || (noise && operands[start + k].data == nullptr)) continue;
+      const LinearOperand<A>& operand = operands[start + k];
+      Pair<A> once;
+      if constexpr (one_row) once = look_up<V>(operand.coefficient, sum.position[0]);
       FM_UNROLL
       for (int u = 0; u < U; ++u) {
         if (!active[u]) continue;
         A x[V];
         unpack<dtype, V>(packed[k][u], x);
-        add_scaled(operands[start + k].coefficient, sum.position[u], x, sum.y[u]);
+        add_scaled(look(operand.coefficient, once, u), x, sum.y[u]);
         if constexpr (with_error) {
-          if (use_error) add_scaled(operands[start + k].error, sum.position[u], x, sum.error[u]);
+          if (use_error) add_scaled(look_up<V>(operand.error, sum.position[u]), x, sum.error[u]);
           if (start + k == 0) {
             FM_UNROLL
             for (int j = 0; j < V; ++j) sum.first[u][j] = x[j];
@@ -247,17 +274,22 @@ FM_HOST_DEVICE void linear_vectors(const LinearOperand<A>* operands, int count, 
       const LinearOperand<A>& operand = operands[k];
       if (operand.data != nullptr) continue;
       const Blocks blocks(static_cast<uint64_t>(*operand.seed), operand.stream, operand.offset);
+      Pair<A> once;
+      if constexpr (one_row) once = look_up<V>(operand.coefficient, sum.position[0]);
       FM_UNROLL
       for (int u = 0; u < U; ++u) {
         if (!active[u]) continue;
         A x[V];
-        draw_vector<V>(blocks, at[u] >> 2, MakeNormals{}, x);
+        if constexpr (one_row)
+          draw_blocks<V>(blocks, at[u] >> 2, MakeNormals{}, x);
+        else
+          draw_vector<V>(blocks, at[u] >> 2, MakeNormals{}, x);
         const Packed<bytes> rounded = pack<dtype, V>(x);
         if (operand.store != nullptr) store_packed<bytes>(operand.store, at[u] * bytes_of(dtype), rounded, streaming);
         unpack<dtype, V>(rounded, x);
-        add_scaled(operand.coefficient, sum.position[u], x, sum.y[u]);
+        add_scaled(look(operand.coefficient, once, u), x, sum.y[u]);
         if constexpr (with_error) {
-          if (use_error) add_scaled(operand.error, sum.position[u], x, sum.error[u]);
+          if (use_error) add_scaled(look_up<V>(operand.error, sum.position[u]), x, sum.error[u]);
         }
       }
     }

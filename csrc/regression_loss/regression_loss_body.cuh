@@ -21,7 +21,8 @@ struct LossParams {
   Divider mask_rows;  // rows that one entry covers
   Penalty kind;
   A delta;
-  bool vectors;  // elements may be taken in vectors
+  bool vectors;       // elements may be taken in vectors
+  bool whole_blocks;  // noise begins with a block
   bool streaming;
   Partition partition;
 };
@@ -67,6 +68,7 @@ LossParams<typename Shape::A> make_loss_params(const RegressionLossArguments& a)
   p.delta = bend<A>(a.delta);
   p.vectors = !Shape::scalar && a.inner >= Shape::V && is_aligned(a.pred) && is_aligned(a.grad) &&
               are_aligned(a.operands, a.count) && (!p.mask_by_element || is_aligned(a.mask));
+  p.whole_blocks = has_whole_blocks(a.operands, a.count);
   p.partition = make_partition(a.rows * a.inner, a.groups);
   p.streaming = p.partition.elements * bytes_of(a.pred_dtype) >= streaming_bytes_cuda;
   return p;
@@ -112,22 +114,64 @@ struct LossBody {
   }
 
   FM_HOST_DEVICE void vectors(const int64_t (&at)[U], const bool (&active)[U]) {
-    if constexpr (!Shape::scalar) {
-      constexpr Dtype dtype = Shape::dtype, pred_dtype = Shape::pred_dtype;
-      Packed<V * bytes_of(pred_dtype)> pred[U];
-      Packed<V> mask[U] = {};
+    if constexpr (Shape::scalar) {
+    } else if constexpr (Shape::noise) {
+      // Drawn numbers are worth a way of their own where a thread's vectors lie in one row. The others are taken one
+      // by one, which adds up the same values in the same order.
+      constexpr int64_t step = static_cast<int64_t>(block_threads) * V;
+      int64_t last = at[0];
       FM_UNROLL
-      for (int u = 0; u < U; ++u) {
-        if (active[u]) pred[u] = load_packed<V * bytes_of(pred_dtype)>(p.pred, at[u] * bytes_of(pred_dtype));
-        if (active[u] && p.mask_by_element) mask[u] = load_packed<V>(p.mask, at[u]);
+      for (int u = 1; u < U; ++u)
+        if (active[u]) last = at[u];
+      const int64_t row = p.rows.divider.divide(at[0]);
+      if (p.whole_blocks && last + V <= (row + 1) * p.rows.inner) {
+        vectors_at(at, active, OneRow{row});
+      } else {
+        FM_ROLLED
+        for (int64_t i = at[0]; i <= last; i += step) vectors_at<1>({i}, {true}, p.rows);
       }
-      LinearVectors<A, V, U, false> target;
-      linear_vectors<dtype, V, U, max_loss_operands, Shape::noise, false>(p.operands, p.count, false, p.rows, at,
-                                                                          active, p.streaming, target);
-      FM_UNROLL
-      for (int u = 0; u < U; ++u)
-        if (active[u]) finish_vector(at[u], target.position[u], pred[u], mask[u], target.y[u]);
+    } else {
+      vectors_at(at, active, p.rows);
     }
+  }
+
+  template <int U, typename Place>
+  FM_HOST_DEVICE void vectors_at(const int64_t (&at)[U], const bool (&active)[U], const Place& place) {
+    constexpr Dtype dtype = Shape::dtype, pred_dtype = Shape::pred_dtype;
+    constexpr bool one_row = std::is_same_v<Place, OneRow>;
+    Packed<V * bytes_of(pred_dtype)> pred[U];
+    Packed<V> mask[U] = {};
+    FM_UNROLL
+    for (int u = 0; u < U; ++u) {
+      if (active[u]) pred[u] = load_packed<V * bytes_of(pred_dtype)>(p.pred, at[u] * bytes_of(pred_dtype));
+      if (active[u] && p.mask_by_element) mask[u] = load_packed<V>(p.mask, at[u]);
+    }
+    LinearVectors<A, V, U, false> target;
+    linear_vectors<dtype, V, U, Shape::noise ? 1 : max_loss_operands, Shape::noise, false>(
+        p.operands, p.count, false, place, at, active, p.streaming, target);
+    Factors once{};
+    if constexpr (one_row) once = factors(target.position[0]);
+    FM_UNROLL
+    for (int u = 0; u < U; ++u)
+      if (active[u]) finish_vector<one_row>(at[u], target.position[u], once, pred[u], mask[u], target.y[u]);
+  }
+
+  // What the values and derivatives of a vector are multiplied by, and whether its rows are kept.
+  struct Factors {
+    Pair<A> value, derivative;
+    bool kept;
+  };
+
+  FM_HOST_DEVICE Factors factors(const Position& position) const {
+    Factors f;
+    f.value = f.derivative = look_up<V>(p.weight, position);
+    if (p.scale_grad) {
+      const Pair<A> scale = look_up<V>(p.scale, position);
+      f.derivative.before = gradient_factor(f.value.before, scale.before, true);
+      f.derivative.after = gradient_factor(f.value.after, scale.after, true);
+    }
+    f.kept = row_kept(position.row);
+    return f;
   }
 
   // The same for both ways of taking elements, so that they agree to the last bit.
@@ -135,23 +179,17 @@ struct LossBody {
     return scale_grad ? weight * scale : weight;
   }
 
-  template <int bytes>
-  FM_HOST_DEVICE void finish_vector(int64_t i, const Position& position, const Packed<bytes>& pred,
+  template <bool one_row, int bytes>
+  FM_HOST_DEVICE void finish_vector(int64_t i, const Position& position, const Factors& once, const Packed<bytes>& pred,
                                     const Packed<V>& mask, const A (&target)[V]) {
     A d[V], value[V];
     unpack<Shape::pred_dtype, V>(pred, d);
     FM_UNROLL
     for (int j = 0; j < V; ++j) d[j] -= target[j];
     penalties(p.kind, p.delta, d, value);
-    const Pair<A> weight = look_up<V>(p.weight, position);
-    Pair<A> factor = weight;
-    if (p.scale_grad) {
-      const Pair<A> scale = look_up<V>(p.scale, position);
-      factor.before = gradient_factor(weight.before, scale.before, true);
-      factor.after = gradient_factor(weight.after, scale.after, true);
-    }
-    const bool split = position.left < V;
-    const bool kept = row_kept(position.row);
+    const Factors f = one_row ? once : factors(position);
+    const Pair<A>&weight = f.value, &factor = f.derivative;
+    const bool split = position.left < V, kept = f.kept;
     // What is masked out is selected, not multiplied by 0: it may be NaN.
     if (split || p.mask_by_element) {
       const bool kept_after = split ? row_kept(position.row + 1) : kept;
@@ -203,7 +241,8 @@ FM_HOST_DEVICE Tally<typename Shape::A> loss_thread(const LossParams<typename Sh
 template <Dtype pred_dtype, Dtype dtype, typename Visit>
 auto choose_loss_shape(const RegressionLossArguments& a, Visit visit) {
   constexpr int U = LossShape<pred_dtype, dtype, 1, false>::V == 4 && pred_dtype != Dtype::f64 ? 2 : 1;
-  if (has_noise(a.operands, a.count)) return visit(LossShape<pred_dtype, dtype, 1, true>{});
+  constexpr int drawn = pred_dtype == Dtype::f64 ? 1 : 2;  // four of f32 would not leave the registers
+  if (has_noise(a.operands, a.count)) return visit(LossShape<pred_dtype, dtype, drawn, true>{});
   return visit(LossShape<pred_dtype, dtype, U, false>{});
 }
 

@@ -85,10 +85,10 @@ struct Sizes {
   int64_t samples, sample_rows, inner, rows, elements;
 
   static Sizes random() {
-    static const int64_t inners[] = {1,  2,   3,    4,    5,    7,    8,    12,   16,   31,   64,
-                                     77, 257, 1000, 1024, 1025, 2883, 4090, 4096, 4099, 8190, 9001};
+    static const int64_t inners[] = {1,   2,    3,    4,    5,    7,    8,    12,   16,   31,   64,   77,
+                                     257, 1000, 1024, 1025, 2883, 3072, 4090, 4096, 4099, 8190, 8200, 9001};
     Sizes s{};
-    s.inner = inners[pick(0, 21)];
+    s.inner = inners[pick(0, 23)];
     s.sample_rows = pick(0, 2) == 0 ? pick(1, 40) : 1;
     s.samples = pick(1, std::max<int64_t>(1, std::min<int64_t>(3000, 40000 / (s.inner * s.sample_rows))));
     s.rows = s.samples * s.sample_rows;
