@@ -180,7 +180,8 @@ auto choose_combine_shape(const CombineArguments& a, Visit visit) {
   // U keeps about four 16-byte loads of a thread in flight, as far as registers go.
   constexpr int U = dtype == Dtype::f64 ? 1 : 2;
   if (a.norm != nullptr) return visit(CombineShape<dtype, 1, 4, true, true>{});
-  if (has_noise(a.operands, a.count)) return visit(CombineShape<dtype, 16 / vector_length(dtype), 1, true, false>{});
+  if (has_noise(a.operands, a.count))
+    return visit(CombineShape<dtype, dtype == Dtype::f64 ? 1 : 16 / vector_length(dtype), 1, true, false>{});
   if (a.count == 1) return visit(CombineShape<dtype, dtype == Dtype::f32 ? 4 : 2, 1, false, false>{});
   if (a.count == 2) return visit(CombineShape<dtype, U, 2, false, false>{});
   return visit(CombineShape<dtype, 1, 4, false, false>{});
