@@ -250,6 +250,13 @@ def check_float_dtype(name: str, value: Any) -> None:
         raise type_error(name, "a floating dtype: torch.float32, bfloat16, float16 or float64", value)
 
 
+def tensor_of(value: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor where it is; numbers as one on the CPU, whatever the default device."""
+    if isinstance(value, Tensor):
+        return value if dtype is None else value.to(dtype)
+    return torch.as_tensor(value, dtype=dtype, device="cpu")
+
+
 def check_int(name: str, value: Any, *, low: int | None = None, high: int | None = LARGEST_INT) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise type_error(name, "an int", value)

@@ -120,6 +120,11 @@ def transform_kinds() -> set[str]:
     return kinds | {"Jvp"} if forward_ad._current_level >= 0 else kinds
 
 
+def reverse_transform_active() -> bool:
+    """True where torch.func's grad, vjp or jacrev would find a derivative of 0 of what is not recorded."""
+    return torch.is_grad_enabled() and transform_active() and "Grad" in transform_kinds()
+
+
 Within = Callable[..., AbstractContextManager[Any]]
 
 
@@ -276,6 +281,17 @@ def apply_traced(function: type[Function], *args: Any) -> Any:
         again = isinstance(x, Tensor) and any(x is other for other in given)
         given.append(x.view_as(x) if again else x)
     return function.apply(*given)
+
+
+def node_number(node: Any) -> int:
+    """The number of a node of an autograd graph: greater than those of all that its thread made before."""
+    return node._sequence_nr()  # type: ignore[no-any-return]
+
+
+def next_node_number() -> int:
+    """The number that the next node of a graph will have at least."""
+    with torch.enable_grad():
+        return node_number(torch.zeros((), device="cpu", requires_grad=True).view(()).grad_fn)
 
 
 def graph_is_kept() -> bool:

@@ -60,7 +60,7 @@ class Case:
         tensors_moved: how many tensors of ``shape`` must at least be read or written.
         flops_per_element: arithmetic for each element of ``shape``, a normal number counted as 25.
         noise: True where normal numbers are drawn inside, on which implementations agree to NOISE_TOLERANCE
-            only.
+            only; or the dtype in which they are drawn, if it is not that of the data.
         variant: what sets cases of one shape apart; part of a benchmark's record.
         tags: "test", "bench".
     """
@@ -71,7 +71,7 @@ class Case:
     call: Callable[[Inputs, str], tuple[Tensor, ...]]
     tensors_moved: int
     flops_per_element: int = 3
-    noise: bool = False
+    noise: bool | torch.dtype = False
     variant: str = ""
     tags: frozenset[str] = frozenset({"test"})
 
@@ -199,7 +199,7 @@ def assert_within_budget(
     k: float = 2.0,
     *,
     floor_ulps: float = 4.0,
-    noise: bool = False,
+    noise: bool | torch.dtype = False,
     name: str = "output",
 ) -> None:
     """Fails unless the error of ``out`` is at most ``k`` times that of the reference, plus a floor of a few
@@ -216,7 +216,7 @@ def assert_within_budget(
         reference: plain PyTorch's result in the same dtype.
         k: how many times the reference's error is allowed.
         floor_ulps: allowed beyond that, since the reference may be right by luck.
-        noise: True where the case draws normal numbers inside (see NOISE_TOLERANCE).
+        noise: of the case: whether normal numbers are drawn inside (see NOISE_TOLERANCE), or in what dtype.
         name: what to call ``out`` in the message.
 
     Raises:
@@ -240,7 +240,8 @@ def assert_within_budget(
     own = torch.finfo(out.dtype).eps
     narrow = out.dtype.itemsize < 4
     relative = own + floor_ulps * torch.finfo(torch.float32).eps if narrow else floor_ulps * own
-    if noise and out.dtype != torch.float64:
+    drawn = noise if isinstance(noise, torch.dtype) else out.dtype
+    if noise and drawn != torch.float64:
         relative += NOISE_TOLERANCE
     for kind, order in (("largest", math.inf), ("root-mean-square", 2)):
         error = _error(out, oracle, torch.linalg.vector_norm, ord=order)

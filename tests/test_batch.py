@@ -282,6 +282,8 @@ def test_a_batch_whose_tensors_were_written_to_is_an_error(name: str) -> None:
         lambda: batch.target(),
         lambda: batch[:2],
         lambda: batch.to("cpu"),
+        lambda: copy.copy(batch),
+        lambda: pickle.dumps(batch),
     ):
         with pytest.raises(RuntimeError, match=rf"batch: expected {name} as it was when the path was sampled"):
             use()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from odeint_problems import D, times
 from torch import Tensor
 
@@ -74,4 +75,121 @@ def test_what_transforms_hide_is_told() -> None:
     torch.testing.assert_close(torch.func.jacfwd(solution)(torch.tensor(0.5)), -solution(0.5), rtol=1e-5, atol=0.0)
     for transformed in (torch.func.vmap, torch.func.grad):
         with pytest.raises(RuntimeError, match=r"do not run within torch.func's transforms"):
-            transformed(lambda x: fm.log_prob(lambda x, t: -x, x).log_prob.sum())(torch.randn(3, 2, 2))
+            transformed(lambda x: fm.log_prob(lambda x, t: -x, x, gradient=True).log_prob.sum())(torch.randn(3, 2, 2))
+
+
+def test_what_is_not_recorded_is_told_within_grad() -> None:
+    """The derivative asked for may be that of parameters the network closes over, which nothing shows."""
+    weight, x = torch.tensor(0.5, dtype=D), torch.rand(3, 2, dtype=D)
+
+    def sampled(w: Tensor, **options: object) -> Tensor:
+        return fm.sample(lambda x, t: w * x, x, **options)[0].sum()
+
+    def density(w: Tensor, **options: object) -> Tensor:
+        return fm.log_prob(lambda x, t: w * x, x, mode="forward", method="rk4", steps=3, **options).log_prob.sum()
+
+    for function, method in ((sampled, {"steps": 4}), (sampled, {"method": "dopri5"}), (density, {})):
+        for transform in (torch.func.grad, torch.func.jacrev):
+            with pytest.raises(ValueError, match=r"gradient: expected .* within torch.func's grad"):
+                transform(lambda w, function=function, method=method: function(w, **method))(weight)
+
+        def constant(w: Tensor, function: object = function, method: object = method) -> Tensor:
+            with torch.no_grad():
+                found = function(w.detach(), **method)
+            return w * found
+
+        torch.testing.assert_close(torch.func.grad(constant)(weight), constant(torch.ones_like(weight) * 0.5) / 0.5)
+    for function, options in ((sampled, {"steps": 4, "gradient": "direct"}), (density, {"gradient": True})):
+        step = 1e-6
+        slope = (function(weight + step, **options) - function(weight - step, **options)) / (2 * step)
+        got = torch.func.grad(lambda w, function=function, options=options: function(w, **options))(weight)
+        torch.testing.assert_close(got, slope, rtol=1e-6, atol=0.0)
+
+
+def test_a_reversible_solve_refuses_what_it_would_leave_out() -> None:
+    x = torch.rand(2, 2, dtype=D)
+    leaf = torch.tensor(0.5, dtype=D, requires_grad=True)
+    made = leaf * 1.0  # a hypernetwork's output
+
+    def ode(w: Tensor) -> Tensor:
+        options = {"step_size": 0.25, "reversible": True}
+        return fm.odeint(lambda t, y: w * y, x, times(0.0, 1.0), method="rk4", options=options)[-1].sum()
+
+    def flow(w: Tensor) -> Tensor:
+        return fm.sample(lambda x, t: w * x, x, method="rk4", steps=4, gradient="reversible")[0].sum()
+
+    def given(w: Tensor) -> Tensor:
+        options = {"method": "rk4", "steps": 4, "gradient": "reversible"}
+        return fm.sample(lambda x, t, w: w * x, x, w=w, shared=("w",), **options)[0].sum()
+
+    for solve in (ode, flow):
+        (expected,) = torch.autograd.grad(solve(leaf), leaf)
+        with pytest.raises(RuntimeError, match="got one computed before the solve"):
+            solve(made)
+        with pytest.raises(RuntimeError, match="got one computed before the solve"):
+            torch.autograd.functional.hessian(solve, leaf.detach())
+        (of_made,) = torch.autograd.grad(given(made), made)  # an argument of the network is seen
+        torch.testing.assert_close(of_made, expected, rtol=1e-3, atol=0.0)
+        with torch.no_grad(), forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode"):
+            solve(forward_ad.make_dual(leaf.detach(), torch.ones((), dtype=D)))
+
+
+def test_milstein_refuses_transforms() -> None:
+    y0, t = torch.rand(1, 2, dtype=D), times(0.0, 0.5, 1.0)
+
+    def solve(w: Tensor, method: str = "milstein") -> Tensor:
+        options = {"seed": 1, "noise": "diagonal", "method": method}
+        return fm.sdeint(lambda t, y: -y, lambda t, y: torch.sin(w * y), y0, t, **options)[-1].sum()
+
+    weight = torch.tensor(0.7, dtype=D)
+    for transform in (torch.func.grad, torch.func.jacfwd):
+        with pytest.raises(RuntimeError, match="method 'milstein' with noise='diagonal' does not run within"):
+            transform(solve)(weight)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="method 'milstein'"):
+        solve(forward_ad.make_dual(weight, torch.ones_like(weight)))
+    slope = (solve(weight + 1e-6) - solve(weight - 1e-6)) / 2e-6
+    leaf = weight.clone().requires_grad_()
+    (got,) = torch.autograd.grad(solve(leaf), leaf)
+    torch.testing.assert_close(got, slope, rtol=1e-6, atol=0.0)
+
+
+def test_a_reversible_solve_refuses_a_field_that_draws() -> None:
+    x = torch.rand(2, 2, dtype=D, requires_grad=True)
+    for solve in (
+        lambda f: fm.sample(lambda x, t: f(x), x, method="rk4", steps=4, gradient="reversible"),
+        lambda f: fm.odeint(lambda t, y: f(y), x, times(0.0, 1.0), method="rk4", options={"reversible": True}),
+    ):
+        with pytest.raises(RuntimeError, match="draws no random numbers"):
+            solve(lambda x: torch.dropout(x, 0.5, True))
+        solve(lambda x: torch.dropout(x, 0.5, False))
+
+
+@pytest.mark.parametrize("method", ["euler", "heun2", "rk4", "ab2", "dpmpp_2m"])
+@pytest.mark.parametrize("steps", [1, 4, 9])
+def test_checkpoints_of_a_network_that_is_a_gradient_itself(method: str, steps: int) -> None:
+    """An energy's: its backward pass within a segment computes the segment again."""
+    x = torch.rand(4, 3, dtype=D)
+
+    def solve(w: Tensor, gradient: str) -> Tensor:
+        def model(x: Tensor, t: Tensor) -> Tensor:
+            with torch.enable_grad():
+                z = x if x.requires_grad else x.detach().requires_grad_()
+                (force,) = torch.autograd.grad(torch.tanh(z @ w).pow(2).sum(), z, create_graph=True)
+            return force + torch.sin(x @ w) * t[:, None]
+
+        return fm.sample(model, x, method=method, steps=steps, gradient=gradient)[0].pow(3).sum()
+
+    w = torch.rand(3, 3, dtype=D, requires_grad=True)
+    grads = [torch.autograd.grad(solve(w, gradient), w)[0] for gradient in ("direct", "checkpoint")]
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-12, atol=0.0)
+
+
+@pytest.mark.parametrize("method", ["euler", "rk4", "explicit_adams"])
+def test_vmap_over_what_a_function_closes_over_without_gradients(method: str) -> None:
+    y0, w, t = torch.rand(4, 3), torch.rand(5, 3, 3), torch.tensor([0.0, 0.5, 1.0])
+
+    def solve(w: Tensor) -> Tensor:
+        return fm.odeint(lambda t, y: torch.tanh(y @ w), y0, t, method=method)
+
+    with torch.no_grad():
+        torch.testing.assert_close(torch.vmap(solve)(w), torch.stack([solve(one) for one in w]), rtol=1e-5, atol=1e-6)

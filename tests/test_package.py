@@ -208,3 +208,31 @@ pred, x_0, x_1, t = torch.randn(4, 1, 8, 8), torch.randn(4, 1, 8, 8), data[0], t
 conditional = model
 """
     python(setup + "\n".join(blocks))
+
+
+MAKERS = {
+    "tensor",
+    "as_tensor",
+    "zeros",
+    "ones",
+    "empty",
+    "full",
+    "arange",
+    "linspace",
+    "eye",
+    "rand",
+    "randn",
+    "randint",
+}
+
+
+def test_every_tensor_is_made_on_a_device_that_is_named() -> None:
+    """Else the default device (torch.device("meta") as a context, another GPU) decides where it is."""
+    unnamed = []
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in MAKERS:
+                of_torch = isinstance(node.func.value, ast.Name) and node.func.value.id == "torch"
+                if of_torch and not any(keyword.arg in ("device", None) for keyword in node.keywords):
+                    unnamed.append(f"{file.relative_to(PACKAGE)}:{node.lineno}")
+    assert not unnamed

@@ -376,3 +376,14 @@ def test_schedules_under_transforms() -> None:
     ):
         for got, want in zip(transform(ours), transform(plain), strict=True):
             torch.testing.assert_close(got, want)
+
+
+def test_log_snr_below_the_range_of_float32() -> None:
+    """alpha = t^7.5."""
+    t = torch.tensor([1e-7, 1e-6, 1e-3], requires_grad=True)
+    exact = t.detach().double()
+    got = fm.paths.Polynomial(7.5).log_snr(t)
+    want = 2.0 * (7.5 * exact.log() - torch.log1p(-(exact**7.5)))
+    torch.testing.assert_close(got, want.float(), rtol=1e-6, atol=0.0)
+    (slope,) = torch.autograd.grad(got.sum(), t)
+    torch.testing.assert_close(slope, (15.0 / exact).float(), rtol=1e-5, atol=0.0)

@@ -88,8 +88,8 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
     ),
     (
         f"{SOLVERS}/equations/adjoint.py",
-        "torch.as_tensor(tolerance, dtype=torch.float64)",
-        "torch.as_tensor(tolerance)",
+        "tensor_of(tolerance, torch.float64)",
+        "tensor_of(tolerance)",
         f"{ADJOINT}::test_the_backward_solve_has_the_forward_ones_tolerances",
     ),
     (

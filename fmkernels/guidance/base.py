@@ -20,7 +20,16 @@ from torch.utils import _pytree as pytree
 
 from .._arguments import NOTHING, PLAIN, Named, all_kwargs, check_named, named, names_of
 from .._cache import is_plain_context
-from .._checks import check_callable, check_choice, check_number, is_word, real_array, type_error, value_error
+from .._checks import (
+    check_callable,
+    check_choice,
+    check_number,
+    is_word,
+    real_array,
+    tensor_of,
+    type_error,
+    value_error,
+)
 from .._keys import attributes, is_ours, key_or_none
 from ..paths import CondOT, Path
 from ..paths.targets import TARGETS
@@ -115,7 +124,7 @@ def scale_at(builder: Builder, scale: Scale, t: Number, interval: Interval = Non
     """
     value: Number
     if callable(scale):
-        value = _checked_value(scale(t if isinstance(t, Tensor) else torch.as_tensor(t, dtype=torch.float64)))
+        value = _checked_value(scale(t if isinstance(t, Tensor) else tensor_of(t, torch.float64)))
         if isinstance(value, Tensor) and not isinstance(t, Tensor):
             value = as_number(value, "scale")
     else:

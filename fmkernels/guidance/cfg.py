@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._arguments import Named, names_of
-from .._checks import check_bool, check_choice, check_int, check_number, value_error
+from .._checks import check_bool, check_choice, check_int, check_number, tensor_of, value_error
 from ..ops.combine.op import combine
 from ..ops.row_dots.op import row_dots
 from ..paths.schedule import tensor_at
@@ -340,7 +340,7 @@ def _check_step(guidance: Guidance, builder: Builder, t: Number) -> None:
             f"guidance: expected a rule that is a velocity, but {name} is defined by steps of a fixed grid"
         )
     step = builder.step
-    same = t is step.t or np.array_equal(torch.as_tensor(t).detach(), torch.as_tensor(step.t).detach())
+    same = t is step.t or np.array_equal(tensor_of(t).detach(), tensor_of(step.t).detach())
     if not same or builder.memory.get(guidance) == step.number:
         raise ValueError(
             f"method: expected one evaluation a step, at its start, for {name}, which decides where the step ends; "
@@ -351,7 +351,7 @@ def _check_step(guidance: Guidance, builder: Builder, t: Number) -> None:
 
 def _schedule(builder: Builder, t: Number) -> tuple[Number, Number]:
     """(alpha, sigma) at a time."""
-    times = torch.as_tensor(t, dtype=torch.float64)
+    times = tensor_of(t, torch.float64)
     pair = [tensor_at(builder.path, name, times) for name in ("alpha", "sigma")]
     alpha, sigma = pair if isinstance(t, Tensor) else [as_number(c, "path") for c in pair]
     return alpha, sigma

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._arguments import Named, names_of
-from .._checks import check_callable, type_error, value_error
+from .._checks import check_callable, tensor_of, type_error, value_error
 from ..solvers.programs.builder import Builder
 from ..solvers.programs.expressions import Expr, Number, as_number
 from .base import (
@@ -173,8 +173,8 @@ class ClassifierGuidance(Guidance):
     def _slope(self, builder: Builder, t: Number) -> Number:
         """dv/ds, 0 at pure noise."""
         slope = builder.conversion(t, "score", "velocity")[1]
-        times = t if isinstance(t, Tensor) else torch.as_tensor(t, dtype=torch.float64)
-        alpha = torch.as_tensor(builder.path.alpha(times))
+        times = t if isinstance(t, Tensor) else tensor_of(t, torch.float64)
+        alpha = tensor_of(builder.path.alpha(times))
         if isinstance(slope, Tensor):
             return torch.where(alpha == 0.0, torch.zeros_like(slope), slope)
         return np.where(as_number(alpha, "path") == 0.0, 0.0, slope)[()]

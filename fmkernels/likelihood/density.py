@@ -29,6 +29,7 @@ from .._checks import (
     type_error,
     value_error,
 )
+from .._gradients import check_unrecorded
 from .._torch import untraced
 from ..ops._operands import compute_dtype
 from ..ops.row_dots.op import row_dots
@@ -196,6 +197,8 @@ class LikelihoodSettings(FlowSettings):
         with_gradient = self.gradient and torch.is_grad_enabled()
         if with_gradient:
             self.check_recorded()
+        else:
+            check_unrecorded("True", self.gradient)
         with torch.set_grad_enabled(with_gradient):
             return self._solve(x if with_gradient else x.detach(), mask, backward, with_gradient, kwargs)
 
@@ -234,7 +237,7 @@ class LikelihoodSettings(FlowSettings):
         # what did not reach the other end has no log-density
         reached = solution.status == int(Status.SUCCESS)
         log_prob = torch.where(reached, log_p0.to(delta.dtype) + delta, math.nan)
-        dims = math.prod(x.shape[1:]) if mask is None else elements_of(mask, x)
+        dims = math.prod(x.shape[1:]) if mask is None else elements_of(mask, x).long()
         return LogProb(log_prob, x_0, x_1, delta, solution.nfe, solution.status, dims, compaction)
 
 

@@ -34,6 +34,7 @@ from .._checks import (
     check_same_device,
     value_error,
 )
+from .._gradients import check_unrecorded
 from .._torch import transform_active
 from ..ops._operands import compute_dtype
 from ..ops.random.op import randn, random_words
@@ -337,6 +338,8 @@ def divergence(
     check_callable("func", "a callable func(t, x)", func)
     check_choice("method", method, METHODS)
     check_bool("gradient", gradient)
+    if not gradient:
+        check_unrecorded("True", gradient)
     how = Divergence(method, probes, distribution, mode, chunk)
     if isinstance(t, Tensor):
         check_float_tensor("t", t)

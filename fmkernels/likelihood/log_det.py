@@ -200,8 +200,9 @@ def _recorded(model: Model) -> Model:
 
 
 def elements_of(mask: Tensor, x: Tensor) -> Tensor:
-    """(B,) elements of each sample that a mask keeps."""
-    return mask.expand(x.shape).reshape(x.shape[0], math.prod(x.shape[1:])).sum(1)
+    """(B,) elements of each sample that a mask keeps, in the dtype that x is computed in: products of integers and
+    numbers have PyTorch's default one."""
+    return mask.expand(x.shape).reshape(x.shape[0], math.prod(x.shape[1:])).sum(1).to(compute_dtype(x))
 
 
 class Solution(NamedTuple):

@@ -45,7 +45,7 @@ class Batch:
     """A sample of a probability path: what a training step feeds to the model and to :func:`fmkernels.cfm_loss`.
 
     It holds the tensors that it was made of, not copies. The loss reads them again: it raises a RuntimeError where one
-    was written to meanwhile, as autograd does.
+    was written to meanwhile, as autograd does (not what torch.compile traces).
 
     Attributes:
         x_t: the point on the path, of x_1's shape and dtype.
@@ -125,10 +125,11 @@ class Batch:
             names = ", ".join(name for name, before, now in changed if before != now)
             raise RuntimeError(
                 f"batch: expected {names} as it was when the path was sampled, but it was written to (an in-place "
-                "operation); the loss reads it again: clone it first"
+                "operation) or replaced; the loss reads it again: clone it first"
             )
 
     def __getstate__(self) -> tuple[Any, ...]:
+        self.check_unwritten()
         return self.x_t, self.t, self.x_1, self.path, self.source, self.bridge
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:

@@ -19,8 +19,8 @@ def promoted(name: str, value: Tensor | float) -> Tensor:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise type_error(name, "a tensor or a number", value)
         if torch.compiler.is_compiling():  # a variable of the graph, not a constant
-            return torch.zeros((), dtype=torch.float32) + value
-        return torch.tensor(float(value), dtype=torch.float32)
+            return torch.zeros((), dtype=torch.float32, device="cpu") + value
+        return torch.tensor(float(value), dtype=torch.float32, device="cpu")
     check_float_tensor(name, value)
     return value if value.dtype in (torch.float32, torch.float64) else value.to(torch.float32)
 
@@ -152,7 +152,8 @@ class Schedule:
     def log_snr(self, t: Tensor | float) -> Tensor:
         """log(alpha^2 / sigma^2); infinite where sigma (or alpha) is 0."""
         t = promoted_times(t)
-        return 2.0 * (torch.log(tensor_at(self, "alpha", t)) - torch.log(tensor_at(self, "sigma", t)))
+        times = t.double()  # in float32 alpha and sigma may lie below its range
+        return 2.0 * (torch.log(tensor_at(self, "alpha", times)) - torch.log(tensor_at(self, "sigma", times))).to(t)
 
     def snr(self, t: Tensor | float) -> Tensor:
         """The signal-to-noise ratio alpha^2 / sigma^2 (Kingma et al. 2021, eq. 3); infinite where sigma is 0."""

@@ -116,7 +116,7 @@ def _case(
         call=_call,
         tensors_moved=2 + len(operands) - drawn,
         flops_per_element=2 * len(operands) + 5 + 25 * drawn,
-        noise=drawn > 0,
+        noise=drawn > 0 and options.get("noise_dtype", True),
         variant=variant,
         tags=frozenset({tag}),
     )
@@ -172,7 +172,7 @@ CASES: tuple[Case, ...] = (
     _case("mixed_layouts", (4, 5, 3, 6), coefs="sample", layouts=("channels_last", "contiguous", "strided")),
     *(_case(f"scalar_mask-{reduction}", (4, 9), mask="scalar", reduction=reduction) for reduction in REDUCTIONS),
     _case("count", (4, 5, 3), mask="token", weight="sample", count=17),
-    _case("count_tensor", (4, 5, 3), mask="token", count=torch.tensor([17])),
+    _case("count_tensor", (4, 5, 3), mask="token", count=torch.tensor([17], device="cpu")),
     _case("all_masked", (4, 9), mask="all_out"),
     _case("all_masked_none", (4, 9), mask="all_out", reduction="none"),
     _case("sample_masked_none", (4, 9), mask="sample_out", reduction="none", weight="sample"),

@@ -25,7 +25,7 @@ class Watch:
         status = count[Count.STATUS]
         if not status.is_cuda:
             return status
-        copy = torch.empty(status.shape, dtype=status.dtype, pin_memory=True)
+        copy = torch.empty(status.shape, dtype=status.dtype, device="cpu", pin_memory=True)
         copy.copy_(status, non_blocking=True)
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(status.device))  # where the copy runs, whatever the current device is

@@ -197,7 +197,7 @@ class _Solve:
         if batch.y.numel() == 0:
             batch.clock[Clock.T].copy_(batch.clock[Clock.T_END])
             batch.count[Count.STATUS].fill_(Status.SUCCESS)
-            self.host_status = torch.full(batch.count.shape[1:], Status.SUCCESS, dtype=torch.int32)
+            self.host_status = torch.full(batch.count.shape[1:], Status.SUCCESS, dtype=torch.int32, device="cpu")
             return self.result()
         entry = None
         if graph is not None and self.on_step is None and self.before_step is None and not options.record:

@@ -95,8 +95,8 @@ class Stepper:
             shifts += [own] + [0.0] * len(row)
             slopes += [0.0, *row]
         device = self.batch.y.device
-        self._shifts = to_device(torch.tensor([shifts], dtype=torch.float64), device)
-        self._slopes = to_device(torch.tensor(slopes, dtype=torch.float64), device)
+        self._shifts = to_device(torch.tensor([shifts], dtype=torch.float64, device="cpu"), device)
+        self._slopes = to_device(torch.tensor(slopes, dtype=torch.float64, device="cpu"), device)
         self._table = torch.empty(self.batch.rows, len(slopes), dtype=self.step_size.dtype, device=device)
 
     def copy_outputs(self) -> None:

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..._checks import type_error, warn
-from ..._first_derivatives import first_derivatives_only
+from ..._checks import tensor_of, type_error, warn
+from ..._gradients import first_derivatives_only
 from ..._torch import untraced
 from ..methods import registry as methods
 from .callbacks import CALLBACKS
@@ -269,7 +269,7 @@ def _tensors(params: Any) -> tuple[Tensor, ...]:
 
 
 def _smallest(tolerance: Any) -> float:
-    return float(torch.as_tensor(tolerance, dtype=torch.float64).min())
+    return float(tensor_of(tolerance, torch.float64).min())
 
 
 def _parameters(module: nn.Module) -> list[Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..._checks import as_state, check_function, check_has_values, type_error, value_error
-from ..._first_derivatives import first_derivatives_only
+from ..._gradients import first_derivatives_only
 from ...ops.step_control.op import Status
 from ..adaptive.stepper import AdaptiveStep
 from ..implicit.solve import ImplicitStep, Watch, is_adaptive, option_names, solve_implicit

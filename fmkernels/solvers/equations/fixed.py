@@ -78,7 +78,8 @@ def run_program(
     states = [y0]
     steps = len(grid) - 1
     kept = None
-    if trajectory and not gradient:
+    gathered = trajectory and (gradient or transform_active())  # what transforms hide may not fit into a buffer
+    if trajectory and not gathered:
         with ordinary_memory():
             kept = y0.new_empty((steps + 1, *y0.shape))
         kept[0].copy_(y0)
@@ -90,11 +91,11 @@ def run_program(
             callbacks.tried(start, state, end - start)
 
     def on_step(number: int, state: Tensor) -> None:
-        if gradient and trajectory:
-            states.append(state)
+        if gathered:
+            states.append(state if gradient else state.clone())
         tell(number + 1, state)
 
-    watched = callbacks is not None or (gradient and trajectory)
+    watched = callbacks is not None or gathered
     run = new_run(
         packed, builder, method, reuse=not gradient, lends=True, trajectory=kept, on_step=on_step if watched else None
     )

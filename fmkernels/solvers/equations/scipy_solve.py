@@ -70,13 +70,13 @@ def _solve(packed: Packed, times: list[float], solver: str, arguments: dict[str,
 
     @torch.no_grad()
     def func(t: float, y: Any) -> Any:
-        state = torch.tensor(y, dtype=torch.float64).to(y0.device, y0.dtype).reshape(y0.shape)
+        state = torch.tensor(y, dtype=torch.float64, device="cpu").to(y0.device, y0.dtype).reshape(y0.shape)
         value = packed.call(torch.tensor(t, dtype=y0.dtype, device=y0.device), state)
         return value.reshape(-1).double().cpu().numpy()
 
     start = y0.reshape(-1).double().cpu().numpy()
     solution = solve_ivp(func, (times[0], times[-1]), start, method=solver, t_eval=times, **arguments)
-    ys = torch.tensor(solution.y.T, dtype=torch.float64).to(y0.device, y0.dtype).reshape(-1, *y0.shape)
+    ys = torch.tensor(solution.y.T, dtype=torch.float64, device="cpu").to(y0.device, y0.dtype).reshape(-1, *y0.shape)
     missing = len(times) - ys.shape[0]
     if missing:
         warn(f"odeint: method {NAME!r} ended before the last time: {solution.message}")

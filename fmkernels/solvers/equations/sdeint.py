@@ -22,7 +22,7 @@ from ..._checks import (
     type_error,
     value_error,
 )
-from ..._torch import untraced
+from ..._torch import transform_active, untraced
 from ...ops._operands import compute_dtype
 from ...ops.random.op import randn
 from ...paths import CondOT
@@ -227,7 +227,7 @@ class AdditiveNoise:
                 raise value_error("diffusion", f"a tensor that broadcasts to y0's shape, {tuple(shape)}", g)
             return g
         check_number("diffusion", g)
-        return torch.tensor(float(g), dtype=torch.float64)
+        return torch.tensor(float(g), dtype=torch.float64, device="cpu")
 
     def _noise(self, builder: Builder, noise: Expr, g: Tensor, h: float) -> Expr:
         """g sqrt(h) z: one more term of the update where g is a number."""
@@ -296,6 +296,11 @@ class Level:
 
     def with_slope(self, t: float, y: Tensor) -> tuple[Tensor, Tensor]:
         """g and g g' of a diagonal g, with a gradient where y or what g uses has one."""
+        if transform_active():  # which would not see how g' depends on anything
+            raise RuntimeError(
+                "sdeint: method 'milstein' with noise='diagonal' does not run within torch.func's transforms (vmap, "
+                "grad, jacrev, jvp, ...) and forward-mode AD; take 'euler', 'heun' or 'midpoint', or torch.autograd"
+            )
         recorded = torch.is_grad_enabled() and (y.requires_grad or self.at(t, y).requires_grad)
         with torch.inference_mode(False), torch.enable_grad():
             leaf = y if recorded and y.requires_grad else y.detach().clone().requires_grad_()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..._checks import as_state, type_error, value_error
-from ..._first_derivatives import first_derivatives_only
+from ..._gradients import first_derivatives_only
 from ..adaptive.gradient_watch import FoundGradient
 
 Field = Callable[[Tensor, Tensor], Tensor]

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..._checks import value_error
+from ..._checks import tensor_of, value_error
 from ...paths import Path
 from ...paths.schedule import tensor_at
 from ..programs.builder import Builder
@@ -43,7 +43,7 @@ class Level(NamedTuple):
 
 def level(path: Path, t: Number) -> Level:
     """The level of a time, or those of an array of times."""
-    times = torch.as_tensor(t, dtype=torch.float64)
+    times = tensor_of(t, torch.float64)
     if path.gamma(times) is not None:
         raise value_error("path", "one without a gamma term, for a method that uses its noise levels", path)
     alpha, sigma = tensor_at(path, "alpha", times), tensor_at(path, "sigma", times)
@@ -52,7 +52,7 @@ def level(path: Path, t: Number) -> Level:
 
 def level_at(path: Path, log_ratio: Number) -> Level:
     """The level that has a lambda, or the path's end beyond its range."""
-    return level(path, as_number(path.log_snr_inverse(2.0 * torch.as_tensor(log_ratio, dtype=torch.float64)), "path"))
+    return level(path, as_number(path.log_snr_inverse(2.0 * tensor_of(log_ratio, torch.float64)), "path"))
 
 
 def levels(builder: Builder, *, to_data: bool = False) -> Iterator[tuple[Level, Level]]:

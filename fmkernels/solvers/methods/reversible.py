@@ -27,7 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from ..._checks import as_state, check_number, value_error
-from ..._first_derivatives import first_derivatives_only
+from ..._gradients import first_derivatives_only
+from ..._torch import next_node_number, node_number, transform_active
 from ...ops.combine.op import combine
 from ..programs.tables import accumulator
 from .runge_kutta import RungeKutta, take_stages
@@ -179,11 +180,17 @@ class _UsedTensors:
 
     Args:
         known: inputs that are noted already; what lies behind them is theirs.
+        name: of the field, in the error.
+
+    Raises:
+        RuntimeError: in a call; it depends on a tensor with a graph from before the solve, of which the solve would not
+            be a part.
     """
 
-    def __init__(self, field: Field, known: Sequence[Tensor]) -> None:
-        self.field, self.leaves = field, {id(x): x for x in known}
+    def __init__(self, field: Field, known: Sequence[Tensor], name: str) -> None:
+        self.field, self.leaves, self.name = field, {id(x): x for x in known}, name
         self._stops = {x.grad_fn for x in known if x.grad_fn is not None}
+        self._begin = next_node_number()
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
         value = self.field(t, y)
@@ -200,6 +207,12 @@ class _UsedTensors:
             leaf = getattr(node, "variable", None)
             if isinstance(leaf, Tensor):
                 self.leaves.setdefault(id(leaf), leaf)
+            elif node_number(node) < self._begin:
+                raise RuntimeError(
+                    f"{self.name}: expected tensors with a gradient that are leaves (parameters), keyword arguments of "
+                    "the network, or computed in the call, got one computed before the solve, whose own gradient a "
+                    "reversible solve would leave out"
+                )
             nodes += [following for following, _ in node.next_functions]
         return value.detach()
 
@@ -215,6 +228,11 @@ def solve_reversible(
     Args:
         times: (S + 1,), or of a leading part of y0's shape each, (S + 1, B, ...); float64.
     """
+    if transform_active():
+        raise RuntimeError(
+            "a reversible solve does not run within torch.func's transforms (vmap, grad, jacrev, jvp, ...) and "
+            "forward-mode AD: its gradient is that of autograd alone"
+        )
     start, grid = y0.detach(), times.detach()
     if not torch.is_grad_enabled():
         return _solve_forward(scheme, start, grid).kept
@@ -222,9 +240,20 @@ def solve_reversible(
     for module in modules:
         if isinstance(module, nn.Module):
             inputs += [p for p in module.parameters() if p.requires_grad]
-    used = _UsedTensors(scheme.field, inputs)
+    used, before = _UsedTensors(scheme.field, inputs, scheme.name), _random_states(y0)
     solved = _solve_forward(replace(scheme, field=used), start, grid)
+    if not all(map(torch.equal, before, _random_states(y0))):
+        raise RuntimeError(
+            f"{scheme.name}: expected a field that draws no random numbers where the solve is reversible (dropout in "
+            "training does): the way back would draw others; take gradient='direct' or checkpoints"
+        )
     return _Solve.apply(scheme, solved, y0, times, *used.leaves.values())  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _random_states(y: Tensor) -> list[Tensor]:
+    """Those of the generators a field draws from by default."""
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(y.device)] if y.is_cuda else states
 
 
 def coupling_of(value: Any) -> float:

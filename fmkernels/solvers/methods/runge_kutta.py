@@ -10,7 +10,7 @@ from typing import Any, ClassVar, TypeVar, final
 import torch
 from torch import Tensor
 
-from ..._checks import type_error
+from ..._checks import tensor_of, type_error
 from ..programs.builder import Builder
 from ..programs.expressions import Expr, Number
 from .tableaus import Tableau
@@ -30,7 +30,7 @@ def inside(t: Number, u: Number, dtype: torch.dtype) -> Number:
         start, end = (torch.tensor(float(x), dtype=torch.float64, device="cpu") for x in (t, u))
         return float(inside(start, end, dtype))
     rounded = t.detach().to(dtype)
-    end = torch.as_tensor(u)
+    end = tensor_of(u)
     towards = torch.where(end == t, rounded, torch.where(end > t, math.inf, -math.inf).to(dtype))
     return t + (torch.nextafter(rounded, towards).to(t.dtype) - t.detach())
 

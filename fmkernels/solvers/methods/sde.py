@@ -209,7 +209,7 @@ class SDE:
     # ------------------------------------------------------------------ the method
 
     def __call__(self, builder: Builder) -> None:
-        if self.scale > 0.0 and builder.path.gamma(torch.zeros(())) is not None:
+        if self.scale > 0.0 and builder.path.gamma(torch.zeros((), device="cpu")) is not None:
             raise value_error("path", "a path without a gamma term: its velocity does not give the score", builder.path)
         builder.grid = self.times(builder.grid)
         times = torch.from_numpy(np.asarray(builder.grid, dtype=np.float64))

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..._checks import tensor_of
 from ..._keys import NoKey, is_ours, key_or_none
 from ...ops._operands import MAX_TENSORS
 from ...paths import Path
@@ -226,7 +227,7 @@ class Builder:
         return known[key]
 
     def _conversion(self, t: Number, source: str, target: str) -> tuple[Number, Number]:
-        a, b = conversion_coefficients(self.path, torch.as_tensor(t, dtype=torch.float64), source, target)
+        a, b = conversion_coefficients(self.path, tensor_of(t, torch.float64), source, target)
         return as_number(a, "path"), as_number(b, "path")
 
     def register(self, x: Expr) -> int:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import final
 
-import torch
 from torch import Tensor
 
 from ..._cache import is_plain_context
-from ..._checks import as_state, type_error
+from ..._checks import as_state, tensor_of, type_error
 from ...ops.combine.op import combine
 from ...paths import Path
 from .builder import Builder
@@ -51,7 +50,7 @@ class Immediate(Builder):
         state = self.keep(x)
         x_t = self.tensor(state)
         # the network may write to its times, which other branches and conversions read
-        output = self._calls[branch](x_t, t.clone() if isinstance(t, Tensor) else torch.as_tensor(t))
+        output = self._calls[branch](x_t, t.clone() if isinstance(t, Tensor) else tensor_of(t))
         references = references_of(output) if self._look else 0
         # the next branch's call may write to what this one returned
         if count > 1:

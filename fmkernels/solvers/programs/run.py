@@ -463,15 +463,20 @@ class Run:
 
         def segment(*tensors: Tensor) -> tuple[Tensor, ...]:
             nonlocal on_step
+            # where the network takes gradients itself, this is called within its own call
+            outer = vars(self).copy()
             self._begin(number, tensors[0])
             self.times = OwnTimes(self.times)  # the segment is run again, at the times as they were
             self.registers[0] = None
             for register, tensor in zip(before, tensors, strict=True):
                 self.registers[register] = tensor
             self.on_step, on_step = on_step, None  # the steps are told of once
-            self.execute(self.segment.prepared[start:stop])
-            after[:] = live(stop)
-            return tuple(self.registers[r] for r in after)
+            try:
+                self.execute(self.segment.prepared[start:stop])
+                after[:] = live(stop)
+                return tuple(self.registers[r] for r in after)
+            finally:
+                vars(self).update(outer)
 
         watcher = self.on_step
         results = checkpoint(segment, *(self.registers[r] for r in before), use_reentrant=False)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..._cache import Cache, bytes_of, is_plain_context, ordinary_tensors
+from ..._checks import tensor_of
 from .expressions import Number
 from .program import Program, Update
 
@@ -68,7 +69,7 @@ def time_rows(program: Program, x: Tensor, dtype: torch.dtype, shape: str) -> Se
 
 
 def _placed(values: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
-    return torch.as_tensor(values).to(device, dtype, non_blocking=True)
+    return tensor_of(values).to(device, dtype, non_blocking=True)
 
 
 def accumulator(x: Tensor) -> torch.dtype:

@@ -164,7 +164,7 @@ def times_of(schedule: str | Shift | Schedule, steps: int) -> np.ndarray:
     if isinstance(schedule, str):
         schedule = SCHEDULES.find(schedule)
     if isinstance(schedule, Shift):
-        return schedule(torch.linspace(0.0, 1.0, steps + 1, dtype=torch.float64)).numpy()
+        return schedule(torch.linspace(0.0, 1.0, steps + 1, dtype=torch.float64, device="cpu")).numpy()
     check_schedule(schedule)
     times = real_array("schedule(steps)", "times: numbers in a tensor, an array or a sequence", schedule(steps))
     if times.ndim == 0 or times.shape[0] != steps + 1:

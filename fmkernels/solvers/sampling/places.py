@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..._arguments import leaves, structure, tree_map
-from ..._checks import check_float_tensor, check_like, check_values, type_error, value_error
+from ..._checks import check_float_tensor, check_like, check_values, tensor_of, type_error, value_error
 from ...ops.step_control.op import Clock, Count, Status, new_state
 from ..adaptive.compaction import Watch, gather, select_rows
 from ..adaptive.native_stepper import make_stepper
@@ -121,7 +121,7 @@ class Places:
             self.stepper, self.indices = stepper, list(numbers)
             return failed
         places = self.free[: len(numbers)]
-        rows = to_device(torch.tensor(places), stepper.batch.y.device)
+        rows = to_device(tensor_of(places), stepper.batch.y.device)
         batch, new = self.stepper.batch, stepper.batch
         self.stepper.replace(rows, stepper)
         batch.kwargs = {
@@ -216,7 +216,7 @@ class Places:
             return []
         assert self.stepper is not None
         batch = self.stepper.batch
-        rows = to_device(torch.tensor(places), batch.y.device)
+        rows = to_device(tensor_of(places), batch.y.device)
         states = batch.y.index_select(0, rows)
         counts = batch.count.index_select(1, rows).t().tolist()
         results = []
@@ -259,7 +259,7 @@ class Places:
         """A stepper that goes on with some places."""
         stepper = self.stepper
         assert stepper is not None
-        rows = to_device(torch.tensor(places), stepper.batch.y.device)
+        rows = to_device(tensor_of(places), stepper.batch.y.device)
         kwargs = select_rows(stepper.batch.kwargs, self.follow(), rows, len(self.indices))
         smaller = make_stepper(stepper.problem, gather(stepper.batch, rows, rows, kwargs), copy=stepper.copies_outputs)
         smaller.resume(stepper, rows)

@@ -87,7 +87,7 @@ class FlowSettings:
         elif not isinstance(self.controller, Controller):
             raise type_error("controller", "an IController, PIController or PIDController", self.controller)
         check_choice("prediction", self.prediction, TARGETS)
-        if self.prediction != "velocity" and self.path.gamma(torch.zeros(())) is not None:
+        if self.prediction != "velocity" and self.path.gamma(torch.zeros((), device="cpu")) is not None:
             raise value_error(
                 "prediction",
                 f"'velocity' with {self.path!r}, whose gamma term other predictions say nothing of",

@@ -20,10 +20,12 @@ from ..._checks import (
     check_float_dtype,
     check_int,
     is_word,
+    tensor_of,
     type_error,
     value_error,
 )
-from ..._torch import has_tangent, requires_grad, transform_active
+from ..._gradients import check_unrecorded
+from ..._torch import has_tangent, transform_active
 from ...random import draw_seed
 from ..adaptive.lowered import Lowered
 from ..adaptive.solve import solve_adaptive
@@ -155,8 +157,8 @@ class Solver(FlowSettings):
         recorded = self.gradient != "none" and torch.is_grad_enabled()
         if recorded:
             self.check_recorded()
-        elif torch.is_grad_enabled() and transform_active() and _differentiated(x, kwargs):
-            raise value_error("gradient", "'direct' within torch.func, which would find a derivative of 0", "none")
+        else:
+            check_unrecorded("'direct'", "none")
         if self.gradient == "reversible":
             return self._sample_reversible(x, return_trajectory, callback is not None or progress, kwargs)
         tableau = self.tableau()
@@ -310,11 +312,11 @@ class Solver(FlowSettings):
             name, value = ("callback", callback) if callback is not None else ("progress", progress)
             raise value_error(name, "none with adaptive steps, which differ between samples", value)
         grid = grids.make_grid(1, "uniform", self.time_grid)
-        start, end = (t if isinstance(t, float) else torch.as_tensor(t) for t in (grid[0], grid[-1]))
+        start, end = (t if isinstance(t, float) else tensor_of(t) for t in (grid[0], grid[-1]))
         velocity = Velocity(self.model, self.guidance, self.path, self.prediction, self.said)
         arguments = velocity.arguments(kwargs, x)
         options, compaction = adaptive_options(self, x, velocity.unknown)
-        t_eval = torch.as_tensor(np.asarray(grid)).to(x.device, non_blocking=True) if return_trajectory else None
+        t_eval = tensor_of(np.asarray(grid)).to(x.device, non_blocking=True) if return_trajectory else None
         span = (start, end, tableau, options)
         if transform_active():
             compaction = "off: within torch.func's transforms"
@@ -340,7 +342,7 @@ class Solver(FlowSettings):
         tableau = tableau_of(self.fixed_method() if self.sde is None else self.sde)
         numbers = self.grid()
         self._check_times(numbers, x)
-        grid = [torch.as_tensor(t, dtype=torch.float64) for t in numbers]
+        grid = [tensor_of(t, torch.float64) for t in numbers]
         times = torch.stack(grid).to(x.device)
         steps, dtype = len(grid) - 1, self.time_dtype_of(x)
         velocity = Velocity(self.model, self.guidance, self.path, self.prediction, self.said)
@@ -355,12 +357,6 @@ class Solver(FlowSettings):
         states = solve_reversible(scheme, x, times, velocity.modules, list(leaves(arguments)))
         where, trajectory = (times, states) if return_trajectory else (None, None)
         return states[-1], SampleResult(velocity.evaluations, steps, None, where, trajectory)
-
-
-def _differentiated(x: Tensor, kwargs: Mapping[str, Any]) -> bool:
-    """Whether a transform asks for a derivative in the state or a keyword argument."""
-    values = (x, *leaves(dict(kwargs)))
-    return any(isinstance(value, Tensor) and requires_grad(value, outside=False) for value in values)
 
 
 def _refuse_tangent(x: Tensor) -> None:

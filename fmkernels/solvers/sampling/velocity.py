@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..._arguments import NOTHING, Named, check_named, divided
-from ..._checks import as_state, type_error
+from ..._checks import as_state, tensor_of, type_error
 from ..._keys import NoKey
 from ...paths import Path
 from ..adaptive.step_graph import StepGraph
@@ -96,7 +96,7 @@ class Velocity:
             result["batched"][branch], result["shared"][branch], names = divided(kwargs, x.shape[0], said)
             unknown.update(dict.fromkeys(names))
         self.unknown = list(unknown)
-        result["scales"] = {name: torch.as_tensor(scale).to(x.device) for name, scale in self.guidance.scales().items()}
+        result["scales"] = {name: tensor_of(scale).to(x.device) for name, scale in self.guidance.scales().items()}
         return result
 
     def __call__(

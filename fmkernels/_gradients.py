@@ -1,4 +1,4 @@
-"""Gradients that cannot be differentiated again, and say so."""
+"""Gradients that are not to be had say so: of what is not recorded, or only once."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
+
+from ._checks import value_error
+from ._torch import reverse_transform_active
 
 Backward = Callable[..., Any]
 
@@ -53,3 +56,17 @@ def first_derivatives_only(what: str) -> Callable[[Backward], Backward]:
         return guarded
 
     return decorate
+
+
+def check_unrecorded(wanted: str, given: object) -> None:
+    """That no transform asks for a derivative of a solve that is not recorded.
+
+    Of what, is not seen: the network's parameters are mostly what it closes over.
+    """
+    if reverse_transform_active():
+        raise value_error(
+            "gradient",
+            f"{wanted} within torch.func's grad, vjp or jacrev, which would find a derivative of 0 (or torch.no_grad() "
+            "around what is a constant)",
+            given,
+        )
