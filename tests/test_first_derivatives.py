@@ -193,3 +193,15 @@ def test_vmap_over_what_a_function_closes_over_without_gradients(method: str) ->
 
     with torch.no_grad():
         torch.testing.assert_close(torch.vmap(solve)(w), torch.stack([solve(one) for one in w]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_parameters_that_autocast_has_cast_before_are_parameters(cached: bool) -> None:
+    net, x = torch.nn.Linear(3, 3), torch.rand(4, 3)
+    grads = []
+    for gradient in ("direct", "reversible"):
+        with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=cached):
+            net(x)
+            samples, _ = fm.sample(lambda x, t: net(x), x, method="rk4", steps=4, gradient=gradient)
+        grads.append(torch.autograd.grad(samples.sum(), net.weight)[0])
+    torch.testing.assert_close(grads[1], grads[0], rtol=3e-2, atol=3e-2)

@@ -207,7 +207,7 @@ class _UsedTensors:
             leaf = getattr(node, "variable", None)
             if isinstance(leaf, Tensor):
                 self.leaves.setdefault(id(leaf), leaf)
-            elif node_number(node) < self._begin:
+            elif node_number(node) < self._begin and not _is_cast_parameter(node):
                 raise RuntimeError(
                     f"{self.name}: expected tensors with a gradient that are leaves (parameters), keyword arguments of "
                     "the network, or computed in the call, got one computed before the solve, whose own gradient a "
@@ -215,6 +215,12 @@ class _UsedTensors:
                 )
             nodes += [following for following, _ in node.next_functions]
         return value.detach()
+
+
+def _is_cast_parameter(node: Any) -> bool:
+    """Whether a node is the cast of a leaf, as autocast keeps it for all calls: nobody else has that tensor."""
+    before = [following for following, _ in node.next_functions if following is not None]
+    return node.name() == "ToCopyBackward0" and all(isinstance(getattr(x, "variable", None), Tensor) for x in before)
 
 
 def solve_reversible(
