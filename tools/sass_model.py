@@ -383,6 +383,19 @@ def _row(name: str, entry: Entry, gpu: Gpu) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def _wider_accesses(cases: Mapping[str, Entry], gpu: Gpu) -> str:
+    """What fewer loads and stores could save where the memory is not what a kernel waits for."""
+    bound = {name: entry["issued"] for name, entry in cases.items() if modelled(entry, gpu).ratio > 0.9}
+    if not bound:
+        return "No kernel of ours is above 0.9: wider accesses, bulk loads and clusters save nothing by this model."
+    share = 100 * max(issued.get("vectors", 0.0) / issued["issued"] for issued in bound.values())
+    return (
+        f"Of ours above 0.9: {'; '.join(bound)}. Loads and stores of vectors are at most {share:.1f} % of what these "
+        f"issue: 256-bit accesses, which halve them, would save {share / 2:.1f} % at most, bulk loads (TMA) not all of "
+        f"{share:.1f} %; clusters nothing, as no block reads what another one does."
+    )
+
+
 def page_text(tables: Mapping[str, dict[str, Any]]) -> str:
     """What stands between the marks of the page."""
     versions = tables[ARCHITECTURES[0]]
@@ -408,6 +421,7 @@ def page_text(tables: Mapping[str, dict[str, Any]]) -> str:
                     *(_row(name, entry, gpu) for name, entry in shown.items()),
                 ]
             ),
+            _wider_accesses({name: entry for name, entry in shown.items() if name in table["cases"]}, gpu),
         ]
         parts += lines
     return "\n\n".join(parts) + "\n"
