@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 import fmkernels as fm
+from fmkernels import paths
 from fmkernels.paths import fused
 from fmkernels.paths.schedule import Schedule, at
 
@@ -127,3 +129,45 @@ def test_what_is_differentiated_or_learned_goes_through_the_formulas() -> None:
     assert batch.x_t.requires_grad
     slope = torch.func.vmap(torch.func.grad(lambda t, x: fm.paths.VP().sample(x, x, t).x_t.sum()))(t.detach(), x_1)
     assert slope.abs().sum() > 0
+
+
+class Squared(paths.VP):
+    """A noise schedule of its own, by what VP computes its formulas from."""
+
+    def integral(self, t: Tensor) -> Tensor:
+        return 3.0 * (1 - t) ** 2
+
+    def d_integral(self, t: Tensor) -> Tensor:
+        return -6.0 * (1 - t)
+
+
+class Sine(paths.Cosine):
+    def sigma(self, t: Tensor) -> Tensor:
+        return 1 - torch.sin(0.5 * math.pi * t)
+
+    def d_sigma(self, t: Tensor) -> Tensor:
+        return -0.5 * math.pi * torch.cos(0.5 * math.pi * t)
+
+
+@pytest.mark.parametrize("path", [Squared(), Sine()], ids=["integral", "sigma"])
+@pytest.mark.parametrize("drawn", [False, True])
+def test_a_subclass_has_its_own_formulas(path: paths.Path, drawn: bool) -> None:
+    x_1, x_0 = torch.ones(4, 3, dtype=torch.float64), torch.full((4, 3), 2.0, dtype=torch.float64)
+    t = torch.tensor([0.1, 0.3, 0.6, 0.9], dtype=torch.float64)
+    batch = path.sample(x_1, x_0, seed=1) if drawn else path.sample(x_1, x_0, t)
+    a, s, da, ds = (f(batch.t)[:, None] for f in (path.alpha, path.sigma, path.d_alpha, path.d_sigma))
+    torch.testing.assert_close(batch.x_t, a * x_1 + s * x_0, rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(batch.target(), da * x_1 + ds * x_0, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("path", [paths.Cosine(), paths.VP(), paths.Polynomial(3.0), paths.VE()], ids=repr)
+def test_a_gradient_asked_for_after_sampling(path: paths.Path) -> None:
+    x_1, x_0, pred = (torch.randn(4, 3, dtype=torch.float64) for _ in range(3))
+    t = 0.1 + 0.8 * torch.rand(4, dtype=torch.float64)
+    batch = path.sample(x_1, x_0, t)
+    batch.t.requires_grad_()
+    (got,) = torch.autograd.grad(fm.cfm_loss(pred, batch), batch.t)
+    leaf = t.detach().clone().requires_grad_()
+    target = path.d_alpha(leaf)[:, None] * x_1 + path.d_sigma(leaf)[:, None] * x_0
+    (want,) = torch.autograd.grad((pred - target).square().mean(), leaf)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=0.0)

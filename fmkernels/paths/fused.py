@@ -36,16 +36,23 @@ class Table(NamedTuple):
         return self.row(ALPHA), self.row(SIGMA), None
 
     def fits(self, kernel: Kernel, t: Tensor) -> bool:
-        return self.t is t and self.version is not None and self.version == t._version and self.kernel == kernel
+        if self.t is not t or t.requires_grad:  # a gradient asked for since is of the formulas
+            return False
+        return self.version is not None and self.version == t._version and self.kernel == kernel
 
 
 def _table(kernel: Kernel, t: Tensor, values: Tensor) -> Table:
     return Table(kernel, t, None if t.is_inference() else t._version, values)
 
 
+def _kernel_of(schedule: Schedule) -> Kernel | None:
+    """A subclass of one of ours has formulas of its own."""
+    return schedule._kernel() if "_kernel" in vars(type(schedule)) else None
+
+
 def at(schedule: Schedule, t: Tensor, impl: str) -> Table | None:
     """The table at given times, or None where their own formulas must do."""
-    kernel = schedule._kernel()
+    kernel = _kernel_of(schedule)
     if kernel is None or (library := _dispatch.plain_library(impl)) is None:
         return None
     values = library.schedule_plain(t, kernel.code, kernel.a, kernel.b)
@@ -62,7 +69,7 @@ def draw(
     impl: str,
 ) -> Table | None:
     """The same at uniform times, drawn as :func:`fmkernels.rand` draws float32 ones."""
-    kernel = schedule._kernel()
+    kernel = _kernel_of(schedule)
     if kernel is None or (library := _dispatch.plain_library(impl)) is None:
         return None
     offset = first_element(row_offset, shape) if row_offset else 0
@@ -74,7 +81,7 @@ def derivatives(
     schedule: Schedule, t: Tensor, known: Table | None, impl: str
 ) -> tuple[Coefficient, Coefficient] | None:
     """(d alpha / dt, d sigma / dt), from a table that is there already if it is of this schedule and these times."""
-    kernel = schedule._kernel()
+    kernel = _kernel_of(schedule)
     if kernel is None or _dispatch.plain_library(impl) is None:
         return None
     d_alpha, d_sigma = kernel.numbers[D_ALPHA], kernel.numbers[D_SIGMA]
