@@ -168,6 +168,7 @@ def test_a_gradient_asked_for_after_sampling(path: paths.Path) -> None:
     batch.t.requires_grad_()
     (got,) = torch.autograd.grad(fm.cfm_loss(pred, batch), batch.t)
     leaf = t.detach().clone().requires_grad_()
-    target = path.d_alpha(leaf)[:, None] * x_1 + path.d_sigma(leaf)[:, None] * x_0
+    d_alpha, d_sigma = (torch.as_tensor(value).expand(4)[:, None] for value in (path.d_alpha(leaf), path.d_sigma(leaf)))
+    target = d_alpha * x_1 + d_sigma * x_0
     (want,) = torch.autograd.grad((pred - target).square().mean(), leaf)
     torch.testing.assert_close(got, want, rtol=1e-9, atol=0.0)
