@@ -6,8 +6,11 @@ from __future__ import annotations
 import pytest
 import sass
 import sass_model
+import torch
 from cuda_sources import FILES, Compile, machine_code, needs_nvcc, sources
 from sass import Kernel, Wanted
+
+from fmkernels.paths.batch import stores_noise
 
 CODE = """
         /*0000*/                   LDC.64 R2, c[0x0][0x210] ;
@@ -106,3 +109,11 @@ def test_the_page_is_what_the_tables_say() -> None:
     assert page == sass_model.page_with(page, sass_model.page_text(tables))
     with pytest.raises(ValueError, match="expected the marks"):
         sass_model.page_with("no marks", "")
+
+
+@pytest.mark.parametrize("gpu", sass_model.GPUS, ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize(("name", "dtype"), [("f32", torch.float32), ("bf16", torch.bfloat16)])
+def test_noise_is_stored_where_the_model_says(name: str, dtype: torch.dtype, gpu: sass_model.Gpu) -> None:
+    again, stored = sass_model.noise_times(sass_model.read_table(gpu.architecture)["cases"], gpu, name)
+    assert stores_noise(dtype, int(gpu.architecture)) == (stored < again)
+    assert stores_noise(dtype, None)  # a CPU

@@ -383,6 +383,9 @@ def _row(name: str, entry: Entry, gpu: Gpu) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+NOISE_DTYPES = ("f32", "bf16")
+
+
 def _wider_accesses(cases: Mapping[str, Entry], gpu: Gpu) -> str:
     """What fewer loads and stores could save where the memory is not what a kernel waits for."""
     bound = {name: entry["issued"] for name, entry in cases.items() if modelled(entry, gpu).ratio > 0.9}
@@ -394,6 +397,16 @@ def _wider_accesses(cases: Mapping[str, Entry], gpu: Gpu) -> str:
         f"issue: 256-bit accesses, which halve them, would save {share / 2:.1f} % at most, bulk loads (TMA) not all of "
         f"{share:.1f} %; clusters nothing, as no block reads what another one does."
     )
+
+
+def noise_times(cases: Mapping[str, Entry], gpu: Gpu, dtype: str) -> tuple[float, float]:
+    """Microseconds of a path and its loss where noise is drawn again, and where it is stored."""
+
+    def time(*names: str) -> float:
+        return sum(max(modelled(cases[f"{name}, {dtype}"], gpu).times.values()) for name in names)
+
+    again = time("combine 1 + noise, a sample", "loss of 1 + noise, gradient")
+    return again, time("combine 1 + noise stored, a sample", "loss of 2, gradient")
 
 
 def page_text(tables: Mapping[str, dict[str, Any]]) -> str:
@@ -421,6 +434,9 @@ def page_text(tables: Mapping[str, dict[str, Any]]) -> str:
                     *(_row(name, entry, gpu) for name, entry in shown.items()),
                 ]
             ),
+            "Path and loss with noise drawn again, or stored: "
+            + "; ".join("{}: {:.0f}, {:.0f} µs".format(d, *noise_times(table["cases"], gpu, d)) for d in NOISE_DTYPES)
+            + ".",
             _wider_accesses({name: entry for name, entry in shown.items() if name in table["cases"]}, gpu),
         ]
         parts += lines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, final
 
@@ -19,7 +20,7 @@ from .._checks import (
     type_error,
     value_error,
 )
-from .._torch import assert_while_running, compiling
+from .._torch import assert_while_running, compiling, constant_while_compiling
 from ..ops._operands import Coefficient, Operand
 from ..ops._sharded import common_seed, is_sharded
 from ..ops.combine.op import combine
@@ -34,10 +35,27 @@ from .schedule import Schedule
 
 TimeSampler = Sampler | Callable[..., Tensor]
 
-# Whether drawn noise is written out for the loss by default, or drawn again there. On a CPU benchmarks/results show
-# storing to be faster (implementations native-stored and native-redrawn). On CUDA devices it is not measured; there
-# drawing again moves fewer bytes and keeps one tensor less.
-STORE_NOISE = {"cpu": True}
+
+def stores_noise(dtype: torch.dtype, architecture: int | None) -> bool:
+    """Whether drawn noise is written out for the loss by default, or drawn again there.
+
+    On a CPU benchmarks/results show storing to be faster (implementations native-stored and native-redrawn). On CUDA
+    devices it is not measured; by the model of docs/performance.md drawing again is, but for half precision from sm_100
+    on, whose memory is faster. It keeps one tensor less.
+
+    Args:
+        architecture: of a CUDA device, 90 for sm_90; None for a CPU.
+    """
+    return architecture is None or (architecture >= 100 and dtype.itemsize == 2)
+
+
+@constant_while_compiling
+@functools.cache
+def _stores_noise_on(device: torch.device, dtype: torch.dtype) -> bool:
+    if device.type != "cuda":
+        return False
+    major, minor = torch.cuda.get_device_capability(device)
+    return stores_noise(dtype, 10 * major + minor)
 
 
 @final
@@ -329,8 +347,8 @@ def sample(
             ``seed`` or ``row_offset`` one that takes these too.
         row_offset: the index of the first sample within a larger batch: its shards, with one seed or equally seeded
             generators, draw together the noise and the times that the whole batch would.
-        store_noise: write drawn noise out for the loss (True), or draw it again there (False); None takes what was
-            measured to be faster.
+        store_noise: write drawn noise out for the loss (True), or draw it again there (False); None takes what is
+            faster: measured on CPUs, modelled for CUDA devices.
         checks: also check that t is finite and in [0, 1] (waits for the device).
         impl: "auto", "reference", "native" or "triton".
 
@@ -350,7 +368,7 @@ def sample(
         check_bool("checks", checks)
     device = x_1.device
     if store_noise is None:
-        store_noise = STORE_NOISE.get(device.type, False)
+        store_noise = stores_noise(x_1.dtype, None) if x_1.is_cpu else _stores_noise_on(device, x_1.dtype)
     elif type(store_noise) is not bool:
         check_bool("store_noise", store_noise)
     source = None if seed is None else as_seed(seed, device, generator)
