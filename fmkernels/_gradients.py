@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, final
 
@@ -70,3 +70,29 @@ def check_unrecorded(wanted: str, given: object) -> None:
             "around what is a constant)",
             given,
         )
+
+
+def check_apart(name: str, tensors: Sequence[Tensor]) -> None:
+    """That none of several tensors with a gradient is computed from another one, whose gradient would count twice.
+
+    Raises:
+        ValueError: one is.
+    """
+    made = {x.grad_fn: i for i, x in enumerate(tensors) if x.grad_fn is not None}
+    if not made:
+        return
+    leaves = {id(x): i for i, x in enumerate(tensors) if x.grad_fn is None}
+    for node, first in made.items():
+        seen, nodes = {node}, [following for following, _ in node.next_functions]
+        while nodes:
+            behind = nodes.pop()
+            if behind is None or behind in seen:
+                continue
+            seen.add(behind)
+            second = made.get(behind, leaves.get(id(getattr(behind, "variable", None))))
+            if second is not None:
+                raise ValueError(
+                    f"{name}: expected tensors of which none is computed from another, whose gradient would count "
+                    f"twice, but {name}[{first}] is from {name}[{second}]"
+                )
+            nodes += [following for following, _ in behind.next_functions]

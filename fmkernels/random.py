@@ -117,6 +117,8 @@ def first_element(row_offset: int, shape: Sequence[int]) -> int:
 def check_noise(name: str, noise: Any, data_name: str, data: Tensor) -> None:
     if not isinstance(noise, Noise):
         raise type_error(name, "a tensor or fm.Noise", noise)
+    if not torch.compiler.is_compiling() and min(noise.stream, noise.row_offset) < 0:
+        raise value_error(name, "noise with a stream and a row_offset >= 0", noise)
     check_same_device(f"{name}.seed", noise.seed, data_name, data)
 
 

@@ -205,3 +205,42 @@ def test_parameters_that_autocast_has_cast_before_are_parameters(cached: bool) -
             samples, _ = fm.sample(lambda x, t: net(x), x, method="rk4", steps=4, gradient=gradient)
         grads.append(torch.autograd.grad(samples.sum(), net.weight)[0])
     torch.testing.assert_close(grads[1], grads[0], rtol=3e-2, atol=3e-2)
+
+
+def test_conditions_of_a_reversible_solve_have_their_gradient_once() -> None:
+    """An encoder that is a part of the network, whose output is an argument; an argument made of another."""
+
+    class Network(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.layer = (torch.nn.Linear(3, 3, dtype=D) for _ in range(2))
+
+        def forward(self, x: Tensor, t: Tensor, first: Tensor, second: Tensor) -> Tensor:
+            return torch.tanh(self.layer(x) + first * second)
+
+    net, data, x = Network(), torch.rand(4, 3, dtype=D), torch.rand(4, 3, dtype=D)
+    leaf = torch.rand(4, 3, dtype=D, requires_grad=True)
+    grads = []
+    for gradient in ("direct", "reversible"):
+        first = net.encoder(data) + leaf
+        given = {"first": first, "second": first.sin()}
+        samples, _ = fm.sample(net, x, method="rk4", steps=20, gradient=gradient, **given)
+        grads.append(torch.autograd.grad(samples.square().mean(), [leaf, *net.parameters()]))
+    for got, want in zip(grads[1], grads[0], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-9)
+
+
+def test_parameters_of_an_adjoint_are_apart() -> None:
+    raw = torch.rand(2, dtype=D, requires_grad=True)
+    made = raw.sin()
+    x, t = torch.rand(2, dtype=D), times(0.0, 1.0)
+    for params in ((made, raw), (raw, made), (made, made.exp())):
+        with pytest.raises(
+            ValueError, match=r"adjoint_params: expected tensors of which none is computed from another"
+        ):
+            fm.odeint_adjoint(lambda t, y: made * y, x, t, adjoint_params=params)
+    first, second = raw.unbind()
+    y = fm.odeint_adjoint(lambda t, y: first * y + second, x, t, adjoint_params=(first, second))
+    want = fm.odeint(lambda t, y: raw[0] * y + raw[1], x, t)
+    got, want = (torch.autograd.grad(z[-1].sum(), raw)[0] for z in (y, want))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=0.0)

@@ -220,3 +220,16 @@ def test_bad_input(call, error, message) -> None:
 def test_seeds_beyond_int64_are_the_unsigned_ones() -> None:
     for seed in (2**63, 2**63 + 1, 2**64 - 1):
         assert torch.equal(fm.randn((9,), seed=seed), fm.randn((9,), seed=seed - 2**64))
+
+
+@pytest.mark.parametrize("name", ["stream", "row_offset"])
+def test_noise_with_a_number_below_0_is_refused(name: str) -> None:
+    noise, x = fm.Noise(torch.tensor(1)), torch.zeros(4, 3)
+    setattr(noise, name, -1)
+    for call in (
+        lambda: fm.combine([x, noise], [1.0, 1.0]),
+        lambda: fm.regression_loss(x, [noise], [1.0]),
+        lambda: fm.interpolate(x, noise, alpha=0.5, sigma=0.5),
+    ):
+        with pytest.raises(ValueError, match=f"noise with a stream and a row_offset >= 0|{name}"):
+            call()

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._checks import tensor_of, type_error, warn
-from ..._gradients import first_derivatives_only
+from ..._gradients import check_apart, first_derivatives_only
 from ..._torch import untraced
 from ..methods import registry as methods
 from .callbacks import CALLBACKS
@@ -231,6 +231,7 @@ def odeint_adjoint(
         raise ValueError("adjoint_options: expected a dict beside options where adjoint_method is another, got None")
     given = _tensors(adjoint_params)
     params = tuple(p for p in given if p.requires_grad)
+    check_apart("adjoint_params", params)
     back = {k: v for k, v in forward.options.items() if k not in _FORWARD_ONLY}
     back = back if adjoint_options is None else given_back.options
     if callable(back.get("norm")) and len(params) < len(given):

@@ -107,11 +107,14 @@ def _solve_forward(scheme: Scheme, y0: Tensor, times: Tensor) -> _Solved:
 
 
 class _Solve(torch.autograd.Function):
-    """The kept states of (scheme, its solve, y0, times (S + 1, ...) in float64, *what the field uses)."""
+    """The kept states of (scheme, its solve, what the field uses, y0, times (S + 1, ...) in float64, *whose gradient
+    that of what the field uses is)."""
 
     @staticmethod
-    def forward(ctx: Any, scheme: Scheme, solved: _Solved, y0: Tensor, times: Tensor, *inputs: Tensor) -> Tensor:
-        ctx.scheme = scheme
+    def forward(
+        ctx: Any, scheme: Scheme, solved: _Solved, used: Sequence[Tensor], y0: Tensor, times: Tensor, *inputs: Tensor
+    ) -> Tensor:
+        ctx.scheme, ctx.used = scheme, used
         ctx.save_for_backward(solved.y, solved.z, times, solved.kept, *inputs)
         return solved.kept
 
@@ -119,11 +122,11 @@ class _Solve(torch.autograd.Function):
     @first_derivatives_only("a reversible solve")
     def backward(ctx: Any, grad_kept: Tensor) -> tuple[Tensor | None, ...]:
         scheme: Scheme = ctx.scheme
-        y, z, times, _, *inputs = ctx.saved_tensors
-        needs = ctx.needs_input_grad[1:]
-        tape = _Tape(scheme, inputs, needs[2])
+        y, z, times, *_ = ctx.saved_tensors
+        with_times = ctx.needs_input_grad[4]
+        tape = _Tape(scheme, ctx.used, with_times)
         places = {n: i for i, n in enumerate(scheme.kept)}
-        grad_times = torch.zeros_like(times) if needs[2] else None
+        grad_times = torch.zeros_like(times) if with_times else None
         coupling = scheme.coupling
         grad_y, grad_z = torch.zeros_like(y), torch.zeros_like(z)
         rows = times.detach().unbind(0)
@@ -146,7 +149,7 @@ class _Solve(torch.autograd.Function):
         grad_y = grad_y + grad_z
         if 0 in places:
             grad_y = grad_y + grad_kept[places[0]]
-        return None, None, grad_y, grad_times, *tape.grads
+        return None, None, None, grad_y, grad_times, *tape.grads
 
 
 class _Tape:
@@ -179,7 +182,7 @@ class _UsedTensors:
     """A field that notes the leaves with a gradient that its outputs depend on, at whatever time they show.
 
     Args:
-        known: inputs that are noted already; what lies behind them is theirs.
+        known: leaves that are noted already.
         name: of the field, in the error.
 
     Raises:
@@ -189,7 +192,6 @@ class _UsedTensors:
 
     def __init__(self, field: Field, known: Sequence[Tensor], name: str) -> None:
         self.field, self.leaves, self.name = field, {id(x): x for x in known}, name
-        self._stops = {x.grad_fn for x in known if x.grad_fn is not None}
         self._begin = next_node_number()
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
@@ -198,7 +200,7 @@ class _UsedTensors:
             return value
         if value.grad_fn is None:
             self.leaves.setdefault(id(value), value)
-        seen, nodes = set(self._stops), [value.grad_fn]
+        seen, nodes = set(), [value.grad_fn]
         while nodes:
             node = nodes.pop()
             if node is None or node in seen:
@@ -223,8 +225,23 @@ def _is_cast_parameter(node: Any) -> bool:
     return node.name() == "ToCopyBackward0" and all(isinstance(getattr(x, "variable", None), Tensor) for x in before)
 
 
+class StandIns:
+    """Leaves in the place of tensors with a gradient, for a field of a reversible solve. The graph behind a tensor is
+    not the field's: what both use, an encoder's parameters beside what it made, would get its gradient twice."""
+
+    def __init__(self) -> None:
+        self.of: dict[int, tuple[Tensor, Tensor]] = {}  # by the leaf: it, and what it stands for
+
+    def __call__(self, value: Any) -> Any:
+        if not (isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled()):
+            return value
+        leaf = value.detach().requires_grad_()
+        self.of[id(leaf)] = leaf, value
+        return leaf
+
+
 def solve_reversible(
-    scheme: Scheme, y0: Tensor, times: Tensor, modules: Sequence[Any] = (), tensors: Sequence[Any] = ()
+    scheme: Scheme, y0: Tensor, times: Tensor, modules: Sequence[Any] = (), given: StandIns | None = None
 ) -> Tensor:
     """The states after the kept steps, (len(kept), *y0.shape).
 
@@ -232,6 +249,7 @@ def solve_reversible(
     use on the way.
 
     Args:
+        given: what the field has in the place of tensors with a gradient.
         times: (S + 1,), or of a leading part of y0's shape each, (S + 1, B, ...); float64.
     """
     if transform_active():
@@ -242,7 +260,8 @@ def solve_reversible(
     start, grid = y0.detach(), times.detach()
     if not torch.is_grad_enabled():
         return _solve_forward(scheme, start, grid).kept
-    inputs = [x for x in tensors if isinstance(x, Tensor) and x.requires_grad]
+    stands_for = {} if given is None else given.of
+    inputs = [leaf for leaf, _ in stands_for.values()]
     for module in modules:
         if isinstance(module, nn.Module):
             inputs += [p for p in module.parameters() if p.requires_grad]
@@ -253,7 +272,9 @@ def solve_reversible(
             f"{scheme.name}: expected a field that draws no random numbers where the solve is reversible (dropout in "
             "training does): the way back would draw others; take gradient='direct' or checkpoints"
         )
-    return _Solve.apply(scheme, solved, y0, times, *used.leaves.values())  # type: ignore[no-untyped-call, no-any-return]
+    leaves = list(used.leaves.values())
+    wanted = [stands_for[id(leaf)][1] if id(leaf) in stands_for else leaf for leaf in leaves]
+    return _Solve.apply(scheme, solved, leaves, y0, times, *wanted)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def _random_states(y: Tensor) -> list[Tensor]:

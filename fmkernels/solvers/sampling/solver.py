@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..._arguments import check_named, leaves, unknown_reason
+from ..._arguments import check_named, tree_map, unknown_reason
 from ..._checks import (
     check_bool,
     check_callable,
@@ -29,7 +29,7 @@ from ..._torch import has_tangent, transform_active
 from ...random import draw_seed
 from ..adaptive.lowered import Lowered
 from ..adaptive.solve import solve_adaptive
-from ..methods.reversible import Scheme, solve_reversible, tableau_of
+from ..methods.reversible import Scheme, StandIns, solve_reversible, tableau_of
 from ..methods.sde import SDE
 from ..methods.tableaus import Tableau
 from ..programs.draws import Transform, check_transform, transformed
@@ -346,7 +346,8 @@ class Solver(FlowSettings):
         times = torch.stack(grid).to(x.device)
         steps, dtype = len(grid) - 1, self.time_dtype_of(x)
         velocity = Velocity(self.model, self.guidance, self.path, self.prediction, self.said)
-        arguments = velocity.arguments(kwargs, x)
+        given = StandIns()
+        arguments = tree_map(given, velocity.arguments(kwargs, x))
 
         def time(t: Tensor) -> Tensor:
             t = t.to(dtype)
@@ -354,7 +355,7 @@ class Solver(FlowSettings):
 
         kept = range(steps + 1) if return_trajectory else [steps]
         scheme = Scheme(lambda t, y: velocity(t, y, **arguments), tableau, kept, time=time, name="model")
-        states = solve_reversible(scheme, x, times, velocity.modules, list(leaves(arguments)))
+        states = solve_reversible(scheme, x, times, velocity.modules, given)
         where, trajectory = (times, states) if return_trajectory else (None, None)
         return states[-1], SampleResult(velocity.evaluations, steps, None, where, trajectory)
 
