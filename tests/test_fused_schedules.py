@@ -172,3 +172,20 @@ def test_a_gradient_asked_for_after_sampling(path: paths.Path) -> None:
     target = d_alpha * x_1 + d_sigma * x_0
     (want,) = torch.autograd.grad((pred - target).square().mean(), leaf)
     torch.testing.assert_close(got, want, rtol=1e-9, atol=0.0)
+
+
+def test_an_object_with_a_formula_of_its_own() -> None:
+    path = paths.Cosine()
+    path.sigma = lambda t: 1 - t
+    t = torch.tensor([0.2, 0.5, 0.8])
+    batch = path.sample(torch.zeros(3, 1), torch.ones(3, 1), t)
+    torch.testing.assert_close(batch.x_t[:, 0], 1 - t)
+
+
+@pytest.mark.parametrize("path", [paths.Cosine(), paths.VP(), paths.VE()], ids=repr)
+def test_more_times_than_one_call_takes(path: paths.Path) -> None:
+    whole = path.sample(torch.ones((1 << 20) + 2, 1), seed=9)
+    half = (1 << 19) + 1
+    parts = [path.sample(torch.ones(half, 1), seed=9, row_offset=offset) for offset in (0, half)]
+    assert torch.equal(torch.cat([part.x_t for part in parts]), whole.x_t)
+    assert torch.equal(torch.cat([part.target() for part in parts]), whole.target())

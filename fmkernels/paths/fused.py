@@ -17,6 +17,9 @@ from ..random import first_element
 from .schedule import Kernel, Schedule
 
 ALPHA, SIGMA, D_ALPHA, D_SIGMA = range(4)
+_FORMULAS = frozenset({"alpha", "sigma", "d_alpha", "d_sigma", "integral", "d_integral"})
+# The compiled library takes no more of a CPU's numbers in one call.
+_MOST = 1 << 20
 
 
 @final
@@ -46,8 +49,9 @@ def _table(kernel: Kernel, t: Tensor, values: Tensor) -> Table:
 
 
 def _kernel_of(schedule: Schedule) -> Kernel | None:
-    """A subclass of one of ours has formulas of its own."""
-    return schedule._kernel() if "_kernel" in vars(type(schedule)) else None
+    """A subclass of one of ours has formulas of its own, and so has an object that was given some."""
+    ours = "_kernel" in vars(type(schedule)) and _FORMULAS.isdisjoint(vars(schedule))
+    return schedule._kernel() if ours else None
 
 
 def at(schedule: Schedule, t: Tensor, impl: str) -> Table | None:
@@ -56,6 +60,10 @@ def at(schedule: Schedule, t: Tensor, impl: str) -> Table | None:
     if kernel is None or (library := _dispatch.plain_library(impl)) is None:
         return None
     values = library.schedule_plain(t, kernel.code, kernel.a, kernel.b)
+    if values is None and t.is_cpu and t.numel() > _MOST and t.is_contiguous():  # the same numbers as those of shards
+        parts = [library.schedule_plain(part, kernel.code, kernel.a, kernel.b) for part in t.view(-1).split(_MOST)]
+        if all(part is not None for part in parts):
+            values = torch.cat(parts, 1).view(4, *t.shape)
     return None if values is None else _table(kernel, t, values)
 
 

@@ -102,6 +102,8 @@ def sample(
             computes the rest again in the backward pass, the network's forward with it (what that counts, as batch
             normalisation in training its statistics, is counted twice). "reversible" takes the steps of
             :mod:`fmkernels.solvers.methods.reversible` (Runge-Kutta methods only, twice the calls) and keeps one state.
+            With both the network is called again on the way back: what it reads must be as it was, and a generator of
+            its own, which nobody sees, would draw other numbers.
             For the adjoint method see :func:`fmkernels.odeint_adjoint`.
         dtype, device: of the state; x_0's, and for a shape float32 and the model's device, if None.
         time_shape: the shape of t for the model: "batch", (B,), or "scalar", ().
