@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import wraps
 from typing import Any, final
 
@@ -13,6 +14,26 @@ from ._checks import value_error
 from ._torch import reverse_transform_active
 
 Backward = Callable[..., Any]
+
+
+Autocast = Callable[[], AbstractContextManager[Any]]
+
+
+def present_autocast(device: torch.device) -> Autocast:
+    """The state of autocast, to be entered again by a backward pass that calls a network again."""
+    settings = [
+        (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in {"cpu", device.type}
+    ]
+    cached = torch.is_autocast_cache_enabled()
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        with ExitStack() as stack:
+            for kind, enabled, dtype in settings:
+                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cached))
+            yield
+
+    return again
 
 
 @final

@@ -119,6 +119,8 @@ def check_noise(name: str, noise: Any, data_name: str, data: Tensor) -> None:
         raise type_error(name, "a tensor or fm.Noise", noise)
     if not torch.compiler.is_compiling() and min(noise.stream, noise.row_offset) < 0:
         raise value_error(name, "noise with a stream and a row_offset >= 0", noise)
+    if noise.seed.dtype is not torch.int64 or noise.seed.numel() != 1:
+        raise value_error(f"{name}.seed", "an int64 tensor with one element", noise.seed)
     check_same_device(f"{name}.seed", noise.seed, data_name, data)
 
 

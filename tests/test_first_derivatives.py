@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -244,3 +246,53 @@ def test_parameters_of_an_adjoint_are_apart() -> None:
     want = fm.odeint(lambda t, y: raw[0] * y + raw[1], x, t)
     got, want = (torch.autograd.grad(z[-1].sum(), raw)[0] for z in (y, want))
     torch.testing.assert_close(got, want, rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("solve", ["sample", "odeint"])
+def test_the_way_back_runs_under_the_autocast_of_the_way_there(solve: str) -> None:
+    net, x, seen = torch.nn.Linear(3, 3), torch.rand(4, 3), []
+
+    def field(x: Tensor) -> Tensor:
+        seen.append((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+        return net(x)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        if solve == "sample":
+            y = fm.sample(lambda x, t: field(x), x, method="rk4", steps=4, gradient="reversible")[0]
+        else:
+            y = fm.odeint_adjoint(
+                lambda t, y: field(y), x, torch.tensor([0.0, 1.0]), adjoint_params=tuple(net.parameters()), rtol=1e-2
+            )
+    there = len(seen)
+    y.float().sum().backward()
+    assert len(seen) > there
+    assert set(seen) == {(True, torch.bfloat16)}
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_checkpointed_solves_that_are_dropped_are_freed(kept: bool) -> None:
+    weight, states = torch.tensor(0.5, requires_grad=True), []
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        states.append(weakref.ref(x))
+        return weight * x
+
+    def solves() -> None:
+        for steps in (1, 9):
+            for trajectory in (False, True):
+                y, _ = fm.sample(
+                    model, torch.rand(3, 2), steps=steps, gradient="checkpoint", return_trajectory=trajectory
+                )
+                if kept:
+                    y.sum().backward(retain_graph=True)
+        for method, options in (("rk4", {"step_size": 0.1, "checkpoint": True}), ("dopri5", {"checkpoint": True})):
+            y = fm.odeint(
+                lambda t, y: model(y, t), torch.rand(3, 2), torch.tensor([0.0, 1.0]), method=method, options=options
+            )
+            if kept:
+                y.sum().backward(retain_graph=True)
+
+    solves()
+    fm.clear_caches()  # which keep steppers with states of their own
+    gc.collect()
+    assert not [ref for ref in states if ref() is not None]

@@ -189,3 +189,25 @@ def test_more_times_than_one_call_takes(path: paths.Path) -> None:
     parts = [path.sample(torch.ones(half, 1), seed=9, row_offset=offset) for offset in (0, half)]
     assert torch.equal(torch.cat([part.x_t for part in parts]), whole.x_t)
     assert torch.equal(torch.cat([part.target() for part in parts]), whole.target())
+
+
+class Late(paths.CondOT):
+    def sigma(self, t: Tensor) -> Tensor:
+        return (1 - t) ** 2
+
+
+def test_a_straight_path_with_a_formula_of_its_own() -> None:
+    t = torch.tensor([0.2, 0.5, 0.8])
+    for path, want in ((Late(), (1 - t) ** 2), (paths.CondOT(), 1 - t)):
+        batch = path.sample(torch.zeros(3, 1), torch.ones(3, 1), t)
+        torch.testing.assert_close(batch.x_t[:, 0], want)
+
+
+def test_a_batch_of_inference_mode_trains() -> None:
+    x_1, x_0, t = torch.randn(4, 3), torch.randn(4, 3), torch.rand(4)
+    with torch.inference_mode():
+        inside = paths.Cosine().sample(x_1, x_0, t)
+    pred = torch.randn(4, 3, dtype=torch.bfloat16, requires_grad=True)
+    batches = (inside, paths.Cosine().sample(x_1, x_0, t))
+    grads = [torch.autograd.grad(fm.cfm_loss(pred, batch, kind="huber"), pred)[0] for batch in batches]
+    assert torch.equal(*grads)

@@ -28,7 +28,7 @@ class Table(NamedTuple):
 
     kernel: Kernel
     t: Tensor
-    version: int | None  # of t; None: nobody counts its changes
+    version: int | None  # of t; None: inference tensors, whose changes nobody counts and autograd does not save
     values: Tensor  # (4, *t.shape)
 
     def row(self, place: int) -> Coefficient:
@@ -45,7 +45,7 @@ class Table(NamedTuple):
 
 
 def _table(kernel: Kernel, t: Tensor, values: Tensor) -> Table:
-    return Table(kernel, t, None if t.is_inference() else t._version, values)
+    return Table(kernel, t, None if values.is_inference() or t.is_inference() else t._version, values)
 
 
 def _kernel_of(schedule: Schedule) -> Kernel | None:

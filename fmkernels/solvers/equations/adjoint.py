@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._checks import tensor_of, type_error, warn
-from ..._gradients import check_apart, first_derivatives_only
+from ..._gradients import Autocast, check_apart, first_derivatives_only, present_autocast
 from ..._torch import untraced
 from ..methods import registry as methods
 from .callbacks import CALLBACKS
@@ -50,7 +50,7 @@ class _Adjoint(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, problem: _Problem, y0: Tensor, t: Tensor, *params: Tensor) -> tuple[Tensor, Tensor]:
         packed, ahead = problem.packed.part(y0.detach()), problem.forward
-        ctx.problem = problem
+        ctx.problem, ctx.autocast = problem, present_autocast(y0.device)
         if problem.event_fn is None:
             event_t, ys = t.new_zeros(()), solve(packed, t.detach(), ahead)
         else:
@@ -68,7 +68,7 @@ class _Adjoint(torch.autograd.Function):
         with_event, with_times = problem.event_fn is not None, ctx.needs_input_grad[2]
         times = torch.stack([t[0], event_t]) if with_event else t
         field, back = problem.packed.field, problem.backward
-        dynamics = _Dynamics(problem.packed, params, with_times)
+        dynamics = _Dynamics(problem.packed, params, with_times, ctx.autocast)
         # of times, the state, its gradient, and parameters
         state = [ys.new_zeros(()), ys[-1], grad_ys[-1], *(torch.zeros_like(_real(p)) for p in params)]
         grad_t = torch.zeros_like(t)
@@ -107,8 +107,8 @@ def _real(p: Tensor) -> Tensor:
 class _Dynamics:
     """The right-hand side of (gradient of t, y, gradient of y, gradients of the parameters)."""
 
-    def __init__(self, packed: Packed, params: Sequence[Tensor], with_times: bool) -> None:
-        self.packed, self.params, self.with_times = packed, tuple(params), with_times
+    def __init__(self, packed: Packed, params: Sequence[Tensor], with_times: bool, autocast: Autocast) -> None:
+        self.packed, self.params, self.with_times, self.autocast = packed, tuple(params), with_times, autocast
         for name in CALLBACKS:
             callback = getattr(packed.func, f"{name}_adjoint", None)
             if callback is not None:
@@ -120,7 +120,8 @@ class _Dynamics:
         with torch.enable_grad():
             time = t.detach().to(dtype).requires_grad_(self.with_times)
             y = state[1].detach().to(dtype).requires_grad_()
-            value = packed.field(time, y)
+            with self.autocast():
+                value = packed.field(time, y)
             inputs = [y, *self.params, *([time] if self.with_times else [])]
             grads: Sequence[Tensor | None] = [None] * len(inputs)
             if value.requires_grad:

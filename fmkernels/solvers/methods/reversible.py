@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._checks import as_state, check_number, value_error
-from ..._gradients import first_derivatives_only
+from ..._gradients import Autocast, first_derivatives_only, present_autocast
 from ..._torch import next_node_number, node_number, transform_active
 from ...ops.combine.op import combine
 from ..programs.tables import accumulator
@@ -114,7 +114,7 @@ class _Solve(torch.autograd.Function):
     def forward(
         ctx: Any, scheme: Scheme, solved: _Solved, used: Sequence[Tensor], y0: Tensor, times: Tensor, *inputs: Tensor
     ) -> Tensor:
-        ctx.scheme, ctx.used = scheme, used
+        ctx.scheme, ctx.used, ctx.autocast = scheme, used, present_autocast(y0.device)
         ctx.save_for_backward(solved.y, solved.z, times, solved.kept, *inputs)
         return solved.kept
 
@@ -124,7 +124,7 @@ class _Solve(torch.autograd.Function):
         scheme: Scheme = ctx.scheme
         y, z, times, *_ = ctx.saved_tensors
         with_times = ctx.needs_input_grad[4]
-        tape = _Tape(scheme, ctx.used, with_times)
+        tape = _Tape(scheme, ctx.used, with_times, ctx.autocast)
         places = {n: i for i, n in enumerate(scheme.kept)}
         grad_times = torch.zeros_like(times) if with_times else None
         coupling = scheme.coupling
@@ -155,8 +155,8 @@ class _Solve(torch.autograd.Function):
 class _Tape:
     """Differentiates increments and sums the gradients of what the field uses."""
 
-    def __init__(self, scheme: Scheme, inputs: Sequence[Tensor], with_times: bool) -> None:
-        self.scheme, self.inputs, self.with_times = scheme, list(inputs), with_times
+    def __init__(self, scheme: Scheme, inputs: Sequence[Tensor], with_times: bool, autocast: Autocast) -> None:
+        self.scheme, self.inputs, self.with_times, self.autocast = scheme, list(inputs), with_times, autocast
         self.grads: list[Tensor | None] = [None] * len(self.inputs)
 
     def pull(self, t: Tensor, u: Tensor, y: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Any, Any]:
@@ -164,7 +164,8 @@ class _Tape:
         with torch.enable_grad():
             y = y.detach().requires_grad_()
             t, u = (x.detach().clone().requires_grad_(self.with_times) for x in (t, u))
-            value = self.scheme.increment(t, u, y)
+            with self.autocast():
+                value = self.scheme.increment(t, u, y)
             if not value.requires_grad:
                 return value, torch.zeros_like(y), 0.0, 0.0
             own = [y, t, u] if self.with_times else [y]

@@ -9,6 +9,7 @@ are taken as they come; the others are copied unless the run is their only owner
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -453,34 +454,33 @@ class Run:
                 self._segment(number, start, stop)
                 start = stop
 
-    def _segment(self, number: int, start: int, stop: int) -> None:
-        def live(at: int) -> list[int]:
-            return [r for r, last in enumerate(self.segment.last_use) if last >= at and self.registers[r] is not None]
+    def _live(self, at: int) -> list[int]:
+        return [r for r, last in enumerate(self.segment.last_use) if last >= at and self.registers[r] is not None]
 
-        before = live(start)
-        after: list[int] = []
-        on_step = self.on_step
+    def _segment(self, number: int, start: int, stop: int) -> None:
+        before, after = self._live(start), list[int]()
+        # The graph keeps the segment, which must not keep what has a graph: a run of its own, with nothing in it
+        own, on_step = copy.copy(self), self.on_step
+        own.registers, own.on_step = [], None
 
         def segment(*tensors: Tensor) -> tuple[Tensor, ...]:
             nonlocal on_step
             # where the network takes gradients itself, this is called within its own call
-            outer = vars(self).copy()
-            self._begin(number, tensors[0])
-            self.times = OwnTimes(self.times)  # the segment is run again, at the times as they were
-            self.registers[0] = None
+            outer = vars(own).copy()
+            own._begin(number, tensors[0])
+            own.times = OwnTimes(own.times)  # the segment is run again, at the times as they were
+            own.registers[0] = None
             for register, tensor in zip(before, tensors, strict=True):
-                self.registers[register] = tensor
-            self.on_step, on_step = on_step, None  # the steps are told of once
+                own.registers[register] = tensor
+            own.on_step, on_step = on_step, None  # the steps are told of once
             try:
-                self.execute(self.segment.prepared[start:stop])
-                after[:] = live(stop)
-                return tuple(self.registers[r] for r in after)
+                own.execute(own.segment.prepared[start:stop])
+                after[:] = own._live(stop)
+                return tuple(own.registers[r] for r in after)
             finally:
-                vars(self).update(outer)
+                vars(own).update(outer)
 
-        watcher = self.on_step
         results = checkpoint(segment, *(self.registers[r] for r in before), use_reentrant=False)
-        self.on_step = watcher
         self.registers = [None] * self.segment.registers
         for register, tensor in zip(after, results, strict=True):
             self.registers[register] = tensor
