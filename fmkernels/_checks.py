@@ -254,6 +254,8 @@ def tensor_of(value: Any, dtype: torch.dtype | None = None) -> Tensor:
     """A tensor where it is; numbers as one on the CPU, whatever the default device."""
     if isinstance(value, Tensor):
         return value if dtype is None else value.to(dtype)
+    if isinstance(value, np.ndarray) and not torch.compiler.is_compiling() and not value.flags.writeable:
+        value = value.copy()  # a tensor over its memory could be written to
     return torch.as_tensor(value, dtype=dtype, device="cpu")
 
 

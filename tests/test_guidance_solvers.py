@@ -125,6 +125,8 @@ def test_plan_keys() -> None:
     guidance = CFG(scale, negative={"y": NULL})
     scale.zero_()
     assert guidance.scale[1] == 2.0
+    with pytest.raises(ValueError, match="read-only"):
+        guidance.scale[1] = 3.0  # compiled solves have its numbers
 
 
 @pytest.mark.parametrize("rule", ["scale", "per sample", "rescale", "zero star"])

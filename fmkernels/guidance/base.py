@@ -52,7 +52,7 @@ _COND_OT = CondOT()
 
 
 def checked_scale(name: str, scale: Scale) -> Scale:
-    """A float, a float64 array of the host, or a function; arrays are copied.
+    """A float, a float64 array of the host, or a function; arrays are copied, and written to no more.
 
     Raises:
         TypeError, ValueError: it is none of them.
@@ -63,6 +63,8 @@ def checked_scale(name: str, scale: Scale) -> Scale:
         array = np.array(real_array(name, _SCALE, scale if isinstance(scale, Tensor) else np.asarray(scale)))
         if not np.isfinite(array).all():
             raise value_error(name, "finite numbers", scale)
+        if not torch.compiler.is_compiling():
+            array.setflags(write=False)  # torch.compile takes its numbers for constants
         return array if array.ndim else float(array)
     if callable(scale) and not isinstance(scale, type):
         return scale
@@ -133,7 +135,7 @@ def scale_at(builder: Builder, scale: Scale, t: Number, interval: Interval = Non
     dims = len(shape)
     if not isinstance(value, float):
         if isinstance(t, Tensor) and not isinstance(value, Tensor):
-            value = torch.as_tensor(value, dtype=t.dtype, device=t.device)
+            value = tensor_of(value, t.dtype).to(t.device)
         if dims and value.ndim > dims:
             raise value_error("scale", f"no more dimensions than the times, whose shape is {tuple(shape)}", value)
         if dims:

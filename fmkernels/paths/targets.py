@@ -104,6 +104,10 @@ def _check_parameters(parameters: dict[str, float], *targets: str) -> None:
         raise value_error("sigma_data", "none but for the target 'edm'", targets[0] if len(targets) == 1 else targets)
 
 
+_EPSILON = 4 * torch.finfo(torch.float64).eps  # what a difference of two roundings of one number may be
+_LEAST = 1e-30  # that is divided by, so that quotients are finite in float32
+
+
 def conversion_coefficients(
     path: Schedule, t: Tensor, source: str, target: str, **parameters: float
 ) -> tuple[Tensor, Tensor]:
@@ -135,11 +139,13 @@ def conversion_coefficients(
     other = torch.where(swap, c_0, c_1) / torch.where(silent, 1.0, pivot)
     r_pivot, r_other = torch.where(swap, alpha, sigma), torch.where(swap, sigma, alpha)
     d_pivot, d_other = torch.where(swap, d_1, d_0), torch.where(swap, d_0, d_1)
-    # Where x_t and the prediction say the same, the other sample is undetermined: the quotient is held.
-    left = r_other - r_pivot * other
-    held = torch.where(left < 0, -1.0, 1.0) * left.abs().clamp(min=SMALL * SMALL)
-    a = (d_other - d_pivot * other) / held
-    b = (d_pivot - r_pivot * a) * torch.sign(pivot) / scale.clamp(min=SMALL * SMALL)
+    # Where x_t and the prediction say the same, as far as float64 can tell, the other sample is undetermined: the
+    # quotient is held. A small difference that is one divides like any other.
+    left, of_pivot = r_other - r_pivot * other, r_pivot * other
+    same = left.abs() <= _EPSILON * torch.maximum(r_other.abs(), of_pivot.abs())
+    left = torch.where(left < 0, -1.0, 1.0) * left.abs().clamp(min=_LEAST)
+    a = (d_other - d_pivot * other) / torch.where(same, SMALL * SMALL, left)
+    b = (d_pivot - r_pivot * a) * torch.sign(pivot) / scale.clamp(min=_LEAST)
     # x_t alone gives what is along its own row exactly, and nothing across it
     alone = (d_1 * alpha + d_0 * sigma) / (alpha.square() + sigma.square())
     a, b = torch.where(silent, alone, a), torch.where(silent, 0.0, b)
@@ -159,8 +165,9 @@ def convert(
 
     Two linear relations, x_t = alpha x_1 + sigma x_0 and prediction = c_1 x_1 + c_0 x_0, give x_1 and x_0 and thereby
     any other target: target = A x_t + B prediction, one pass over memory. Finite at both ends of the path. Where x_t
-    and the prediction do not determine the target (x_1 from x_0 at t = 0, where x_t = x_0), or barely (x_1 from the
-    velocity 6 t^5 (x_1 - x_0) of t^6 at t = 0.01), divisors count as at least 1e-8 and the value has no meaning.
+    and the prediction do not determine the target (x_1 from x_0 at t = 0, where x_t = x_0), a divisor counts as 1e-8
+    and the value has no meaning; where they barely do (x_1 from the velocity 6 t^5 (x_1 - x_0) of t^6 at t = 0.01), the
+    quotient is the formula's, and multiplies the prediction's error by what the formula says.
 
     Args:
         path: an affine path, without a gamma term.
