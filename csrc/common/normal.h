@@ -48,8 +48,11 @@ FM_HOST_DEVICE double multiply_add(double a, double b, double c) {
 #endif
 }
 
-// A GPU's own functions, one instruction each. PTX documents of log2 an absolute error of 2^-22 for x in (1/2, 2) and
-// else 2 ulp, of the square root 1 ulp; the same instruction gives the same bits in every kernel.
+// A GPU's own functions, one instruction each; the same instruction gives the same bits in every kernel. The PTX ISA
+// (9.1, sections 9.7.3.20 and 9.7.3.15) documents of log2 an absolute error of 2^-22 for x in (1/2, 2) and else a
+// relative one of 2^-22, of the square root a relative one of 2^-23. The CUDA programming guide, from extensive tests,
+// has 2 ulp of __log2f outside [1/2, 2], and 1 ulp of sqrtf with -prec-sqrt=false (5.2 on): the same instructions, and
+// half to all of that error.
 struct Hardware {
 #if defined(__CUDA_ARCH__) && !defined(FM_EMULATED)
   FM_HOST_DEVICE static float log2(float x) {
@@ -125,11 +128,12 @@ FM_HOST_DEVICE void cos_sin_turns(float u, float& cosine, float& sine) {
 // hardware's logarithm and root.
 //
 // Next to u = 1, where the logarithm's error does not shrink with its value, a series in 1 - u (exact there) takes its
-// place, selected without a branch; its own error in r is 3e-8. By the documented bounds r is wrong by 7e-7 at most
-// just before the series (2 ln 2 2^-22 over twice an r of 1/4) and, at the largest r, 6.76, by 1e-6: half of it the
-// root's ulp. Half turns of the angle are taken off exactly, by an addition that rounds to whole numbers, and go into
-// the radius' sign; then polynomials on [-1/4, 1/4] turns, which are off by 1.4e-7 with their roundings. The hardware's
-// sine and cosine may be off by 4e-7 and would be too coarse for large r.
+// place, selected without a branch; its own error in r is 3e-8. By the guide's bounds r is wrong by 7e-7 at most just
+// before the series (2 ln 2 2^-22 over twice an r of 1/4) and, at the largest r, 6.76, by 1.3e-6: 0.5e-6 of it the
+// root's ulp; by the PTX ISA's alone by 1.8e-6 there. Half turns of the angle are taken off exactly, by an addition
+// that rounds to whole numbers, and go into the radius' sign; then polynomials on [-1/4, 1/4] turns, which are off
+// by 1.4e-7 with their roundings. The hardware's sine and cosine may be off by 4e-7 and would be too coarse for large
+// r.
 template <typename Functions>
 FM_HOST_DEVICE void approximate_normals(float u, float v, float& z0, float& z1) {
   const float t = 1.0f - u;
@@ -154,7 +158,7 @@ FM_HOST_DEVICE void approximate_normals(float u, float v, float& z0, float& z1) 
 }
 
 // Box-Muller: two words, two independent standard normals, z0 = r cos(2 pi u2), z1 = r sin(2 pi u2), |z|
-// <= 6.77. Float normals of a GPU and of the CPU differ by 2e-6 at most.
+// <= 6.77. Float normals of a GPU and of the CPU differ by 2e-6 at most, by the PTX ISA's bounds alone by 2.5e-6.
 FM_HOST_DEVICE void box_muller(uint32_t a, uint32_t b, float& z0, float& z1) {
 #if defined(__CUDA_ARCH__)
   approximate_normals<Hardware>(open_uniform(a), open_uniform(b), z0, z1);

@@ -20,8 +20,13 @@ void expect(bool ok, const char* what, double got, double want) {
   std::printf("FAILED %s: got %.9g, expected %.9g\n", what, got, want);
 }
 
-// A GPU's functions as wrong as PTX's documentation lets them be, towards one side.
-template <int log_side, int root_side>
+// What documents promise of the two instructions. Both: log2 is off by 2^-22 at most for arguments in (1/2, 2). Else
+// the CUDA programming guide, of __log2f and of sqrtf with -prec-sqrt=false, from tests: 2 ulp and 1 ulp; the PTX ISA,
+// of lg2.approx and sqrt.approx: 2^-22 and 2^-23 of the value.
+enum class Document { guide, ptx };
+
+// A GPU's functions as wrong as a document lets them be, towards one side.
+template <Document document, int log_side, int root_side>
 struct Erring {
   static double ulp(double x) { return std::ldexp(1.0, std::ilogb(x) - 23); }
   // The float next to exact + side * error on the inner side: what is documented holds after rounding.
@@ -31,22 +36,23 @@ struct Erring {
   }
   static float log2(float x) {
     const double exact = std::log2(static_cast<double>(x));
-    return off(exact, log_side, x > 0.5f && x < 2.0f ? 0x1p-22 : 2 * ulp(exact));
+    const double relative = document == Document::ptx ? 0x1p-22 * std::fabs(exact) : 2 * ulp(exact);
+    return off(exact, log_side, x > 0.5f && x < 2.0f ? 0x1p-22 : relative);
   }
   static float square_root(float x) {
     if (!(x > 0)) return x == 0 ? x : NAN;
     const double exact = std::sqrt(static_cast<double>(x));
-    return off(exact, root_side, ulp(exact));
+    return off(exact, root_side, document == Document::ptx ? 0x1p-23 * exact : ulp(exact));
   }
 };
 
-template <int log_side, int root_side>
-void test_normals() {
+template <Document document, int log_side, int root_side>
+void test_normals(double most) {
   double worst = 0, worst_cpu = 0;
   const auto compare = [&](uint32_t a, uint32_t b) {
     float z[2], cosine, sine;
     const float u = open_uniform(a), v = open_uniform(b);
-    approximate_normals<Erring<log_side, root_side>>(u, v, z[0], z[1]);
+    approximate_normals<Erring<document, log_side, root_side>>(u, v, z[0], z[1]);
     const double r = std::sqrt(-2 * std::log(static_cast<double>(u))), angle = 6.283185307179586 * v;
     const double exact[2] = {r * std::cos(angle), r * std::sin(angle)};
     const float radius = std::sqrt(-2.0f * log_positive(u));
@@ -79,19 +85,25 @@ void test_normals() {
     const Words w = philox4x32(11, i, 5);
     compare(w.w0, w.w1);
   }
-  expect(worst < 2e-6, "a GPU's float normals, at worst, against double", worst, 2e-6);
-  expect(worst_cpu < 2e-6, "a GPU's float normals, at worst, against the CPU's", worst_cpu, 2e-6);
-  std::printf("a GPU's normals, functions erring by %+d and %+d: %.2e from double, %.2e from the CPU's\n", log_side,
-              root_side, worst, worst_cpu);
+  expect(worst < most, "a GPU's float normals, at worst, against double", worst, most);
+  expect(worst_cpu < most, "a GPU's float normals, at worst, against the CPU's", worst_cpu, most);
+  std::printf("a GPU's normals, %s, functions erring by %+d and %+d: %.2e from double, %.2e from the CPU's\n",
+              document == Document::ptx ? "PTX" : "guide", log_side, root_side, worst, worst_cpu);
+}
+
+template <Document document>
+void test_document(double most) {
+  test_normals<document, -1, -1>(most);
+  test_normals<document, -1, 1>(most);
+  test_normals<document, 0, 0>(most);
+  test_normals<document, 1, -1>(most);
+  test_normals<document, 1, 1>(most);
 }
 
 }  // namespace
 
 int main() {
-  test_normals<-1, -1>();
-  test_normals<-1, 1>();
-  test_normals<0, 0>();
-  test_normals<1, -1>();
-  test_normals<1, 1>();
+  test_document<Document::guide>(2e-6);
+  test_document<Document::ptx>(2.5e-6);
   return failures == 0 ? 0 : 1;
 }
