@@ -40,6 +40,20 @@ def test_the_cheapest_way_does_what_is_wanted() -> None:
     assert len(kernel.cheapest(Wanted(products=4)) or ()) == 17
 
 
+def test_of_two_stores_predicated_against_each_other_one_is_done() -> None:
+    other = """
+        /*0060*/              @!P2 STG.E.128 desc[UR4][R2.64], R4 ;
+        /*0068*/               @P2 STG.E.EF.128 desc[UR4][R2.64], R4 ;
+        /*006c*/               @P3 STG.E desc[UR4][R6.64], R4 ;
+"""
+    kernel = Kernel(CODE.replace("        /*0060*/                   STG.E.EF.128 desc[UR4][R2.64], R4 ;\n", other))
+    way = kernel.cheapest(Wanted(loads=1, stores=1)) or []
+    assert [i.opcode for i in way] == ["LDC", "ISETP", "BRA", "LDG", "IMAD", "BRA", "STG", "STG", "STG", "EXIT"]
+    found = sass.count(way)
+    assert (found["lsu"], found["off"], found["vectors"]) == (3, 1, 2)
+    assert sum(found[name] for name in sass.PIPES) == len(way)
+
+
 def test_ways_that_are_closed_are_not_taken() -> None:
     assert len(Kernel(CODE, vectors_only=True).cheapest(Wanted()) or ()) == 8
     assert Kernel(CODE).cheapest(Wanted(entries=1)) is None

@@ -27,10 +27,10 @@ import torch  # noqa: E402
 import fmkernels as fm  # noqa: E402
 
 INNER = 4096
-SHORT = 64  # elements of a row of which several share a block
+SHORT, ODD = 64, 63  # elements of a row of which several share a block
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16, "f64": torch.float64}
 # Kernels that no call launches alone.
-WITHIN_OTHERS = frozenset({"step_rows, move"})
+WITHIN_OTHERS = frozenset({"step_rows, move", "step_rows, move, rows of odd length"})
 CALLS, ROUNDS, WARM_UPS = 4, 7, 3
 
 Call = Callable[[], Any]
@@ -60,7 +60,8 @@ def call_of(name: str, device: torch.device, elements: int) -> Call | None:
     if kind in WITHIN_OTHERS:
         return None
     beside, dtype = last.endswith(" beside f32"), DTYPES[last.removesuffix(" beside f32")]
-    inputs = Inputs(dtype, device, elements, SHORT if kind.endswith("short rows") else INNER)
+    inner = SHORT if kind.endswith("short rows") else ODD if kind.endswith("of odd length") else INNER
+    inputs = Inputs(dtype, device, elements, inner)
     operands = torch.float32 if beside else None
 
     def combine(count: int, **options: Any) -> Call:
@@ -103,6 +104,7 @@ def call_of(name: str, device: torch.device, elements: int) -> Call | None:
         "row_dots of 2": lambda: dots(2),
         "row_dots of 4": lambda: dots(4),
         "row_dots of 2, short rows": lambda: dots(2),
+        "row_dots of 2, short rows of odd length": lambda: dots(2),
     }
     return made[kind]()
 

@@ -88,7 +88,7 @@ _PIPES: Mapping[str, frozenset[str]] = {
     ),
     "uniform": frozenset({"R2UR", "S2UR", "LDCU", "VOTEU"}),
 }
-PIPES = (*_PIPES, "alu")
+PIPES = (*_PIPES, "alu", "off")
 
 
 def pipe(opcode: str) -> str:
@@ -223,9 +223,21 @@ def _gain(block: list[Instruction], narrow: bool, double: bool) -> Wanted:
     )
 
 
+def _off(stores: list[Instruction]) -> int:
+    """How many of some stores do nothing as another one, of the same and predicated against them, is done."""
+    found = Counter((i.arguments, i.predicate.strip()) for i in stores if i.predicate)
+    return sum(min(n, found[args, f"@!{p[1:]}"]) for (args, p), n in found.items() if not p.startswith("@!"))
+
+
 def count(way: list[Instruction]) -> Counter[str]:
-    """Instructions by pipe; beside them "wide", the IMADs that take the pipe twice, and "vectors", 128-bit accesses."""
+    """Instructions by pipe, "off" those of two stores predicated against each other that are issued for nothing; beside
+    them "wide", the IMADs that take the pipe twice, and "vectors", 128-bit accesses."""
     found = Counter(pipe(instruction.opcode) for instruction in way)
     found["wide"] = sum(i.opcode == "IMAD" and ".WIDE" in i.suffix for i in way)
     found["vectors"] = sum(i.opcode in ("LDG", "STG") and ".128" in i.suffix for i in way)
+    for wide in (True, False):
+        if off := _off([i for i in way if i.opcode in ("STG", "ST") and (".128" in i.suffix) == wide]):
+            found["lsu"] -= off
+            found["off"] += off
+            found["vectors"] -= off * wide
     return found

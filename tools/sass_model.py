@@ -71,7 +71,8 @@ class Case(NamedTuple):
 
     @property
     def vectors_only(self) -> bool:
-        return self.kernel.startswith(("combine_kernel", "random_kernel", "step_rows_kernel"))
+        vectors = ("combine_kernel", "random_kernel", "step_rows_kernel")
+        return self.wanted.stores > 0 and self.kernel.startswith(vectors)
 
 
 BYTES = {"f32": 4, "bf16": 2, "f16": 2, "f64": 8}
@@ -133,9 +134,14 @@ def _cases(dtype: str) -> Iterable[Case]:
         yield case(f"row_dots of {count}", source, dots, max(1, 16 // (U * v)), Wanted(count * U), count, 0)
     dots = f"{v}:short_row_dots_kernel<RowDotsShape<{dtype}, 2>>"
     yield case("row_dots of 2, short rows", source, dots, 8, Wanted(2), 2, 0)
+    dots = f"1:short_row_dots_kernel<RowDotsShape<{dtype}, 2>>"
+    yield case("row_dots of 2, short rows of odd length", source, dots, 8, Wanted(entries=2), 2, 0)
 
     rows = f"{V}:step_rows_kernel<StepRowsShape<{dtype}, {V}>>"
     yield case("step_rows, move", "step_control", rows, 1, Wanted(2 * w, 2 * w), 2, 2)
+    rows = f"1:step_rows_kernel<StepRowsShape<{dtype}, 1>>"
+    decision = 0 if dtype == "f64" else 1  # whether the step counts, which has 32 bits
+    yield case("step_rows, move, rows of odd length", "step_control", rows, 1, Wanted(entries=2 + decision), 2, 2)
 
 
 def cases() -> list[Case]:
