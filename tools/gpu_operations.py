@@ -3,10 +3,10 @@
     python tools/gpu_operations.py --check --out build/gpu/operations.jsonl   results against float64 on the CPU
     compute-sanitizer python tools/gpu_operations.py --impls native           nothing but the kernels
 
-The cases are those of fmkernels/ops/<op>/cases.py, and adaptive solves for the control and the rows of steps. Inputs
-are made on the CPU and copied, so that few kernels other than ours run. Operations and dtypes take turns, each in an
-order of its own: a run that is cut has seen a part of all. A line for each operation, dtype and implementation is
-written as it ends; the exit status is 1 where a result is wrong.
+The cases are those of fmkernels/ops/<op>/cases.py, adaptive solves for the control and the rows of steps, and the
+built-in paths for the schedule. Inputs are made on the CPU and copied, so that few kernels other than ours run.
+Operations and dtypes take turns, each in an order of its own: a run that is cut has seen a part of all. A line for each
+operation, dtype and implementation is written as it ends; the exit status is 1 where a result is wrong.
 """
 
 from __future__ import annotations
@@ -29,11 +29,21 @@ from torch import Tensor  # noqa: E402
 
 import fmkernels as fm  # noqa: E402
 from fmkernels import Noise, _dispatch  # noqa: E402
+from fmkernels.paths import fused  # noqa: E402
+from fmkernels.paths.schedule import at  # noqa: E402
 from fmkernels.testing import Case, assert_within_budget, select, to_float64  # noqa: E402
 
 OPS = ("regression_loss", "combine", "interpolate", "random", "row_dots")
-SOLVE = "step_control"
+SOLVE, SCHEDULE = "step_control", "schedule"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SCHEDULES = (
+    fm.paths.VP(),
+    fm.paths.Cosine(),
+    fm.paths.LinearVP(),
+    fm.paths.Polynomial(1.5),
+    fm.paths.VE(),
+    fm.paths.OptimalTransport(0.3),
+)
 Check = Callable[[torch.device, bool], None]
 
 
@@ -98,6 +108,28 @@ def run_solve(rows: int, inner: int, method: str, dtype: torch.dtype, device: to
     assert error <= allowed, f"{method}, {rows} x {inner}: expected exp(-k t) y to {allowed}, off by {error:.2e}"
 
 
+def run_schedule(path: fm.paths.Path, count: int, dtype: torch.dtype, device: torch.device, check: bool) -> None:
+    """A path's schedule and derivatives at given times and at drawn ones, a launch each."""
+    times, seed = torch.linspace(0.0, 1.0, count, dtype=dtype), torch.tensor(count)
+    given = fused.at(path, times.to(device), "auto")
+    drawn = fused.draw(path, (count,), seed.to(device), 2, 0, dtype, "auto")
+    assert given is not None, f"{path!r}, {count} times: expected one launch, got formulas"
+    assert drawn is not None, f"{path!r}, {count} drawn times: expected one launch, got formulas"
+    if not check:
+        return
+    uniform = fm.rand(count, seed=seed, stream=2, impl="reference").to(dtype)
+    assert torch.equal(drawn.t.cpu(), uniform), f"{path!r}: expected the times of fm.rand"
+    for table, t in ((given, times), (drawn, uniform)):
+        for place, name in enumerate(("alpha", "sigma", "d_alpha", "d_sigma")):
+            want, plain, got = (
+                torch.as_tensor(value).cpu().double().expand(t.shape)
+                for value in (at(path, name, t.double()), at(path, name, t), table.row(place))
+            )
+            # next to the ends the formulas are off by more, as 1 - t is what it is
+            allowed = 64 * torch.finfo(dtype).eps * want.abs() + 2 * (plain - want).abs()
+            assert ((got - want).abs() <= allowed).all(), f"{path!r}: {name} at {count} times"
+
+
 def groups(impls: list[str], device: torch.device) -> dict[tuple[str, str, str], list[Check]]:
     """(implementation, operation, dtype) -> what is to be done, in an order of its own."""
     found: dict[tuple[str, str, str], list[Check]] = {}
@@ -110,6 +142,11 @@ def groups(impls: list[str], device: torch.device) -> dict[tuple[str, str, str],
                 found[impl, op, str(dtype).removeprefix("torch.")] = [
                     lambda device, check, case=case, dtype=dtype, impl=impl: run_case(case, dtype, impl, device, check)
                     for case in rng.sample(cases, len(cases))
+                ]
+            if impl == "native" and dtype in (torch.float32, torch.float64):  # those of times
+                found[impl, SCHEDULE, str(dtype).removeprefix("torch.")] = [
+                    lambda device, check, path=path, n=n, dtype=dtype: run_schedule(path, n, dtype, device, check)
+                    for path, n in zip(SCHEDULES, (1, 127, 128, 129, 1000, 5000), strict=True)
                 ]
             if impl == "native":
                 shapes = [(3, 7), (300, 2), (2, 4100), (5, 64), (70, 33)]
