@@ -82,13 +82,6 @@ def _readable(value: Tensor) -> bool:
     return value.is_cpu and plain(value) and not transform_active()
 
 
-def _is_finite(owner: Any, name: str, value: Tensor, t: Tensor) -> bool:
-    """Whether a schedule's value at times t is known to be finite."""
-    if torch.compiler.is_compiling():
-        return _is_of_numbers(owner) and _facts(owner, name, t.dtype)[0]
-    return _readable(value) and math.isfinite(value.detach().sum().item())  # of all, or it is asked about each
-
-
 def checked(owner: Any, name: str, value: Any, t: Tensor) -> Tensor | float:
     """What a schedule's function returned at t: a float, or a floating tensor that broadcasts to t's shape; nearer than
     SMALL to an end of the path where it has no finite value, that at a distance of SMALL from it."""
@@ -103,13 +96,13 @@ def checked(owner: Any, name: str, value: Any, t: Tensor) -> Tensor | float:
         raise type_error(label, "a floating tensor", value)
     if value.shape != t.shape and not _expands(value.shape, t.shape):
         raise value_error(label, f"t's shape, {tuple(t.shape)}", value)
-    known = _is_finite(owner, name, value, t)
-    if known and (torch.compiler.is_compiling() or _inside(t)):
+    compiling = torch.compiler.is_compiling()
+    if (_is_of_numbers(owner) and _facts(owner, name, t.dtype)[0]) if compiling else _inside(t):
         return value
     function = getattr(owner, name)
     with torch.no_grad():
         end = function(nearest_end(t))
-    if known and _readable(end) and math.isfinite(end.sum().item()):
+    if not compiling and _readable(end) and math.isfinite(end.sum().item()):
         return value
     return function(torch.where(torch.isfinite(end), t, t.clamp(SMALL, 1.0 - SMALL)))
 
