@@ -86,7 +86,8 @@ def _settings(task: Task) -> dict[str, Any]:
     guidance = fm.guidance.CFG(GUIDANCE_SCALE, negative={"label": 0.0}) if task.guided else None
     tolerances = {"rtol": task.tolerance, "atol": task.tolerance}
     said = {"batched": ("label",)}  # one call for both branches of guidance; labels leave with finished samples
-    return {"method": task.method, "steps": task.steps, "guidance": guidance, **tolerances, **said}
+    # the model holds nothing of single samples
+    return {"method": task.method, "steps": task.steps, "guidance": guidance, "compact": "auto", **tolerances, **said}
 
 
 def _sample(task: Task) -> Run:

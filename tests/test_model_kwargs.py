@@ -44,8 +44,8 @@ class Field(nn.Module):
         return v if context is None else v + (context.mean(0) * t[:, None]).to(x.dtype)
 
 
-def solve(model: Any = None, **options: Any) -> tuple[Tensor, fm.SampleResult]:
-    return fm.sample(model or Field(), X, method="dopri5", rtol=1e-4, atol=1e-4, **options)
+def solve(model: Any = None, compact: Any = "auto", **options: Any) -> tuple[Tensor, fm.SampleResult]:
+    return fm.sample(model or Field(), X, method="dopri5", rtol=1e-4, atol=1e-4, compact=compact, **options)
 
 
 # ---------------------------------------------------------------------- what follows its samples
@@ -73,7 +73,8 @@ def test_the_result_says_whether_finished_samples_leave() -> None:
     assert solve(partial(Field(), rate=torch.tensor([1.0])))[1].compaction == "on"
     assert solve(rate=torch.ones(1))[1].compaction == "on", "no dimension of the batch's size"
     assert solve(rate=RATE, compact=False)[1].compaction == "off: compact=False"
-    assert fm.sample(lambda x, t: -x, X[:2], method="dopri5")[1].compaction == "off: a small state (compact='auto')"
+    small = fm.sample(lambda x, t: -x, X[:2], method="dopri5", compact="auto")[1]
+    assert small.compaction == "off: a small state (compact='auto')"
     assert fm.sample(lambda x, t: -x, X, steps=2)[1].compaction is None
     with pytest.raises(ValueError, match="compact: expected batched= or shared= to name rate beside it, got True"):
         solve(rate=RATE, compact=True)
@@ -81,6 +82,50 @@ def test_the_result_says_whether_finished_samples_leave() -> None:
     model = Field()
     solve(model, rate=RATE, compact=0.1, batched=["rate"])
     assert min(model.rows) <= 0.1 * B or min(model.rows) == B
+
+
+class Cached(nn.Module):
+    """Holds a row for each sample by itself, and reads as many of them as x has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("rate", RATE)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return -self.rate[: len(x), None] * torch.sin(x)
+
+
+def likelihood_gradient(x: Tensor, t: Tensor) -> Tensor:
+    """Of a target that has a row for each sample."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(-(RATE * (x - CONTEXT).square().sum(1)).sum(), x)
+    return gradient
+
+
+@pytest.mark.parametrize("said", [{}, {"shared": ("context",), "context": CONTEXT}], ids=["nothing", "names"])
+def test_finished_samples_stay_unless_the_caller_says_that_they_may_leave(said: dict[str, Any]) -> None:
+    """Nobody sees what a model, a closure or a classifier holds of single samples."""
+    rows: list[int] = []
+    classifier = fm.guidance.ClassifierGuidance(likelihood_gradient, 1.0)
+
+    def closure(x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
+        rows.append(len(x))
+        return -RATE[:, None] * torch.sin(x)
+
+    def free(x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
+        rows.append(len(x))
+        return torch.sin(x)
+
+    for model, guidance in ((closure, None), (free, classifier)):
+        rows.clear()
+        result = fm.sample(model, X, method="dopri5", guidance=guidance, **said)[1]
+        assert set(rows) == {B}
+        assert result.compaction == "off: compact=False"
+    x = torch.randn(4, 300, generator=G)
+    assert fm.log_prob(lambda x, t: -x, x, divergence="hutchinson").compaction == "off: compact=False"
+    got = fm.sample(Cached(), X, method="dopri5", rtol=1e-4, atol=1e-4)[0]
+    assert torch.equal(got, solve(rate=RATE, compact=False)[0])
 
 
 @pytest.mark.parametrize(
@@ -225,7 +270,8 @@ def test_guidance_never_guesses_rows(method: str) -> None:
 
 def test_class_labels_that_a_number_replaces_are_known() -> None:
     model = Attends()
-    _, result = fm.sample(model, X, method="dopri5", guidance=CFG(2.0, negative={"y": 9}), y=LABELS)
+    guidance = CFG(2.0, negative={"y": 9})
+    _, result = fm.sample(model, X, method="dopri5", guidance=guidance, compact="auto", y=LABELS)
     assert max(model.rows) == 2 * B
     assert result.compaction == "on"
     conditions = MultiCondition([({"y": 1}, 2.0), ({"y": 2}, 1.0)], negative={"y": 9})

@@ -43,8 +43,8 @@ class AdaptiveOptions:
         max_step: bound of the step size.
         max_steps: of a row, accepted or not; beyond it ends with Status.MAX_STEPS.
         compact: moves the running rows into a smaller batch where they are at most this share of it; True is one
-            half, False never, "auto" one half of states with at least 1024 elements (below, the network's cost hardly
-            depends on the batch).
+            half, False never, as for a func that holds what belongs to the rows; "auto" one half of states with at
+            least 1024 elements (below, the network's cost hardly depends on the batch).
         chunk: steps between two looks at who has finished.
         time_shape: the shape of t for func: "batch", (B,), or "scalar", () (only where shared).
         time_dtype: of t; None for float32 (float64 for a float64 state).
@@ -62,7 +62,7 @@ class AdaptiveOptions:
     force_min_step: bool = False
     max_step: float = math.inf
     max_steps: int = 10_000
-    compact: bool | float | Literal["auto"] = "auto"
+    compact: bool | float | Literal["auto"] = False
     chunk: int = 1
     time_shape: str = "batch"
     time_dtype: torch.dtype | None = None

@@ -156,7 +156,6 @@ def adaptive_options(packed: Packed, settings: Settings, record: bool) -> Adapti
         rtol=packed.tolerance("rtol", settings.rtol),
         atol=packed.tolerance("atol", settings.atol),
         shared=not per_sample,
-        compact=False,  # func may hold what belongs to the samples
         force_min_step=True,
         time_shape="batch" if per_sample else "scalar",
         time_dtype=packed.y0.dtype,

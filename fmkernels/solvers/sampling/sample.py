@@ -108,14 +108,17 @@ def sample(
         dtype, device: of the state; x_0's, and for a shape float32 and the model's device, if None.
         time_shape: the shape of t for the model: "batch", (B,), or "scalar", ().
         time_dtype: of t; float32 (float64 for a float64 state) if None.
-        compact: whether samples of an adaptive method leave the batch when they have finished: True (where a half has),
-            a share of the batch at which it shrinks, False, or "auto", for states of at least 1024 elements. It must
-            be known which keyword arguments follow their samples; else "auto" keeps the batch whole, ``True`` is an
-            error, and ``result.compaction`` says so.
+        compact: whether samples of an adaptive method leave the batch when they have finished, for fewer rows in the
+            network's calls: False; True (where a half has), a share of the batch at which it shrinks, or "auto", for
+            states of at least 1024 elements. Only for a model and a guidance that hold nothing of single samples by
+            themselves, as a closure ``lambda x, t: net(x, t, y)``, a cache or a target of some rows do: these would
+            meet the rows of others. Of keyword arguments it must be known which follow their samples; else "auto" keeps
+            the batch whole and another value is an error. ``result.compaction`` says what was done.
         batched, shared: names of the model's keyword arguments that have an entry for each sample, ``batched=("y",)``,
-            and of those that have none. A shape does not tell: a context of as many rows as there are samples looks
-            like an argument of theirs. Known without being named: what has no dimension of the batch's size, class
-            labels (integers, (B,)) that guidance sets to a number, and arrays of guidance scales.
+            and of those that have none, for one call of guidance's branches and for ``compact``. A shape does not tell:
+            a context of as many rows as there are samples looks like an argument of theirs. Known without being named:
+            what has no dimension of the batch's size, class labels (integers, (B,)) that guidance sets to a number, and
+            arrays of guidance scales.
         model_kwargs: keyword arguments handed to the model at each call; those that have none of our names may stand
             by themselves (``y=labels``).
 

@@ -63,7 +63,7 @@ class FlowSettings:
     atol: float = 1e-5
     controller: Controller = field(default=None)  # type: ignore[assignment]  # IController()
     max_steps: int = 10_000
-    compact: Compact = "auto"
+    compact: Compact = False
     batched: Sequence[str] = ()
     shared: Sequence[str] = ()
     time_shape: str = "batch"

@@ -369,8 +369,8 @@ def _refuse_tangent(x: Tensor) -> None:
 
 def adaptive_options(settings: FlowSettings, x: Tensor, unknown: Sequence[str], **more: Any) -> tuple[Any, str]:
     """How an adaptive solve is controlled, and whether finished samples leave the batch: in words, for a result."""
-    if settings.compact is False:
-        return settings.options(**more), "off: compact=False"
+    if not settings.compact:
+        return settings.options(**more), f"off: compact={settings.compact}"
     options = settings.options(**more)
     if options.record:
         return options, "off: steps are recorded"

@@ -224,7 +224,9 @@ def sample_stream(
         batched = tree_map(lambda leaf: _in_full(leaf, len(y)), found.pop("batched", {}))
         return {**found, "batched": batched} if batched else found
 
-    places = Places(velocity, tableau, settings.options(), (t0, t1), arrange, lambda: FOLLOW)
+    # a network whose rows are places of requests that come and go holds nothing of theirs
+    options = settings.options(compact="auto")
+    places = Places(velocity, tableau, options, (t0, t1), arrange, lambda: FOLLOW)
     return _streamed(places, requests, capacity, refill_at)
 
 
