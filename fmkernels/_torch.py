@@ -53,7 +53,12 @@ def transform_active() -> bool:
 
     Under torch.compile as well: transforms are entered while tracing, and their stack is guarded.
     """
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return func_transform_active() or forward_ad._current_level >= 0
+
+
+def func_transform_active() -> bool:
+    """True inside torch.func's transforms; forward-mode AD alone is none of them."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def is_transformed(tensor: Tensor) -> bool:

@@ -61,6 +61,10 @@ def check_row_offset(row_offset: int, shape: Sequence[int]) -> None:
         check_int("row_offset", row_offset, low=0, high=2**62 // max(math.prod(shape[1:]), 1) - sum(shape[:1]))
 
 
+# PyTorch's vectorised functions differ in the last bit from those that it takes for what is left over, so that a time
+# would depend on its place in the call: logarithms, powers and sigmoids are taken in float64, and rounded once.
+
+
 def _uniform(shape: tuple[int, ...], seed: Tensor, row_offset: int, stream: int = TIME_STREAM) -> Tensor:
     return draw(shape, kinds.UNIFORM, seed, stream, row_offset, torch.float32)
 
@@ -119,6 +123,8 @@ def draw_times(
     elif not callable(sampler) or isinstance(sampler, type):
         raise type_error(name, "one of fm.times, or a function of (shape, device=, generator=)", sampler)
     elif seed is None and row_offset == 0:
+        if not _takes(sampler, "device", "generator"):
+            raise type_error(name, "one of fm.times, or a function of (shape, device=, generator=)", sampler)
         times = sampler(shape, device=device, generator=generator)
     else:
         # a generator's draws depend on how many were made before: only the function itself can tell rows apart
@@ -342,7 +348,7 @@ class LogitNormal(Sampler):
         check_number("std", self.std, above=0.0)
 
     def draw(self, shape: tuple[int, ...], seed: Tensor, row_offset: int) -> Tensor:
-        return torch.sigmoid(-(self.mean + self.std * _normal(shape, seed, row_offset)))
+        return torch.sigmoid(-(self.mean + self.std * _normal(shape, seed, row_offset).double())).float()
 
 
 @final
@@ -429,11 +435,11 @@ class Beta(Sampler):
 
     def draw(self, shape: tuple[int, ...], seed: Tensor, row_offset: int) -> Tensor:
         if self.b == 1.0:  # the law's distribution function is x^a
-            beta = (1.0 - _uniform(shape, seed, row_offset)) ** (1.0 / self.a)
+            beta = (1.0 - _uniform(shape, seed, row_offset)).double() ** (1.0 / self.a)
         else:  # x / (x + y), by logarithms: gammas of small parameters underflow
             x, y = _log_gammas((self.a, self.b), shape, seed, row_offset)
             beta = torch.sigmoid(x - y)
-        return (1.0 - (self.offset + self.scale * beta)).clamp(0.0, 1.0)
+        return (1.0 - (self.offset + self.scale * beta)).clamp(0.0, 1.0).float()
 
 
 _ATTEMPTS = 8
@@ -447,9 +453,9 @@ def _log_gammas(parameters: tuple[float, ...], shape: tuple[int, ...], seed: Ten
     in 10^10) the law's mode is taken. Parameters below 1 are raised by 1 and their variate multiplied by u^(1/a).
     """
     sizes = (*shape, len(parameters), _ATTEMPTS)
-    normals = _normal(sizes, seed, row_offset).unbind(-2)
-    uniforms = torch.log(1.0 - _uniform(sizes, seed, row_offset, TIME_STREAM + 1)).unbind(-2)
-    boosts = torch.log(1.0 - _uniform((*shape, len(parameters)), seed, row_offset, TIME_STREAM + 2)).unbind(-1)
+    normals = _normal(sizes, seed, row_offset).double().unbind(-2)
+    uniforms = torch.log((1.0 - _uniform(sizes, seed, row_offset, TIME_STREAM + 1)).double()).unbind(-2)
+    boosts = (1.0 - _uniform((*shape, len(parameters)), seed, row_offset, TIME_STREAM + 2)).double().log().unbind(-1)
     results = []
     for a, z, log_u, boost in zip(parameters, normals, uniforms, boosts, strict=True):
         d = (a + 1.0 if a < 1.0 else a) - 1.0 / 3.0

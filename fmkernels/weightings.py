@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from ._checks import check_choice, check_float_tensor, check_number, type_error
-from .paths.derivatives import SMALL, as_tensor, filled
-from .paths.schedule import Schedule, divisor, tensor_at
+from .paths.derivatives import SMALL, as_tensor, filled, nearest_end
+from .paths.schedule import Schedule, divisor, promoted, tensor_at
 
 
 @runtime_checkable
@@ -38,9 +38,9 @@ class _Formula:
     """A weighting by a formula of the schedule."""
 
     def weight(self, path: Schedule, t: Tensor) -> Tensor:
-        """Weights of t's shape at times t, float32 or float64."""
+        """Weights of t's shape at times t, float32 (float64 for float64 t)."""
         _check(path, t)
-        return self._weight(path, t)
+        return self._weight(path, promoted("t", t))
 
     def _weight(self, path: Schedule, t: Tensor) -> Tensor:
         raise NotImplementedError
@@ -61,6 +61,15 @@ def _sigma(path: Schedule, t: Tensor) -> Tensor:
 
 def _snr(path: Schedule, t: Tensor) -> Tensor:
     return (tensor_at(path, "alpha", t) / _sigma(path, t)).square()
+
+
+_NEXT = 1e-9  # to an end, in float64, where a function of a user's own may have no value
+
+
+def _unheld(path: Schedule, name: str, t: Tensor) -> Tensor:
+    """A function of a schedule as it is, held only where it has no finite value."""
+    value = as_tensor(getattr(path, name)(t), t)
+    return torch.where(torch.isfinite(value), value, tensor_at(path, name, t))
 
 
 @final
@@ -149,6 +158,12 @@ class Likelihood(_Formula):
         dtype, t = t.dtype, t.double()  # alpha and its derivative may both be below float32's range
         alpha, sigma = tensor_at(path, "alpha", t), _sigma(path, t)
         d_alpha, d_sigma = tensor_at(path, "d_alpha", t), tensor_at(path, "d_sigma", t)
+        if not path._exact:  # sigma d sigma, of the root of something, has a limit where d sigma has none
+            with torch.no_grad():
+                rough = ~torch.isfinite(as_tensor(path.d_sigma(nearest_end(t)), t))
+            near = torch.where(rough, t.clamp(_NEXT, 1.0 - _NEXT), t)
+            sigma = torch.where(rough, _unheld(path, "sigma", near), sigma)
+            d_sigma = torch.where(rough, _unheld(path, "d_sigma", near), d_sigma)
         half = sigma * (sigma * d_alpha - alpha * d_sigma)
         # 0 where both derivatives vanish, with alpha
         return (alpha / torch.where(half > 0.0, half, SMALL * SMALL)).to(dtype)
@@ -183,12 +198,13 @@ def resolve(weight: Weight, path: Schedule, t: Tensor) -> Tensor | None:
         weight: None; a name: "uniform", "snr", "truncated_snr", "min_snr", "sigma_sqrt", "cosmap", "sigmoid",
             "likelihood", "x_1"; a weighting; a tensor; or a callable of t.
         path: the path whose schedule the weighting reads.
-        t: times, float32 or float64.
+        t: times; float16 and bfloat16 are promoted to float32. A function gets a copy.
 
     Raises:
         TypeError, ValueError: an unknown name, or neither of these.
     """
     _check(path, t)
+    t = promoted("t", t)
     if isinstance(weight, str):
         check_choice("weight", weight, WEIGHTINGS)
         weight = WEIGHTINGS[weight]
@@ -196,14 +212,14 @@ def resolve(weight: Weight, path: Schedule, t: Tensor) -> Tensor | None:
         return weight
     if not isinstance(weight, type):
         if isinstance(weight, Weighting) and callable(weight.weight):  # a module may hold a parameter of that name
-            return weight.weight(path, t)
+            return weight.weight(path, t if isinstance(weight, _Formula) else t.clone())
         if callable(weight):
             return _called(weight, t)
     raise type_error("weight", "None, a name, a weighting, a tensor or a callable of t", weight)
 
 
 def _called(weight: Callable[[Tensor], Any], t: Tensor) -> Tensor:
-    value = weight(t)
+    value = weight(t.clone())  # which may write to it
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return filled(value, t.shape, t.dtype, t.device)
     if not isinstance(value, Tensor):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._checks import FLOATING, type_error, value_error
 from .._dispatch import plain, untraced
-from .._torch import constant_while_compiling, transform_active
+from .._torch import constant_while_compiling, func_transform_active, has_tangent, transform_active
 
 # Below this, a standard deviation that vanishes at an end of the path, or a distance from the end, counts as this:
 # quotients by it stay finite in float32 and bfloat16 (1e-4 squared is 1e-8, and float32 resolves t next to 1 to 6e-8).
@@ -96,6 +96,8 @@ def checked(owner: Any, name: str, value: Any, t: Tensor) -> Tensor | float:
         raise type_error(label, "a floating tensor", value)
     if value.shape != t.shape and not _expands(value.shape, t.shape):
         raise value_error(label, f"t's shape, {tuple(t.shape)}", value)
+    if value.dtype != t.dtype:
+        value = value.to(t.dtype)
     compiling = torch.compiler.is_compiling()
     if (_is_of_numbers(owner) and _facts(owner, name, t.dtype)[0]) if compiling else _inside(t):
         return value
@@ -177,7 +179,7 @@ def derivative(owner: Any, name: str, t: Tensor) -> Tensor:
     Differentiable itself, with respect to t and to what else the function depends on.
     """
     function: Callable[[Tensor], Any] = getattr(owner, name)
-    if torch.compiler.is_compiling() or transform_active():
+    if torch.compiler.is_compiling() or func_transform_active():
         # autograd.grad can be neither traced nor transformed; forward mode can, at five times the cost in plain calls
         if torch.compiler.is_compiling():
             _check_differentiable(owner, name, None, None, t)
@@ -189,7 +191,9 @@ def derivative(owner: Any, name: str, t: Tensor) -> Tensor:
         if wanted and t.requires_grad:
             leaf = t.view_as(t)
         else:
-            leaf = (t.clone() if t.is_inference() else t.detach()).requires_grad_()
+            with torch.no_grad():  # a view keeps t's tangent, which detach drops
+                leaf = t.clone() if t.is_inference() else t.view_as(t) if has_tangent(t) else t.detach()
+            leaf.requires_grad_()
         value = function(leaf)
         if not isinstance(value, Tensor) or not value.requires_grad:  # a constant
             _check_differentiable(owner, name, value, None, t)

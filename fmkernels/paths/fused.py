@@ -17,7 +17,9 @@ from ..random import first_element
 from .schedule import Kernel, Schedule
 
 ALPHA, SIGMA, D_ALPHA, D_SIGMA = range(4)
-_FORMULAS = frozenset({"alpha", "sigma", "d_alpha", "d_sigma", "integral", "d_integral"})
+_FORMULAS = frozenset(
+    ("alpha", "sigma", "d_alpha", "d_sigma", "integral", "d_integral", "gamma", "d_gamma", "interpolation_coefficients")
+)
 # The compiled library takes no more of a CPU's numbers in one call.
 _MOST = 1 << 20
 

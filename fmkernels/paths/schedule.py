@@ -177,7 +177,7 @@ class Schedule:
             middle = 0.5 * (low + high)
             below = self.log_snr(middle) < wanted
             low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-        return (0.5 * (low + high)).to(wanted.dtype)
+        return torch.where(wanted.isnan(), wanted, (0.5 * (low + high)).to(wanted.dtype))
 
 
 def at(schedule: Schedule, name: str, t: Tensor) -> Any:
@@ -206,8 +206,8 @@ def divisor(schedule: Schedule, name: str, t: Tensor) -> Tensor | float:
     if not isinstance(value, Tensor) or not_below(value, SMALL):
         return value
     near = tensor_at(schedule, name, t.clamp(SMALL, 1.0 - SMALL))
-    with torch.no_grad():
-        vanishes = tensor_at(schedule, name, nearest_end(t)) == 0.0
+    with torch.no_grad():  # cos(pi / 2) is 0 but for its rounding
+        vanishes = tensor_at(schedule, name, nearest_end(t)).abs() <= 2.0 * torch.finfo(t.dtype).eps
     limit = torch.where(vanishes, near.abs().clamp(max=SMALL), 0.0)
     return torch.where(value.abs() < limit, torch.where(near < 0.0, -limit, limit), value)
 

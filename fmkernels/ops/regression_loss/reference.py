@@ -77,8 +77,13 @@ def loss(
     per_sample: bool,
 ) -> Tensor:
     """scale * sum over elements (of a sample, or all) of mask weight rho(pred - target), in the compute dtype."""
-    d = residual(pred, tensors, streams, offsets, coefs, values, noise_dtype)
     kept = None if mask is None else expand_leading(mask, pred)
+    if mask is not None and kept is not None:  # what is masked out is 0 times NaN for the derivatives of its factors
+        tensors = [
+            x if stream != TENSOR else torch.where(kept, x, 0.0) for x, stream in zip(tensors, streams, strict=True)
+        ]
+        coefs = [None if c is None else torch.where(_used(mask, c), c, 0.0) for c in coefs]
+    d = residual(pred, tensors, streams, offsets, coefs, values, noise_dtype)
     if kept is not None:
         d = torch.where(kept, d, 0.0)  # before rho, so that neither value nor derivative sees what is masked out
     rho = penalty(d, kind, bend(delta, d.dtype))
@@ -89,6 +94,13 @@ def loss(
     if scale is None and total.dim() == 0:  # of a 0-dim tensor times a number forward mode makes float64
         return (total[None] * scale_value)[0]
     return total * (scale_value if scale is None else scale)
+
+
+def _used(mask: Tensor, coefficient: Tensor) -> Tensor:
+    """Where a coefficient multiplies anything that the mask keeps."""
+    if mask.dim() <= coefficient.dim():
+        return expand_leading(mask, coefficient)
+    return mask.flatten(coefficient.dim()).any(-1)
 
 
 def run(pred: Tensor, *args: object) -> tuple[Tensor, Tensor]:
