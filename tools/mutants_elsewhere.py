@@ -162,8 +162,8 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
     ("fmkernels/losses.py", "if z is not None and path.gamma(times) is None:", "if False:", ARGUMENTS),
     (
         "fmkernels/weightings.py",
-        "    _check(path, t)\n    if isinstance(weight, str):",
-        "    if isinstance(weight, str):",
+        "    _check(path, t)\n    t = promoted",
+        "    t = promoted",
         RARE,
     ),
     ("fmkernels/times.py", "first + count > whole", "first > whole", WEIGHTS),
