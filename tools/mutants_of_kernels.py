@@ -12,6 +12,7 @@ STEPS = "tests/cpp/emulated/test_step_launches.cpp"
 
 REDUCE = "csrc/common/reduce.cuh"
 RANGE = "csrc/common/range.cuh"
+STEP_ROWS = "csrc/step_control/step_rows_body.cuh"
 ROW_DOTS_CUDA = "csrc/row_dots/row_dots_cuda.cu"
 
 MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
@@ -66,6 +67,14 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
         "csrc/step_control/step_rows_body.cuh",
         "return time(j) == a.clock[at_t * a.rows + row];",
         "return false;",
+        STEPS,
+    ),
+    (STEP_ROWS, "if (p.by_inner.divide(end) == row) {", "if (end <= last) {", STEPS),
+    (STEP_ROWS, "e <= end && e <= last; ++e)", "e <= end; ++e)", STEPS),
+    (
+        "csrc/step_control/step_control_cuda.cu",
+        "    __syncthreads();  // what one thread moves another one may have read\n",
+        "",
         STEPS,
     ),
 ]

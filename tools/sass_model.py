@@ -137,11 +137,10 @@ def _cases(dtype: str) -> Iterable[Case]:
     dots = f"1:short_row_dots_kernel<RowDotsShape<{dtype}, 2>>"
     yield case("row_dots of 2, short rows of odd length", source, dots, 8, Wanted(entries=2), 2, 0)
 
-    rows = f"{V}:step_rows_kernel<StepRowsShape<{dtype}, {V}>>"
+    rows = f"{V}:step_rows_kernel<StepRowsShape<{dtype}, {V}, true>>"
     yield case("step_rows, move", "step_control", rows, 1, Wanted(2 * w, 2 * w), 2, 2)
-    rows = f"1:step_rows_kernel<StepRowsShape<{dtype}, 1>>"
-    decision = 0 if dtype == "f64" else 1  # whether the step counts, which has 32 bits
-    yield case("step_rows, move, rows of odd length", "step_control", rows, 1, Wanted(entries=2 + decision), 2, 2)
+    rows = f"{V}:step_rows_kernel<StepRowsShape<{dtype}, {V}, false>>"
+    yield case("step_rows, move, rows of odd length", "step_control", rows, 1, Wanted(2 * w, 2 * w), 2, 2)
 
 
 def cases() -> list[Case]:

@@ -36,19 +36,30 @@ __global__ void __launch_bounds__(block_threads, 3)
   const int64_t begin = blockIdx.x * Shape::tile, i = begin + static_cast<int64_t>(threadIdx.x) * Shape::V;
   const int64_t last = begin + Shape::tile < p.elements ? begin + Shape::tile - 1 : p.elements - 1;
   const int64_t first_row = p.by_inner.divide(begin);
+  using Output = StepRowsShape<Shape::dtype, Shape::whole ? Shape::V : 1>;
+  // the first of a thread's outputs, and how far apart they are
+  const int64_t from = Shape::whole ? i : begin + threadIdx.x, step = Shape::whole ? Shape::tile : block_threads;
   if (first_row == p.by_inner.divide(last)) {  // one row: its weights are formed once
     const StepRowsBody<A> body(p, first_row);
     for (int32_t j = body.first; j < body.next; ++j) {
       __syncthreads();
       if (threadIdx.x < p.a.stages) weights[threadIdx.x] = body.weight(j, static_cast<int>(threadIdx.x));
       __syncthreads();
-      if (i <= last) body.template output<Shape>(i, j, weights);
+      for (int64_t e = from; e <= last; e += step) body.template output<Output>(e, j, weights);
     }
-    if (i <= last) body.template move<Shape>(i);
-  } else if (i <= last) {
-    const StepRowsBody<A> body(p, p.by_inner.divide(i));
-    for (int32_t j = body.first; j < body.next; ++j) body.template output<Shape>(i, j, nullptr);
-    body.template move<Shape>(i);
+    if constexpr (Shape::whole) {
+      if (i <= last) body.template move<Shape>(i);
+    }
+  } else {
+    for (int64_t e = from; e <= last; e += step) {
+      const StepRowsBody<A> body(p, p.by_inner.divide(e));
+      for (int32_t j = body.first; j < body.next; ++j) body.template output<Output>(e, j, nullptr);
+      if constexpr (Shape::whole) body.template move<Shape>(e);
+    }
+  }
+  if constexpr (!Shape::whole) {
+    __syncthreads();  // what one thread moves another one may have read
+    if (i <= last) move_run<Shape>(p, i, last);
   }
 }
 

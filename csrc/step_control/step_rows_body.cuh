@@ -20,11 +20,12 @@ StepRowsParams<A> make_step_rows_params(const StepRowsArguments& a) {
   return {a, make_divider(a.inner), elements, elements * bytes_of(a.dtype) >= streaming_bytes_cuda};
 }
 
-// V elements a thread, all of one row.
-template <Dtype dtype_, int V_>
+// V elements a thread. whole: all of one row; else some are of two, and are taken one by one.
+template <Dtype dtype_, int V_, bool whole_ = true>
 struct StepRowsShape {
   static constexpr Dtype dtype = dtype_;
   static constexpr int V = V_;
+  static constexpr bool whole = whole_;
   static constexpr int64_t tile = static_cast<int64_t>(block_threads) * V;
   using A = std::conditional_t<dtype == Dtype::f64, double, float>;
 };
@@ -123,14 +124,32 @@ struct StepRowsBody {
   }
 };
 
+// Moves elements i .. i + V - 1, up to `last`: together where all are of one row.
+template <typename Shape>
+FM_HOST_DEVICE void move_run(const StepRowsParams<typename Shape::A>& p, int64_t i, int64_t last) {
+  using Body = StepRowsBody<typename Shape::A>;
+  const int64_t end = i + Shape::V - 1, row = p.by_inner.divide(i);
+  if (p.by_inner.divide(end) == row) {  // past the last element it is another one
+    Body(p, row).template move<Shape>(i);
+  } else {
+    FM_ROLLED
+    for (int64_t e = i; e <= end && e <= last; ++e)
+      Body(p, p.by_inner.divide(e)).template move<StepRowsShape<Shape::dtype, 1>>(e);
+  }
+}
+
 // Calls visit(Shape{}) with what suits a call.
 template <Dtype dtype, typename Visit>
 auto choose_step_rows_shape(const StepRowsArguments& a, Visit visit) {
   constexpr int V = vector_length(dtype);
-  bool vectors = a.inner % V == 0 && is_aligned(a.y) && is_aligned(a.y1) && is_aligned(a.k0) && is_aligned(a.k0_from) &&
-                 is_aligned(a.k_last) && is_aligned(a.out) && a.out_stride % V == 0;
+  const bool moves =
+      is_aligned(a.y) && is_aligned(a.y1) && is_aligned(a.k0) && is_aligned(a.k0_from) && is_aligned(a.k_last);
+  bool vectors = moves && a.inner % V == 0 && is_aligned(a.out) && a.out_stride % V == 0;
   for (int s = 0; s < a.stages; ++s) vectors = vectors && is_aligned(a.k[s]);
-  return vectors ? visit(StepRowsShape<dtype, V>{}) : visit(StepRowsShape<dtype, 1>{});
+  if (vectors) return visit(StepRowsShape<dtype, V>{});
+  // outputs, which are rarer than moves, element by element
+  if (moves && a.inner >= V) return visit(StepRowsShape<dtype, V, false>{});
+  return visit(StepRowsShape<dtype, 1>{});
 }
 
 template <typename Visit>
