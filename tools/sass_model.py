@@ -422,8 +422,8 @@ def page_text(tables: Mapping[str, dict[str, Any]]) -> str:
         f"(nvcc {versions['nvcc']}, Triton {versions['triton']}), by `python tools/sass_model.py --write`. "
         "The times are those in which the memory, the issue of instructions or the slowest pipe alone would be done "
         "with 2^26 elements; the ratio is the longer of issue and pipes over memory. Above 0.9 a kernel cannot reach "
-        "90 % of the bandwidth; below it nothing is promised: the cheapest way through a kernel passes by arithmetic that "
-        "stands behind a branch, of a loss that of a second operand and of rows that count.",
+        "90 % of the bandwidth; below it nothing is promised: the cheapest way through a kernel passes by arithmetic "
+        "that stands behind a branch, of a loss that of a second operand and of rows that count.",
     ]
     for gpu in GPUS:
         table = tables[gpu.architecture]
