@@ -39,7 +39,7 @@ from ..random import Noise, draw_seed
 from ..solvers.adaptive.controllers import Controller
 from ..solvers.methods import registry as methods
 from ..solvers.programs.builder import Method
-from ..solvers.programs.expressions import Number
+from ..solvers.programs.expressions import Number, shape_of
 from ..solvers.sampling import grids
 from ..solvers.sampling.settings import (
     Compact,
@@ -182,10 +182,11 @@ class LikelihoodSettings(FlowSettings):
 
     def times(self, backward: bool) -> list[Number]:
         """Times from where the solve begins to where it ends."""
-        times = self.grid()
-        if self.time_grid is None:
-            width = self.t_1 - self.t_0
-            times = [self.t_0, *(self.t_0 + width * t for t in times[1:-1]), self.t_1][: max(len(times), 1)]
+        if self.time_grid is not None:
+            times = self.grid()
+        else:  # in a form that is exact at both ends
+            grid = [0.0, 1.0] if self.tableau() is not None else self.grid()
+            times = [(1.0 - t) * self.t_0 + t * self.t_1 for t in grid]
         descending = len(times) > 1 and bool(np.all(np.asarray(times[0]) > np.asarray(times[-1])))
         return times[::-1] if len(times) > 1 and descending != backward else times
 
@@ -210,6 +211,7 @@ class LikelihoodSettings(FlowSettings):
             noise = Noise(draw_seed(x.device, self.generator), row_offset=self.row_offset)
         flow = Flow(self, replace(self.how), noise, self.fresh and noise is not None, with_gradient, mask, kwargs, x)
         times, tableau, compaction = self.times(backward), self.tableau(), None
+        self.check_times(shape_of(times), x, "x_1" if backward else "x_0", tokens=False)
         if tableau is None:
             time_dtype = self.time_dtype or compute_dtype(x)
             solution = solve_fixed(flow, self.fixed_method(), times, x, self.time_shape, time_dtype)
@@ -226,7 +228,7 @@ class LikelihoodSettings(FlowSettings):
         x_0, x_1 = (solution.x, x) if backward else (x, solution.x)
         # the integral runs from where the solve began
         delta = solution.integral if backward else -solution.integral
-        log_p0 = standard_normal(x_0, mask) if self.log_p0 is None else self.log_p0(x_0)
+        log_p0 = standard_normal(x_0, mask) if self.log_p0 is None else self.log_p0(x_0.clone())  # its own
         if isinstance(log_p0, Tensor):
             check_float_tensor("log_p0", log_p0)
             check_same_device("log_p0", log_p0, "the samples", delta)
@@ -292,10 +294,12 @@ def log_prob(
         method: a name or a method object. "dopri5", "tsit5", "dopri8", "bosh3", "fehlberg" and "heun_euler" take
             adaptive steps where ``steps`` is None; Runge-Kutta and Adams methods a fixed grid.
         steps: steps of a fixed grid; 50 if None.
-        schedule, time_grid: the grid, as in :func:`fmkernels.sample`; a ``time_grid`` may run in either direction, and
-            its ends are then the interval.
-        t_0, t_1: the interval, 0 <= t_0 < t_1: log_p0 is the density at t_0, and the result that at t_1. Predictions
-            whose velocity is singular at an end need one inside: t_1 < 1 for "x_1".
+        schedule, time_grid: the fixed grid, as in :func:`fmkernels.sample`: (S + 1,), or (S + 1, B) for times of each
+            sample, in either direction. log_p0 is the density at its smallest time, and the result that at its largest:
+            where it does not span [0, 1], the density of x_1 as a state of that time. An adaptive method goes from end
+            to end of a ``time_grid``, and has no schedule.
+        t_0, t_1: the interval that stands for a schedule's [0, 1], 0 <= t_0 < t_1: its time s is
+            (1 - s) t_0 + s t_1. Predictions whose velocity is singular at an end need one inside: t_1 < 1 for "x_1".
         path, prediction: what the model predicts, as in :func:`fmkernels.sample`.
         guidance: an object of :mod:`fmkernels.guidance`; the density is that of the guided velocity's flow, a function
             of the state and the time: APG goes without its momentum, CFG-Zero* without its zero-init, and CFG++ raises.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .._cache import Cache
-from .._checks import as_state, value_error
+from .._checks import as_state, tensor_of, value_error
 from ..ops._operands import compute_dtype
 from ..ops.step_control.op import Status
 from ..paths import CondOT
@@ -295,7 +295,7 @@ def solve_adaptively(
     if mask is not None:  # whatever the padding is, the network sees it and the solve does not
         arguments["padded"], begin = begin, torch.where(mask, begin, 0.0)
     y0 = torch.cat([begin.reshape(x.shape[0], dims).to(dtype), x.new_zeros(x.shape[0], 1, dtype=dtype)], 1)
-    t0, t1 = (torch.from_numpy(t) if isinstance(t, np.ndarray) else t for t in (start, end))
+    t0, t1 = (tensor_of(t) if isinstance(t, np.ndarray) else t for t in (start, end))
     follow = (*FOLLOW, "probes", "mask", "padded")
     result = solve_adaptive(func, y0, t0, t1, tableau, options, arguments=arguments, follow=follow, norm=norm)
     if flow.gradient:

@@ -23,7 +23,7 @@ from ..._checks import check_choice, check_number, value_error
 from ...paths import Path
 from ...paths.targets import conversion_coefficients
 from ..programs.builder import Builder
-from ..programs.expressions import ZERO, Expr, Number, as_number
+from ..programs.expressions import ZERO, Expr, Number, as_number, grid_of
 from .noise_levels import noisy
 from .own_steps import OwnSteps
 from .sde_coefficients import Diffusion, over_sigma, renewed, resolve
@@ -204,7 +204,7 @@ class SDE:
         stretched = np.where(left == 1, before, first + factor * (times - first))
         times = np.where(several & (left > 0), stretched, times)
         times[0] = first
-        return [float(t) for t in times] if times.ndim == 1 else list(times)
+        return grid_of(times)
 
     # ------------------------------------------------------------------ the method
 

@@ -96,7 +96,7 @@ def as_number(value: Tensor, name: str) -> Number:
 def as_grid(
     grid: Tensor | np.ndarray | Sequence[float], *, waiting: bool = False, name: str = "time_grid", unit: float = 1.0
 ) -> list[Number]:
-    """Times as numbers: finite, strictly monotone along dimension 0.
+    """Times as numbers that nobody else has: finite, strictly monotone along dimension 0.
 
     Times within 4 units in the last place of the larger one, or of ``unit``, differ by rounding alone: they are equal.
 
@@ -118,7 +118,7 @@ def as_grid(
         steps = np.diff(times, axis=0)
         if not ((steps >= 0).all() or (steps <= 0).all()):
             raise value_error(name, "times of each sample or token that all go one way, or stay", grid)
-        return list(times)
+        return grid_of(times)
     steps, same = np.diff(times, axis=0), _same(times[:-1], times[1:], unit)
     if same.any():
         at = np.unravel_index(int(np.argmax(same)), same.shape)
@@ -129,7 +129,28 @@ def as_grid(
         )
     if not ((steps > 0).all() or (steps < 0).all()):
         raise value_error(name, "strictly monotone times", grid)
-    return [float(t) for t in times] if times.ndim == 1 else list(times)
+    return grid_of(times)
+
+
+def grid_of(times: np.ndarray) -> list[Number]:
+    """Times along dimension 0 as a grid: floats, or copies of its rows that are written to no more.
+
+    Plans keep their grids, and hand rows of them to guidance and methods of a user's own.
+    """
+    if times.ndim == 1:
+        return [float(t) for t in times]
+    rows: list[Number] = []
+    for t in times:
+        own = t.copy()  # each in memory of its own: of a read-only view torch.compile makes no tensor
+        if not torch.compiler.is_compiling():
+            own.setflags(write=False)
+        rows.append(own)
+    return rows
+
+
+def shape_of(grid: Sequence[Number]) -> tuple[int, ...]:
+    """The shape of the times of samples or tokens; () where all have the same."""
+    return tuple(getattr(grid[0], "shape", ()))
 
 
 def _same(t: np.ndarray, u: np.ndarray, unit: float) -> np.ndarray:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from typing import Any
 
+import torch
+
 from ..._cache import Cache, numbers_only
 from ..._keys import NoKey, key_of
 from ...paths import Path
@@ -14,7 +16,10 @@ _PLANS: Cache[Program] = Cache("plan")
 
 
 def planned(key: Hashable | None, make: Callable[[], Program]) -> Program:
-    """The program of a key, made at its first use; with None it is made at each."""
+    """The program of a key and of PyTorch's default dtype, which users' functions of t may read: made at its first use.
+
+    With None it is made at each.
+    """
     if key is None:
         return make()
 
@@ -22,7 +27,7 @@ def planned(key: Hashable | None, make: Callable[[], Program]) -> Program:
         with numbers_only():
             return make()
 
-    return _PLANS.get(key, pure)
+    return _PLANS.get((torch.get_default_dtype(), key), pure)
 
 
 def settings_key(path: Path, prediction: str, guidance: Any) -> Hashable:

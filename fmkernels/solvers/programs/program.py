@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from .expressions import Number
+from .expressions import Number, shape_of
 
 
 class Evaluate(NamedTuple):
@@ -316,6 +316,7 @@ class Program:
         instructions: all of them, with their coefficients.
         times: of all evaluations, in their order.
         grid: the times of the states; ``steps`` is one less than there are.
+        own_times: the shape of each, see :func:`shape_of`.
         streams: of noise.
         extras: names and registers of what is put out beside the result.
         calls: of the network.
@@ -334,7 +335,7 @@ class Program:
     ) -> None:
         # attributes, not properties: torch.compile reads them
         self.grid, self.times, self.streams, self.extras = tuple(grid), tuple(times), streams, tuple(extras)
-        self.steps = max(len(self.grid) - 1, 0)
+        self.steps, self.own_times = max(len(self.grid) - 1, 0), shape_of(self.grid)
         self._set_chunks([Chunk(segment, 0, self.steps)])
         self.instructions, self.registers, self.result = segment.instructions, segment.registers, segment.result
 
@@ -367,7 +368,7 @@ class LoopProgram(Program):
 
     def __init__(self, loop: Loop, grid: Sequence[Number]) -> None:
         self.loop, self.grid, self.streams, self.extras = loop, tuple(grid), 0, ()
-        self.steps = len(self.grid) - 1
+        self.steps, self.own_times = len(self.grid) - 1, ()
         full, rest = divmod(self.steps, CHUNK_STEPS)
         again = self.steps > CHUNK_STEPS
         whole = loop.segment(CHUNK_STEPS, again) if full else None

@@ -77,8 +77,8 @@ def sample(
         prediction: what the model returns: "velocity", "x_1", "x_0", "score", "v", "edm".
         guidance: an object of :mod:`fmkernels.guidance`.
         sde: an :class:`fmkernels.SDE`, in the place of a method.
-        schedule: "uniform", "power", "cosine", "log", "karras", an :class:`fmkernels.times.Shift`, or any function of
-            the number of steps to its times.
+        schedule: of a fixed grid: "uniform", "power", "cosine", "log", "karras", an :class:`fmkernels.times.Shift`,
+            or any function of the number of steps to its times.
         time_grid: times instead: (S + 1,) strictly monotone, from the start to the end; or (S + 1, B) or
             (S + 1, B, T) for times of each sample or token, of which some may wait: what has no time to pass in a step,
             or in all, stays as it is, bit for bit. Times that differ by rounding alone are equal. With an adaptive
@@ -91,7 +91,7 @@ def sample(
             ``fm.MaskedNoise`` for padding, ``fm.ZeroMeanNoise`` for a fixed centre of mass, or any orthogonal
             projection, see :mod:`fmkernels.solvers.methods.noise_transforms`.
         return_trajectory: also return the states at all times.
-        callback: called as callback(step, t, x) after each step of a fixed grid; x is the callback's own copy.
+        callback: called as callback(step, t, x) after each step of a fixed grid; t and x are the callback's own.
         progress: show a bar (needs tqdm).
         cuda_graph: True captures the whole solve of a fixed grid, or the step of an adaptive method, the network
             included, and replays it at the next calls; "auto" does so from the second call with the same model and
@@ -106,7 +106,8 @@ def sample(
             its own, which nobody sees, would draw other numbers.
             For the adjoint method see :func:`fmkernels.odeint_adjoint`.
         dtype, device: of the state; x_0's, and for a shape float32 and the model's device, if None.
-        time_shape: the shape of t for the model: "batch", (B,), or "scalar", ().
+        time_shape: the shape of t for the model: "batch", (B,), or "scalar", (); with times of each sample or token t
+            has their shape, and "scalar" is an error.
         time_dtype: of t; float32 (float64 for a float64 state) if None.
         compact: whether samples of an adaptive method leave the batch when they have finished, for fewer rows in the
             network's calls: False; True (where a half has), a share of the batch at which it shrinks, or "auto", for

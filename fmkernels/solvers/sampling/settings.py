@@ -106,6 +106,8 @@ class FlowSettings:
             check_compact(self.compact)
         unsaid = type(self.batched) is tuple is type(self.shared) and not (self.batched or self.shared)
         self.said = NOTHING if unsaid else named(self.batched, self.shared)
+        if not unsaid:  # a list might change unseen
+            self.batched, self.shared = (tuple(sorted(names)) for names in (self.said.batched, self.said.shared))
         if self.steps is not None:
             check_int("steps", self.steps, low=0, high=grids.MOST_STEPS)
             if self.time_grid is not None:
@@ -121,6 +123,25 @@ class FlowSettings:
     def grid(self) -> list[Number]:
         """The times of a fixed grid, or the ends of an adaptive solve and the times of its trajectory."""
         return grids.make_grid(DEFAULT_STEPS if self.steps is None else self.steps, self.schedule, self.time_grid)
+
+    def check_times(self, shape: tuple[int, ...], x: Tensor, state: str = "x_0", *, tokens: bool = True) -> None:
+        """That times of samples or tokens are those of a state's.
+
+        Args:
+            shape: of each of them.
+            state: the argument that it is, in the error.
+            tokens: whether tokens may have times of their own.
+        """
+        if not shape:
+            return
+        if self.time_shape == "scalar":
+            raise value_error("time_shape", "'batch' with times of each sample or token", self.time_shape)
+        if shape != x.shape[: len(shape)] or (len(shape) > 1 and not tokens):
+            own = "such of a leading part of the shape" if tokens else "(S + 1, B) with B of the shape"
+            raise ValueError(
+                f"{'schedule' if self.time_grid is None else 'time_grid'}: expected times (S + 1,), or {own} of "
+                f"{state}, {tuple(x.shape)}, got times of shape {shape}"
+            )
 
     def options(self, **more: Any) -> AdaptiveOptions:
         """How an adaptive solve is controlled."""

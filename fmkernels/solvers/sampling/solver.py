@@ -33,7 +33,7 @@ from ..methods.reversible import Scheme, StandIns, solve_reversible, tableau_of
 from ..methods.sde import SDE
 from ..methods.tableaus import Tableau
 from ..programs.draws import Transform, check_transform, transformed
-from ..programs.expressions import Number
+from ..programs.expressions import Number, shape_of
 from ..programs.ownership import ordinary_memory, reading
 from ..programs.program import Program
 from ..programs.run import Call, Run
@@ -166,14 +166,14 @@ class Solver(FlowSettings):
             return self._sample_adaptive(tableau, x, return_trajectory, callback, progress, kwargs)
         if recorded:
             program = self.plan()
-            self._check_times(program.grid, x)
+            self.check_times(program.own_times, x)
             watcher = _watcher(program, callback, progress)
             return self._sample_fixed(
                 program, x, generator, row_offset, noise_transform, return_trajectory, watcher, kwargs
             )
         with torch.no_grad():
             program = self.plan()
-            self._check_times(program.grid, x)
+            self.check_times(program.own_times, x)
             watcher = _watcher(program, callback, progress)
             graph = self._graph_refusal(x, noise_transform, return_trajectory, watcher, program)
             if graph is None:
@@ -195,16 +195,6 @@ class Solver(FlowSettings):
         steps = DEFAULT_STEPS if self.steps is None else self.steps
         make = plan_while_compiling if torch.compiler.is_compiling() else plan
         return make(method, steps, self.schedule, self.time_grid, self.path, self.prediction, self.guidance)
-
-    def _check_times(self, grid: Sequence[Number], x: Tensor) -> None:
-        """That times of samples or tokens are those of the state's."""
-        shape = np.shape(grid[0]) if isinstance(grid[0], np.ndarray) else ()  # type: ignore[arg-type]
-        if shape != x.shape[: len(shape)]:
-            name = "schedule" if self.time_grid is None else "time_grid"
-            raise ValueError(
-                f"{name}: expected times (S + 1,), or such of a leading part of the shape of x_0, {tuple(x.shape)}, "
-                f"got times of shape {tuple(shape)}"
-            )
 
     def calls(self, model_kwargs: dict[str, Any]) -> Mapping[str, Call]:
         """The network calls of each branch."""
@@ -312,11 +302,13 @@ class Solver(FlowSettings):
             name, value = ("callback", callback) if callback is not None else ("progress", progress)
             raise value_error(name, "none with adaptive steps, which differ between samples", value)
         grid = grids.make_grid(1, "uniform", self.time_grid)
+        self.check_times(shape_of(grid), x, tokens=False)
         start, end = (t if isinstance(t, float) else tensor_of(t) for t in (grid[0], grid[-1]))
         velocity = Velocity(self.model, self.guidance, self.path, self.prediction, self.said)
         arguments = velocity.arguments(kwargs, x)
         options, compaction = adaptive_options(self, x, velocity.unknown)
-        t_eval = tensor_of(np.asarray(grid)).to(x.device, non_blocking=True) if return_trajectory else None
+        times = tensor_of(np.asarray(grid)).to(x.device, non_blocking=True) if return_trajectory else None
+        t_eval = None if times is None else times.t()  # (T,) as it is, (B, T) of (T, B)
         span = (start, end, tableau, options)
         if transform_active():
             compaction = "off: within torch.func's transforms"
@@ -330,7 +322,7 @@ class Solver(FlowSettings):
             compaction = "off: the steps are a captured graph"
         nfe = round(result.n_f_evals * velocity.evaluations_each(x))
         return result.y, SampleResult(
-            nfe, result.n_steps, result.status, t_eval, result.ys, graph=result.graph, compaction=compaction
+            nfe, result.n_steps, result.status, times, result.ys, graph=result.graph, compaction=compaction
         )
 
     def _sample_reversible(
@@ -341,7 +333,7 @@ class Solver(FlowSettings):
             raise value_error("gradient", "no callback or progress bar beside 'reversible'", self.gradient)
         tableau = tableau_of(self.fixed_method() if self.sde is None else self.sde)
         numbers = self.grid()
-        self._check_times(numbers, x)
+        self.check_times(shape_of(numbers), x)
         grid = [tensor_of(t, torch.float64) for t in numbers]
         times = torch.stack(grid).to(x.device)
         steps, dtype = len(grid) - 1, self.time_dtype_of(x)
@@ -400,7 +392,9 @@ def _watcher(program: Program, callback: Callback | None, progress: bool) -> Cal
 
     def watch(number: int, state: Tensor) -> None:
         if callback is not None:
-            callback(number, grid[number + 1], state.clone())  # the caller's own: the state's memory is written again
+            t = grid[number + 1]
+            # the caller's own: the state's memory is written again, and the plan keeps its times
+            callback(number, t.copy() if isinstance(t, np.ndarray) else t, state.clone())
         if bar is not None:
             bar.update()
             if number + 1 == program.steps:
