@@ -259,6 +259,14 @@ def tensor_of(value: Any, dtype: torch.dtype | None = None) -> Tensor:
     return torch.as_tensor(value, dtype=dtype, device="cpu")
 
 
+def own_times(t: Any) -> Tensor:
+    """Times for one call of a user's function of t (a scale, a schedule, a diffusion, a weighting), which may write to
+    them or keep them: a copy, as the network has one; of numbers in float64 on the CPU."""
+    if isinstance(t, Tensor):
+        return t.clone()
+    return tensor_of(np.array(t) if isinstance(t, np.ndarray) else t, torch.float64)
+
+
 def check_int(name: str, value: Any, *, low: int | None = None, high: int | None = LARGEST_INT) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise type_error(name, "an int", value)

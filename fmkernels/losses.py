@@ -23,7 +23,7 @@ from ._torch import compiling
 from .ops._operands import Operand
 from .ops.regression_loss.op import regression_loss
 from .paths.batch import Batch, as_times, check_times, target_terms
-from .paths.schedule import Schedule
+from .paths.schedule import Schedule, at
 
 
 def cfm_loss(
@@ -108,7 +108,7 @@ def cfm_loss(
         if t is None:
             raise type_error("t", "a tensor or a number, or a batch", t)
         times = as_times(t, "x_1", x_1, checks)
-        if z is not None and path.gamma(times) is None:
+        if z is not None and at(path, "gamma", times) is None:
             raise value_error("z", f"None, as {path!r} has no gamma term", z)
     parameters = {} if sigma_data is None else {"sigma_data": sigma_data}
     names, operands, coefficients = target_terms(path, times, target, x_1, x_0, z, table, impl, **parameters)

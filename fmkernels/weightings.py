@@ -18,7 +18,7 @@ from typing import Any, Protocol, final, runtime_checkable
 import torch
 from torch import Tensor
 
-from ._checks import check_choice, check_float_tensor, check_number, type_error
+from ._checks import check_choice, check_float_tensor, check_number, own_times, type_error
 from .paths.derivatives import SMALL, as_tensor, filled, nearest_end
 from .paths.schedule import Schedule, divisor, promoted, tensor_at
 
@@ -68,7 +68,7 @@ _NEXT = 1e-9  # to an end, in float64, where a function of a user's own may have
 
 def _unheld(path: Schedule, name: str, t: Tensor) -> Tensor:
     """A function of a schedule as it is, held only where it has no finite value."""
-    value = as_tensor(getattr(path, name)(t), t)
+    value = as_tensor(getattr(path, name)(own_times(t)), t)
     return torch.where(torch.isfinite(value), value, tensor_at(path, name, t))
 
 
@@ -212,14 +212,14 @@ def resolve(weight: Weight, path: Schedule, t: Tensor) -> Tensor | None:
         return weight
     if not isinstance(weight, type):
         if isinstance(weight, Weighting) and callable(weight.weight):  # a module may hold a parameter of that name
-            return weight.weight(path, t if isinstance(weight, _Formula) else t.clone())
+            return weight.weight(path, t if isinstance(weight, _Formula) else own_times(t))
         if callable(weight):
             return _called(weight, t)
     raise type_error("weight", "None, a name, a weighting, a tensor or a callable of t", weight)
 
 
 def _called(weight: Callable[[Tensor], Any], t: Tensor) -> Tensor:
-    value = weight(t.clone())  # which may write to it
+    value = weight(own_times(t))
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return filled(value, t.shape, t.dtype, t.device)
     if not isinstance(value, Tensor):

@@ -25,6 +25,7 @@ from .._checks import (
     check_choice,
     check_number,
     is_word,
+    own_times,
     real_array,
     tensor_of,
     type_error,
@@ -126,7 +127,7 @@ def scale_at(builder: Builder, scale: Scale, t: Number, interval: Interval = Non
     """
     value: Number
     if callable(scale):
-        value = _checked_value(scale(t if isinstance(t, Tensor) else tensor_of(t, torch.float64)))
+        value = _checked_value(scale(own_times(t)))
         if isinstance(value, Tensor) and not isinstance(t, Tensor):
             value = as_number(value, "scale")
     else:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .._arguments import Named, names_of
 from .._checks import check_callable, tensor_of, type_error, value_error
+from ..paths.schedule import tensor_at
 from ..solvers.programs.builder import Builder
 from ..solvers.programs.expressions import Expr, Number, as_number
 from .base import (
@@ -174,7 +175,7 @@ class ClassifierGuidance(Guidance):
         """dv/ds, 0 at pure noise."""
         slope = builder.conversion(t, "score", "velocity")[1]
         times = t if isinstance(t, Tensor) else tensor_of(t, torch.float64)
-        alpha = tensor_of(builder.path.alpha(times))
+        alpha = tensor_at(builder.path, "alpha", times)
         if isinstance(slope, Tensor):
             return torch.where(alpha == 0.0, torch.zeros_like(slope), slope)
         return np.where(as_number(alpha, "path") == 0.0, 0.0, slope)[()]

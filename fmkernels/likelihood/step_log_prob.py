@@ -120,7 +120,7 @@ def sde_step_log_prob(
     inverse = reciprocal(std)
     coefficients = [c.to(dtype) for c in (inverse, -inverse * a, -inverse * b)]
     z = transformed(noise_transform, combine([v.to(dtype) for v in (x_next, x, output)], coefficients))
-    result = log_density(z, std, noise_transform, reduction)
+    result = log_density(z, std, noise_transform, reduction, "reduction")
     return tuple(result) if return_count else result.log_prob
 
 

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from .._checks import FLOATING, type_error, value_error
+from .._checks import FLOATING, own_times, type_error, value_error
 from .._dispatch import plain, untraced
 from .._torch import constant_while_compiling, func_transform_active, has_tangent, transform_active
 
@@ -48,7 +48,7 @@ def _facts(owner: Any, name: str, dtype: torch.dtype) -> Facts:
     with torch.inference_mode(False), torch.enable_grad():
         t = torch.tensor(_PROBES, dtype=dtype, device="cpu", requires_grad=True)
         try:
-            value = getattr(owner, name)(t)
+            value = getattr(owner, name)(own_times(t))
             if not isinstance(value, Tensor):
                 return True, True
             finite = bool(torch.isfinite(value).all())
@@ -183,7 +183,11 @@ def derivative(owner: Any, name: str, t: Tensor) -> Tensor:
         # autograd.grad can be neither traced nor transformed; forward mode can, at five times the cost in plain calls
         if torch.compiler.is_compiling():
             _check_differentiable(owner, name, None, None, t)
-        slope = torch.func.jvp(lambda times: as_tensor(function(times), times), (t,), (torch.ones_like(t),))[1]
+
+        def values(times: Tensor) -> Tensor:
+            return as_tensor(function(own_times(times)), times)
+
+        slope = torch.func.jvp(values, (t,), (torch.ones_like(t),))[1]
         return slope.to(t.dtype)  # of a 0-dim t times a number forward mode makes float64
     wanted = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     # inference mode would record nothing and make every derivative 0, enable_grad notwithstanding
@@ -194,7 +198,7 @@ def derivative(owner: Any, name: str, t: Tensor) -> Tensor:
             with torch.no_grad():  # a view keeps t's tangent, which detach drops
                 leaf = t.clone() if t.is_inference() else t.view_as(t) if has_tangent(t) else t.detach()
             leaf.requires_grad_()
-        value = function(leaf)
+        value = function(own_times(leaf))
         if not isinstance(value, Tensor) or not value.requires_grad:  # a constant
             _check_differentiable(owner, name, value, None, t)
             return torch.zeros_like(t)

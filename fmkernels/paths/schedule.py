@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import check_float_tensor, check_number, type_error
+from .._checks import check_float_tensor, check_number, own_times, type_error
 from ..ops._operands import Coefficient
 from .derivatives import SMALL, as_tensor, checked, derivative, nearest_end, not_below
 
@@ -87,7 +87,7 @@ class Schedule:
 
     def d_gamma(self, t: Tensor) -> Tensor | float | None:
         """The derivative of gamma."""
-        if self.gamma(t) is None:
+        if self.gamma(own_times(t)) is None:
             return None
         return derivative(self, "gamma", t)
 
@@ -188,8 +188,10 @@ def at(schedule: Schedule, name: str, t: Tensor) -> Any:
     Raises:
         TypeError, ValueError: the function returned neither, or another shape.
     """
-    value = getattr(schedule, name)(t)
-    if schedule._exact or (value is None and name in ("gamma", "d_gamma")):
+    if schedule._exact:
+        return getattr(schedule, name)(t)
+    value = getattr(schedule, name)(own_times(t))
+    if value is None and name in ("gamma", "d_gamma"):
         return value
     return checked(schedule, name, value, t)
 

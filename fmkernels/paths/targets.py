@@ -33,7 +33,7 @@ Triple = tuple[Coefficient, Coefficient, Coefficient | None]
 
 
 def _no_bridge(path: Schedule, t: Tensor, target: str) -> None:
-    if path.gamma(t) is not None:
+    if at(path, "gamma", t) is not None:
         raise value_error("target", f"one that is defined on a bridge ({path!r}): velocity, x_1, x_0, score", target)
 
 
@@ -52,7 +52,7 @@ def _x_0(path: Schedule, t: Tensor) -> Triple:
 
 
 def _score(path: Schedule, t: Tensor) -> Triple:
-    bridge = path.gamma(t) is not None
+    bridge = at(path, "gamma", t) is not None
     deviation = divisor(path, "gamma" if bridge else "sigma", t)
     if isinstance(deviation, float) and deviation == 0.0:
         raise value_error("target", f"one that exists without noise ({path!r}): velocity, x_1, x_0", "score")
@@ -116,7 +116,7 @@ def conversion_coefficients(
     Raises:
         ValueError: the path has a gamma term, of whose noise the source says nothing.
     """
-    if path.gamma(t) is not None:
+    if at(path, "gamma", t) is not None:
         raise value_error("path", "one without a gamma term, of which a prediction says nothing that converts it", path)
     if parameters:
         _check_parameters(parameters, source, target)
@@ -201,7 +201,7 @@ def convert(
         if not torch.compiler.is_compiling():  # there a number may be symbolic: it has no value to check
             check_number("t", t, low=0.0, high=1.0)
         times = filled(t, (), compute_dtype(x_t, prediction), x_t.device)
-    if path.gamma(times) is not None:
+    if at(path, "gamma", times) is not None:
         raise value_error("path", "a path without a gamma term", path)
     if TARGETS[source] is TARGETS[target]:
         return prediction.clone()

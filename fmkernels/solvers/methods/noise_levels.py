@@ -20,7 +20,7 @@ import torch
 
 from ..._checks import tensor_of, value_error
 from ...paths import Path
-from ...paths.schedule import tensor_at
+from ...paths.schedule import at, tensor_at
 from ..programs.builder import Builder
 from ..programs.expressions import ZERO, Expr, Number, as_number, at_index
 from .own_steps import Node
@@ -44,7 +44,7 @@ class Level(NamedTuple):
 def level(path: Path, t: Number) -> Level:
     """The level of a time, or those of an array of times."""
     times = tensor_of(t, torch.float64)
-    if path.gamma(times) is not None:
+    if at(path, "gamma", times) is not None:
         raise value_error("path", "one without a gamma term, for a method that uses its noise levels", path)
     alpha, sigma = tensor_at(path, "alpha", times), tensor_at(path, "sigma", times)
     return Level(t, *(as_number(value, "path") for value in (alpha, sigma, 0.5 * path.log_snr(times))))

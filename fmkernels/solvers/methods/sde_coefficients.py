@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..._cache import Cache, is_plain_context, ordinary_tensors
-from ..._checks import check_callable, check_number, type_error, value_error
+from ..._checks import check_callable, check_number, own_times, type_error, value_error
 from ..._names import Names
 from ...paths import Coefficients, Path
 
@@ -145,7 +145,7 @@ class Function:
         check_callable("function", "a function of the time", self.function)
 
     def over_sigma(self, at: Coefficients, t: Tensor) -> Tensor:
-        w = self.function(t)
+        w = self.function(own_times(t))
         if not isinstance(w, Tensor):
             if isinstance(w, bool) or not isinstance(w, (int, float)):
                 raise type_error("diffusion(t)", "a tensor or a number", w)

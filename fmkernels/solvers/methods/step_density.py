@@ -34,17 +34,20 @@ def reciprocal(std: Tensor) -> Tensor:
     return torch.where(std > 0.0, 1.0 / torch.where(std > 0.0, std, 1.0), 0.0)
 
 
-def log_density(z: Tensor, std: Tensor, transform: Transform | None, reduction: str) -> StepDensity:
+def log_density(
+    z: Tensor, std: Tensor, transform: Transform | None, reduction: str, name: str = "log_prob"
+) -> StepDensity:
     """The log-density of the noise std z, of which z is standard normal on the subspace of a transform.
 
     Args:
         z: float32 or float64; 0 outside of the subspace.
         std: float64, of a leading shape of z's. Where it is 0 there is no density, and what z is there counts nothing.
+        name: of the argument that says ``reduction``, in its error.
     """
     noisy = std > 0.0
     # log(std sqrt(2 pi)) for one degree of freedom
     each = torch.where(noisy, torch.log(torch.where(noisy, std, 1.0)) + 0.5 * math.log(2.0 * math.pi), 0.0)
-    degrees = _degrees(z, std.dim(), transform, reduction)
+    degrees = _degrees(z, std.dim(), transform, reduction, name)
     counts = degrees * expand_leading(noisy, degrees) if degrees.dim() > std.dim() > 0 else degrees * noisy
     if reduction == "none":
         elements = expand_leading((counts > 0).to(z.dtype), z)
@@ -61,7 +64,7 @@ def log_density(z: Tensor, std: Tensor, transform: Transform | None, reduction: 
     return StepDensity(log_prob, count)
 
 
-def _degrees(z: Tensor, dims: int, transform: Transform | None, reduction: str) -> Tensor:
+def _degrees(z: Tensor, dims: int, transform: Transform | None, reduction: str, name: str) -> Tensor:
     """Degrees of freedom, of the leading shape of so many dimensions, or of one where all samples are alike."""
     dims = max(dims, 1)
     if transform is None:
@@ -73,7 +76,7 @@ def _degrees(z: Tensor, dims: int, transform: Transform | None, reduction: str) 
         raise value_error("noise_transform", "a mask where the noise differs between a sample's tokens", transform)
     if reduction == "none":
         if degrees.dim() == 1 and z.dim() > 1:
-            raise value_error("log_prob", "'sum' or 'mean' with noise whose elements depend on each other", reduction)
+            raise value_error(name, "'sum' or 'mean' with noise whose elements depend on each other", reduction)
         return degrees
     return sum_trailing(degrees, dims)
 
