@@ -159,7 +159,7 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
         "tests/test_loss_bins.py",
     ),
     ("fmkernels/losses.py", "return self._held()[0].clone()", "return self._held()[0]", "tests/test_loss_bins.py"),
-    ("fmkernels/losses.py", "if z is not None and path.gamma(times) is None:", "if False:", ARGUMENTS),
+    ("fmkernels/losses.py", 'if z is not None and at(path, "gamma", times) is None:', "if False:", ARGUMENTS),
     (
         "fmkernels/weightings.py",
         "    _check(path, t)\n    t = promoted",

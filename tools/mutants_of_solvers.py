@@ -22,6 +22,7 @@ IMPLICIT = "tests/test_implicit.py"
 DIFFUSION = "tests/test_diffusion_solvers.py"
 STOCHASTIC = "tests/test_stochastic.py"
 CACHES = "tests/test_caches.py"
+TIMES = "tests/test_given_times.py"
 RARE = "tests/test_rare_branches.py"
 WAITING = "tests/test_waiting.py"
 
@@ -384,6 +385,26 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
         CACHES,
     ),
     (f"{SOLVERS}/programs/plans.py", "return type(guidance), key", "return key", RARE),
+    (f"{SOLVERS}/programs/plans.py", "(torch.get_default_dtype(), key)", "key", TIMES),
+    (f"{SOLVERS}/programs/expressions.py", "own = t.copy()", "own = t", TIMES),
+    (f"{SOLVERS}/programs/expressions.py", "own.setflags(write=False)", "pass", TIMES),
+    (f"{SOLVERS}/sampling/solver.py", "t.copy() if isinstance(t, np.ndarray) else t", "t", TIMES),
+    (f"{SOLVERS}/sampling/solver.py", "None if times is None else times.t()", "times", TIMES),
+    (f"{SOLVERS}/methods/sde_coefficients.py", "self.function(own_times(t))", "self.function(t)", TIMES),
+    ("fmkernels/guidance/base.py", "scale(own_times(t))", "scale(tensor_of(t, torch.float64))", TIMES),
+    ("fmkernels/paths/schedule.py", "getattr(schedule, name)(own_times(t))", "getattr(schedule, name)(t)", TIMES),
+    (
+        "fmkernels/likelihood/density.py",
+        "self.log_p0(x_0.clone())",
+        "self.log_p0(x_0)",
+        "tests/test_likelihood_grids.py",
+    ),
+    (
+        "fmkernels/likelihood/density.py",
+        "(1.0 - t) * self.t_0 + t * self.t_1",
+        "self.t_0 + t * (self.t_1 - self.t_0)",
+        "tests/test_likelihood_grids.py",
+    ),
     (
         f"{SOLVERS}/programs/plans.py",
         "method if isinstance(method, str) else key_of(method)",
