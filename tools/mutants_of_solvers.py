@@ -23,6 +23,7 @@ DIFFUSION = "tests/test_diffusion_solvers.py"
 STOCHASTIC = "tests/test_stochastic.py"
 CACHES = "tests/test_caches.py"
 TIMES = "tests/test_given_times.py"
+DENSITIES = "tests/test_likelihood_grids.py"
 RARE = "tests/test_rare_branches.py"
 WAITING = "tests/test_waiting.py"
 
@@ -403,7 +404,7 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
         "fmkernels/likelihood/density.py",
         "(1.0 - t) * self.t_0 + t * self.t_1",
         "self.t_0 + t * (self.t_1 - self.t_0)",
-        "tests/test_likelihood_grids.py",
+        DENSITIES,
     ),
     (
         f"{SOLVERS}/programs/plans.py",
