@@ -139,6 +139,35 @@ def test_reversible_with_times_of_each_sample_and_guidance() -> None:
     assert_all_close(*grads, 1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, D])
+@pytest.mark.parametrize("tokens", [False, True])
+def test_who_waits_stays_and_has_the_gradient_of_its_own_steps(tokens: bool, dtype: torch.dtype) -> None:
+    weight = torch.tensor(3.0, dtype=D, requires_grad=True)
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        return (torch.sin(weight * x) + 2.0 + t[(...,) + (None,) * (x.dim() - t.dim())]).to(x.dtype)
+
+    own = torch.tensor([0.0, 0.2, 0.5, 1.0], dtype=D)
+    waits = torch.tensor([[0, 0, 0, 1, 1, 2, 3], [0, 1, 2, 3, 3, 3, 3], [0, 1, 1, 1, 2, 2, 3], [2] * 7])
+    x_0 = torch.randn(4, 5, dtype=dtype, requires_grad=True)
+    grid = own[waits].t()
+    settings: Any = {"method": "midpoint", "gradient": "reversible", "return_trajectory": True}
+    if tokens:
+        x = torch.stack([x_0, x_0], 0)  # two samples of four tokens
+        states = fm.sample(model, x, time_grid=grid[:, None].expand(7, 2, 4), **settings)[1].trajectory[:, 1]
+    else:
+        states = fm.sample(model, x_0, time_grid=grid, **settings)[1].trajectory
+    want = fm.sample(model, x_0[:3], time_grid=own, **settings)[1].trajectory
+    for i in range(3):
+        assert torch.equal(states[:, i], want[waits[i], i])
+    assert torch.equal(states[:, 3], x_0[3].expand(7, 5))
+    grads = [
+        torch.autograd.grad(x.square().sum(), [x_0, weight]) for x in (states[-1], torch.cat([want[-1], x_0[3:]]))
+    ]
+    for got, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4 if dtype is torch.float32 else 1e-10, atol=1e-6)
+
+
 def test_reversible_refuses_what_it_cannot_do() -> None:
     y0, t = torch.ones(2, dtype=D), torch.tensor([0.0, 1.0], dtype=D)
     func = lambda t, y: -y  # noqa: E731

@@ -13,7 +13,8 @@ of the method's order. It is solved backwards in closed form,
 
 so that the backward pass makes the states again, one step at a time, from the last ones, and differentiates each step
 there. It costs twice the network calls of the plain method, forward, and as many, recorded, backward. Rounding errors
-grow by 1 / lambda a step on the way back.
+grow by 1 / lambda a step on the way back. Where no time passes (a sample or token that waits), lambda is 1: both copies
+stay as they are.
 """
 
 from __future__ import annotations
@@ -80,9 +81,19 @@ class Scheme:
     def increment(self, t: Any, u: Any, y: Tensor) -> Tensor:
         return combine(*self.slopes(t, u, y))
 
+    def couplings(self, t: Any, u: Any, y: Tensor, power: int = 1) -> tuple[Any, Any]:
+        """lambda^power and 1 - lambda^power of a step."""
+        coupling = self.coupling**power
+        still = (u - t).detach() == 0.0
+        if still.dim() == 0:  # one step for all, which is none that waits
+            return coupling, 1.0 - coupling
+        ones = torch.ones_like(still, dtype=accumulator(y))
+        return torch.where(still, ones, coupling), torch.where(still, 0.0 * ones, 1.0 - coupling)
+
     def forward(self, t: Any, u: Any, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         ks, weights = self.slopes(t, u, z)
-        y = combine([y, z, *ks], [self.coupling, 1.0 - self.coupling, *weights])
+        coupling, rest = self.couplings(t, u, y)
+        y = combine([y, z, *ks], [coupling, rest, *weights])
         ks, weights = self.slopes(u, t, y)
         return y, combine([z, *ks], [1.0, *(-w for w in weights)])
 
@@ -127,7 +138,6 @@ class _Solve(torch.autograd.Function):
         tape = _Tape(scheme, ctx.used, with_times, ctx.autocast)
         places = {n: i for i, n in enumerate(scheme.kept)}
         grad_times = torch.zeros_like(times) if with_times else None
-        coupling = scheme.coupling
         grad_y, grad_z = torch.zeros_like(y), torch.zeros_like(z)
         rows = times.detach().unbind(0)
         for n in range(len(rows) - 1, 0, -1):
@@ -140,9 +150,11 @@ class _Solve(torch.autograd.Function):
             grad_y = grad_y + of_y
             # y' = lambda y + (1 - lambda) z + Psi_h(t, z)
             value, of_z, more_of_t, more_of_u = tape.pull(t, u, z, grad_y)
-            y = combine([y, z, value], [1.0 / coupling, 1.0 - 1.0 / coupling, -1.0 / coupling])
-            grad_z = combine([grad_z, of_z, grad_y], [1.0, 1.0, 1.0 - coupling])
-            grad_y = coupling * grad_y
+            inverse, inverse_rest = scheme.couplings(t, u, y, -1)
+            y = combine([y, z, value], [inverse, inverse_rest, -inverse])
+            coupling, rest = scheme.couplings(t, u, y)
+            grad_z = combine([grad_z, of_z, grad_y], [1.0, 1.0, rest])
+            grad_y = combine([grad_y], [coupling])
             if grad_times is not None:
                 grad_times[n] += of_u + more_of_u
                 grad_times[n - 1] += of_t + more_of_t
