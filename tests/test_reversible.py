@@ -161,9 +161,7 @@ def test_who_waits_stays_and_has_the_gradient_of_its_own_steps(tokens: bool, dty
     for i in range(3):
         assert torch.equal(states[:, i], want[waits[i], i])
     assert torch.equal(states[:, 3], x_0[3].expand(7, 5))
-    grads = [
-        torch.autograd.grad(x.square().sum(), [x_0, weight]) for x in (states[-1], torch.cat([want[-1], x_0[3:]]))
-    ]
+    grads = [torch.autograd.grad(x.square().sum(), [x_0, weight]) for x in (states[-1], torch.cat([want[-1], x_0[3:]]))]
     for got, expected in zip(*grads, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4 if dtype is torch.float32 else 1e-10, atol=1e-6)
 
