@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -212,3 +214,99 @@ def test_two_calls_of_a_network_with_one_buffer(rule: str, method: str, gradient
     options["time_dtype"] = torch.float64
     found, expected = (fm.sample(f, x_0, **options)[0] for f in (static, plain))
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("tree", [False, True], ids=["tensor", "list"])
+@pytest.mark.parametrize("batched", [False, ("c",)])
+def test_arguments_that_are_written_to_in_place_are_read_at_each_call(batched: Any, tree: bool) -> None:
+    def model(x: Tensor, t: Tensor, c: Any) -> Tensor:
+        return x * 0.0 + (c[0] if tree else c)
+
+    def wrapped(c: Tensor) -> Any:
+        return [c] if tree else c
+
+    x, t, null, c = torch.zeros(2, 1), torch.zeros(2), torch.nn.Parameter(torch.zeros(2, 1)), torch.ones(2, 1)
+    velocity = CFG(3.0, negative={"c": wrapped(null)}, batched=batched).at(model, {"c": wrapped(c)})
+    assert velocity(x, t).tolist() == [[3.0], [3.0]]
+    with torch.no_grad():
+        null.add_(1.0)  # an optimizer's step
+        assert velocity(x, t).tolist() == [[1.0], [1.0]]
+        null.data = torch.full((2, 1), 3.0)  # of which no version tells
+    assert velocity(x, t).tolist() == [[-3.0], [-3.0]]
+
+    def switch(number: int, t: float, x: Tensor) -> None:
+        if number == 1:
+            c.fill_(5.0)
+
+    guidance = CFG(1.5, negative={"c": wrapped(torch.zeros(2, 1))}, batched=batched)
+    got = fm.sample(model, x, steps=4, guidance=guidance, callback=switch, c=wrapped(c))[0]
+    assert got.tolist() == [[4.5], [4.5]]
+
+
+def test_arrays_of_numpy_in_one_call() -> None:
+    lengths = []
+
+    def model(x: Tensor, t: Tensor, y: Tensor, c: np.ndarray) -> Tensor:
+        lengths.append((len(x), len(c)))
+        return x * 0.0 + y[:, None] * torch.from_numpy(c)[:, None]
+
+    c, y, x = np.arange(1.0, 4.0), torch.tensor([1.0, 2.0, 3.0]), torch.zeros(3, 1)
+    for other in ({}, {"c": c + 1.0}, {"c": np.ones(1)}):
+        results = []
+        for batched in (False, ("y", "c")):
+            if not batched and len(other.get("c", c)) == 1:
+                other = {"c": np.broadcast_to(other["c"], 3).copy()}
+            guidance = CFG(2.0, negative={"y": 0.5, **other}, batched=batched)
+            results.append(fm.sample(model, x, steps=1, guidance=guidance, y=y, c=c)[0])
+        assert lengths[-1] == (6, 6)
+        assert torch.equal(*results)
+
+
+@pytest.mark.parametrize(
+    ("y", "number", "good"),
+    [
+        (torch.tensor([1, 2]), 0.5, -7),
+        (torch.tensor([1, 2]), math.nan, 5.0),
+        (torch.tensor([1, 2], dtype=torch.uint8), -1, 255),
+        (torch.tensor([True, False]), 2, 0),
+        (torch.tensor([1.0, 2.0], dtype=torch.float16), 1e6, math.inf),
+    ],
+)
+def test_a_number_that_an_arguments_dtype_does_not_hold_is_told(y: Tensor, number: float, good: float) -> None:
+    seen = []
+
+    def model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        seen.append(y.flatten().tolist())
+        return x * 0.0
+
+    rules = {
+        "negative": lambda value: CFG(2.0, negative={"y": value}),
+        "conditions[0]": lambda value: MultiCondition([({"y": value}, 2.0)]),
+        "weak_kwargs": lambda value: AutoGuidance(model, 2.0, weak_kwargs={"y": value}),
+    }
+    for argument, rule in rules.items():
+        with pytest.raises(ValueError) as error:
+            fm.sample(model, torch.ones(2, 2), steps=1, guidance=rule(number), y=y)
+        assert str(error.value).startswith(f"{argument}: expected a number for y that its dtype, {y.dtype}, holds")
+        seen.clear()
+        fm.sample(model, torch.ones(2, 2), steps=1, guidance=rule(good), y=y)
+        assert sum(row.count(good) for row in seen) >= 2
+
+
+def test_a_rule_of_several_conditions_can_be_made_again() -> None:
+    def model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return x * 0.0 + y[:, None]
+
+    y = torch.tensor([5, 5])
+    weights = torch.tensor([2.0, 3.0])
+    for weight, want in ((2.0, [2.0, 2.0]), (weights, [2.0, 3.0]), (lambda t: 2.0, [2.0, 2.0])):
+        rule = MultiCondition([({"y": 1}, weight)], negative={"y": 0})
+        for again in (
+            rule,
+            dataclasses.replace(rule, batched=False),
+            dataclasses.replace(dataclasses.replace(rule), batched=False),
+            MultiCondition(rule.conditions, negative={"y": 0}),
+        ):
+            got = fm.sample(model, torch.zeros(2, 1), steps=2, guidance=again, y=y)[0]
+            assert got[:, 0].tolist() == want
+    assert repr(MultiCondition([({"y": 1}, 2.0)])).startswith("MultiCondition(conditions=(({'y': 1}, 2.0),)")

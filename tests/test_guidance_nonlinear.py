@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from guidance_problems import GRID, NULL, APGOracle, B, Model, W, close, data, dot, each_shape, euler, pair, solve, wide
 
+import fmkernels as fm
 from fmkernels.guidance import APG, CFG, CFGPlusPlus, RectifiedCFGPlusPlus
 from fmkernels.paths import VP, CondOT, Cosine
 from fmkernels.solvers.methods.diffusion import DDIM
@@ -200,3 +202,22 @@ def test_intervals_of_a_steps_guidance_are_of_each_sample(kind) -> None:
             else:
                 wanted = euler(lambda x, t, _, own=own: pair(y[own])(x, t)[0], wanted, [t, u])
         close(together[own], wanted)
+
+
+@pytest.mark.parametrize("rule", [{}, {"rescale": 0.5}, {"zero_star": True}, {"interval": (0.2, 0.7), "rescale": 0.5}])
+@pytest.mark.parametrize("scale", [torch.tensor([2.0, 3.0]), lambda t: torch.tensor([2.0, 3.0], dtype=t.dtype)])
+def test_a_scale_of_each_sample_on_a_grid_of_each_token(scale, rule) -> None:
+    def model(x, t, s):
+        return torch.sin(x + t[..., None]) * s
+
+    grid = np.broadcast_to(np.linspace(0, 1, 4)[:, None, None], (4, 2, 3)) * np.array([1.0, 0.9, 0.8])
+    x = torch.randn(2, 3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    guidance, single = CFG(scale, negative={"s": 0.3}, **rule), CFG(2.0, negative={"s": 0.3}, **rule)
+    for gradient in ("none", "reversible"):
+        got = fm.sample(model, x, time_grid=grid, guidance=guidance, gradient=gradient, s=1.0)[0]
+        for i, w in enumerate((2.0, 3.0)):
+            alone = dataclasses.replace(single, scale=w)
+            want = fm.sample(
+                model, x[i : i + 1], time_grid=grid[:, i : i + 1], guidance=alone, gradient=gradient, s=1.0
+            )[0]
+            torch.testing.assert_close(got[i : i + 1], want, rtol=1e-6, atol=1e-6)

@@ -166,3 +166,44 @@ def test_bad_requests() -> None:
         run([], method="euler")
     with pytest.raises(ValueError, match="capacity: expected an int >= 1"):
         run([], capacity=0)
+
+
+@pytest.mark.parametrize("capacity", [1, 3, 8])
+def test_requests_in_one_memory_are_copied_as_they_are_read(capacity: int) -> None:
+    values = [torch.full((3,), 1.0 + i) for i in range(5)]
+
+    def refilled() -> Iterator[tuple[Tensor, dict]]:
+        x, rate, shifts = torch.empty(3), torch.empty(()), [torch.empty(3)]
+        for value in values:
+            x.copy_(value)
+            rate.copy_(value[0])
+            shifts[0].copy_(value)
+            yield x, {"rate": rate, "shifts": shifts}
+        x.zero_()
+
+    def apart() -> Iterator[tuple[Tensor, dict]]:
+        yield from ((value, {"rate": value[0], "shifts": [value]}) for value in values)
+
+    def net(x: Tensor, t: Tensor, rate: Tensor, shifts: list[Tensor]) -> Tensor:
+        return shifts[0] - rate[:, None] * x
+
+    got, want = (
+        sorted(sample_stream(net, requests, capacity=capacity), key=lambda r: r.request)
+        for requests in (refilled(), apart())
+    )
+    for ours, other in zip(got, want, strict=True):
+        torch.testing.assert_close(ours.x, other.x, rtol=1e-6, atol=1e-6)
+
+
+def test_python_floats_have_the_precision_of_the_states() -> None:
+    def net(x: Tensor, t: Tensor, rate: Tensor, labels: list[Tensor]) -> Tensor:
+        dtypes.add((rate.dtype, labels[0].dtype))
+        return -x * rate[:, None]
+
+    for dtype in (torch.float16, torch.float32, torch.float64):
+        dtypes: set = set()
+        x = torch.ones(3, dtype=dtype)
+        (result,) = sample_stream(net, [(x, {"rate": 0.1, "labels": [3]})], rtol=1e-9, atol=1e-9, max_steps=200)
+        assert dtypes == {(torch.float64 if dtype is torch.float64 else torch.float32, torch.int64)}
+        if dtype is torch.float64:
+            assert (result.x - math.exp(-0.1)).abs().max() < 1e-10

@@ -48,6 +48,8 @@ CONDITIONAL = ""
 UNCONDITIONAL = "unconditional"
 # Fields that the network calls read and the program does not.
 NETWORK = {"network": True}
+# Fields as the caller gave them, of which others are made, for the programs and for the network calls.
+GIVEN = {"network": True, "given": True}
 _PREFIX = "guidance:"
 _COND_OT = CondOT()
 
@@ -140,7 +142,7 @@ def scale_at(builder: Builder, scale: Scale, t: Number, interval: Interval = Non
         if dims and value.ndim > dims:
             raise value_error("scale", f"no more dimensions than the times, whose shape is {tuple(shape)}", value)
         if dims:
-            value = value.reshape((*value.shape, *(1,) * (dims - value.ndim)))
+            value = _spread(value.reshape((*value.shape, *(1,) * (dims - value.ndim))), tuple(shape))
     if interval is None:
         return value
     if not dims and not isinstance(builder, Immediate):  # the host knows
@@ -152,6 +154,13 @@ def scale_at(builder: Builder, scale: Scale, t: Number, interval: Interval = Non
     if not inside.any():
         return outside
     return value if inside.all() else np.where(inside, value, outside)
+
+
+def _spread(value: Any, shape: tuple) -> Any:
+    """Numbers of a shape of so many dimensions, each repeated over what it stands for; others are told by the calls."""
+    if tuple(value.shape) == shape or any(n not in (1, size) for n, size in zip(value.shape, shape, strict=True)):
+        return value
+    return value.expand(shape) if isinstance(value, Tensor) else np.broadcast_to(value, shape)
 
 
 def within(t: Number, interval: tuple[float, float]) -> Any:

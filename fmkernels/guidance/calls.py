@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,19 +29,44 @@ def is_plain_number(value: Any) -> bool:
 
 
 def overridden(
-    model_kwargs: Mapping[str, Any], other: Mapping[str, Any] | None, shared: Sequence[str] = ()
+    model_kwargs: Mapping[str, Any],
+    other: Mapping[str, Any] | None,
+    shared: Sequence[str] = (),
+    *,
+    argument: str = "negative",
 ) -> dict[str, Any]:
     """model_kwargs with other entries in place; a number for a tensor's stands for a tensor full of it, and a tensor
-    with one entry for one with that entry for each sample, unless it is ``shared``."""
+    with one entry for one with that entry for each sample, unless it is ``shared``.
+
+    Args:
+        argument: what the caller calls the other entries.
+
+    Raises:
+        ValueError: a number that is none of the dtype of the tensor.
+    """
     result = dict(model_kwargs)
     for name, value in (other or {}).items():
         old = result.get(name)
         if isinstance(old, Tensor) and is_plain_number(value):
+            _check_holds(argument, name, value, old.dtype)
             value = torch.full_like(old, value)
         elif isinstance(old, Tensor) and _is_one_for_all(value, old) and name not in shared:
             value = value.expand(old.shape[0], *value.shape[1:])
         result[name] = value
     return result
+
+
+def _check_holds(argument: str, name: str, value: float, dtype: torch.dtype) -> None:
+    """That a dtype holds a number, up to the rounding of floating ones."""
+    if dtype is torch.bool:
+        holds = value in (0, 1)
+    elif dtype.is_floating_point or dtype.is_complex:
+        holds = not math.isfinite(value) or abs(value) <= torch.finfo(dtype).max
+    else:
+        limits = torch.iinfo(dtype)
+        holds = limits.min <= value <= limits.max and value == int(value)
+    if not holds:
+        raise value_error(argument, f"a number for {name} that its dtype, {dtype}, holds", value)
 
 
 def _is_one_for_all(value: Any, old: Tensor) -> bool:
@@ -98,8 +125,8 @@ class _Joined(JoinedCall):
         self.model, self.kwargs = models[0][0], [kwargs for _, kwargs in models]
         self.said, self.batching = said, batching
         self.apart = [reading("model", *pair) for pair in models]
-        # the joined arguments for a number of rows, None where they cannot be joined
-        self.joined: dict[int, dict[str, Any] | None] = {}
+        # how the arguments are joined for a number of rows, None where they cannot be
+        self.joins: dict[int, Callable[[], dict[str, Any]] | None] = {}
         self.looked = self.writes_to_input = False
 
     def __call__(self, x: Tensor, t: Tensor) -> tuple[Tensor, ...]:
@@ -129,10 +156,11 @@ class _Joined(JoinedCall):
         return None if kwargs is None else self._output(x, t, kwargs)
 
     def _kwargs(self, rows: int) -> dict[str, Any] | None:
-        known = self.joined
+        known = self.joins
         if rows not in known:
-            self.joined = known = {rows: self._join(rows)}
-        return known[rows]
+            self.joins = known = {rows: self._join(rows)}
+        join = known[rows]
+        return None if join is None else join()
 
     def _output(self, x: Tensor, t: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
         """The network's, at the rows of all branches."""
@@ -146,13 +174,39 @@ class _Joined(JoinedCall):
             )
         return v
 
-    def _join(self, rows: int) -> dict[str, Any] | None:
+    def _join(self, rows: int) -> Callable[[], dict[str, Any]] | None:
         try:
-            return join_kwargs(self.kwargs, rows, self.said)
+            return joined_at_each_call(self.kwargs, rows, self.said)
         except _CannotJoin:
             if self.batching is True:
                 raise
             return None
+
+
+def joined_at_each_call(
+    kwargs: Sequence[Mapping[str, Any]], rows: int, said: Named = NOTHING
+) -> Callable[[], dict[str, Any]]:
+    """:func:`join_kwargs` of what the arguments are at each call: tensors are written to in place, by a callback or an
+    optimizer, and nothing tells of all ways to do that."""
+    result = join_kwargs(kwargs, rows, said)
+    if any(structure(value) is not None for k in kwargs for value in k.values()):
+        return lambda: join_kwargs(kwargs, rows, said)  # lists and dicts may have other entries
+    columns = {name: [k[name] for k in kwargs] for name in result}
+    kept = {name: values[0] for name, values in columns.items() if result[name] is values[0]}
+    whole, others = {}, {}
+    for name, values in columns.items():
+        if name not in kept:
+            (whole if _are_whole(values, rows) else others)[name] = values
+
+    def join() -> dict[str, Any]:
+        joined = kept.copy()
+        for name, values in whole.items():
+            joined[name] = torch.cat(values)
+        for name, values in others.items():
+            joined[name] = _rows_of(name, values, rows)
+        return joined
+
+    return join
 
 
 def join_kwargs(kwargs: Sequence[Mapping[str, Any]], rows: int, said: Named = NOTHING) -> dict[str, Any]:
@@ -190,17 +244,24 @@ def _join(name: str, values: Sequence[Any], rows: int, said: Named) -> Any:
     return first
 
 
+def _are_whole(values: Sequence[Any], rows: int) -> bool:
+    """Whether all are plain tensors of one shape with a row for each sample."""
+    first = values[0]
+    return all(type(value) is Tensor and value.shape == first.shape for value in values) and first.shape[:1] == (rows,)
+
+
 def _rows_of(name: str, values: Sequence[Any], rows: int) -> Any:
     """Leaves with an entry for each sample, or one for all, one after the other."""
     first = values[0]
-    if all(type(value) is Tensor and value.shape == first.shape for value in values) and first.shape[:1] == (rows,):
+    if _are_whole(values, rows):
         return torch.cat(list(values))
-    if _same(values) and not (isinstance(first, Tensor) and first.dim() and first.shape[0] == rows):
+    if _same(values) and not (isinstance(first, (Tensor, np.ndarray)) and first.shape[:1] == (rows,)):
         return first
-    if not all(isinstance(value, Tensor) for value in values):
+    arrays = all(isinstance(value, np.ndarray) for value in values)
+    if not arrays and not all(isinstance(value, Tensor) for value in values):
         raise _CannotJoin(f"{name}: expected tensors, or equal values, {_HINT}; got {describe(values[-1])}")
     try:
-        if len({value.dim() for value in values if value.dim()}) > 1:
+        if len({value.ndim for value in values if value.ndim}) > 1:
             raise RuntimeError("a dimension more is not a dimension of size 1")
         shape = torch.broadcast_shapes((rows,), *(value.shape[:1] for value in values))
         inner = torch.broadcast_shapes(*(value.shape[1:] for value in values))
@@ -209,6 +270,8 @@ def _rows_of(name: str, values: Sequence[Any], rows: int) -> Any:
         raise _CannotJoin(
             f"{name}: expected tensors with a row for each of {rows} samples {_HINT}; got shapes {shapes}"
         ) from None
+    if arrays:
+        return np.concatenate([np.broadcast_to(value, (*shape, *inner)) for value in values])
     return torch.cat([value.expand(*shape, *inner) for value in values])
 
 

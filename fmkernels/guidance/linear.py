@@ -17,6 +17,7 @@ from ..solvers.programs.builder import Builder
 from ..solvers.programs.expressions import Expr, Number, as_number
 from .base import (
     CONDITIONAL,
+    GIVEN,
     NETWORK,
     UNCONDITIONAL,
     Guidance,
@@ -61,7 +62,7 @@ class AutoGuidance(Guidance):
         object.__setattr__(self, "interval", checked_interval(self.interval))
 
     def branches(self, model: Model, model_kwargs: Mapping[str, Any]) -> Branches:
-        weak = self.weak_model, overridden(model_kwargs, self.weak_kwargs)
+        weak = self.weak_model, overridden(model_kwargs, self.weak_kwargs, argument="weak_kwargs")
         return {CONDITIONAL: (model, model_kwargs), "weak": weak}
 
     def velocity(self, builder: Builder, x: Expr, t: Number) -> Expr:
@@ -86,11 +87,13 @@ class MultiCondition(Guidance):
         shared: names of keyword arguments that have no entry for each sample, whatever their shape.
     """
 
-    conditions: Sequence[tuple[Mapping[str, Any], Scale]] = field(metadata=NETWORK)
+    conditions: Sequence[tuple[Mapping[str, Any], Scale]] = field(metadata=GIVEN)
     negative: Mapping[str, Any] | None = field(default=None, kw_only=True, metadata=NETWORK)
     batched: Batched = field(default="auto", kw_only=True)
     shared: Sequence[str] = field(default=(), kw_only=True)
+    # the conditions' parts: what the programs read, and what the network calls do
     weights: tuple[Scale, ...] = field(init=False, repr=False)
+    overrides: tuple[dict[str, Any], ...] = field(init=False, repr=False, metadata=NETWORK)
 
     def __post_init__(self) -> None:
         check_batched(self.batched)
@@ -100,19 +103,20 @@ class MultiCondition(Guidance):
             raise type_error("conditions", "a list of pairs (keyword arguments, weight)", self.conditions)
         if not self.conditions:
             raise value_error("conditions", "at least one pair (keyword arguments, weight)", self.conditions)
-        weights = []
+        pairs = []
         for i, pair in enumerate(self.conditions):
             if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[0], Mapping):
                 raise type_error(f"conditions[{i}]", "a pair (keyword arguments, weight)", pair)
-            weights.append(checked_scale(f"conditions[{i}]", pair[1]))
-        # the weights stand apart, so that the conditions are what the network reads
-        object.__setattr__(self, "conditions", tuple((dict(kwargs), 0.0) for kwargs, _ in self.conditions))
-        object.__setattr__(self, "weights", tuple(weights))
+            check_kwargs(f"conditions[{i}]", pair[0])
+            pairs.append((dict(pair[0]), checked_scale(f"conditions[{i}]", pair[1])))
+        object.__setattr__(self, "conditions", tuple(pairs))
+        object.__setattr__(self, "weights", tuple(weight for _, weight in pairs))
+        object.__setattr__(self, "overrides", tuple(kwargs for kwargs, _ in pairs))
 
     @property
     def said(self) -> Named:
-        others = [self.negative, *(kwargs for kwargs, _ in self.conditions)]
-        return said_of(self.batched, self.shared, [name for other in others for name in labels_of(other)])
+        names = [name for other in (self.negative, *self.overrides) for name in labels_of(other)]
+        return said_of(self.batched, self.shared, names)
 
     @property
     def batching(self) -> Batching:
@@ -120,8 +124,8 @@ class MultiCondition(Guidance):
 
     def branches(self, model: Model, model_kwargs: Mapping[str, Any]) -> Branches:
         calls = {
-            str(i): (model, overridden(model_kwargs, kwargs, self.shared))
-            for i, (kwargs, _) in enumerate(self.conditions)
+            str(i): (model, overridden(model_kwargs, kwargs, self.shared, argument=f"conditions[{i}]"))
+            for i, kwargs in enumerate(self.overrides)
         }
         unconditional = overridden(model_kwargs, self.negative, self.shared)
         return {**calls, UNCONDITIONAL: (model, unconditional), CONDITIONAL: (model, unconditional)}

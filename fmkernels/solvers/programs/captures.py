@@ -183,8 +183,8 @@ def network_fields(guidance: Any) -> Callable[[str], bool]:
     """Which attributes of a guidance its network calls read; what else a rule of this package holds is in programs."""
     if guidance is None or not is_ours(type(guidance)):
         return lambda name: True
-    fields = getattr(guidance, "__dataclass_fields__", {})
-    return lambda name: name not in fields or fields[name].metadata.get("network", False)
+    told = {name: f.metadata for name, f in getattr(guidance, "__dataclass_fields__", {}).items()}
+    return lambda name: name not in told or (told[name].get("network", False) and not told[name].get("given", False))
 
 
 def state_of(model: Any, owners: list[Any]) -> Hashable:

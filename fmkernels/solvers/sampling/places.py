@@ -57,12 +57,14 @@ class StreamResult(_Result):
         assert self.sample is not None
         return self.sample
 
+    @classmethod
+    def failed(cls, request: int, error: Exception) -> StreamResult:
+        return cls(request, None, None, 0, 0, error)
 
-def _failed(request: int, error: Exception) -> StreamResult:
-    return StreamResult(request, None, None, 0, 0, error)
 
+class Newcomer(NamedTuple):
+    """A request in memory of its own, its numbers as tensors."""
 
-class _Newcomer(NamedTuple):
     request: int
     state: Tensor
     own: dict[str, Any]
@@ -92,7 +94,7 @@ class Places:
         self.stepper: Stepper | None = None
         self.indices: list[int | None] = []  # the request in each place; None: free
         self.watch = Watch(delay=1)
-        self.like: _Newcomer | None = None  # the first request
+        self.like: Newcomer | None = None  # the first request
 
     @property
     def free(self) -> list[int]:
@@ -100,19 +102,11 @@ class Places:
 
     # ------------------------------------------------------------------ taking in
 
-    def take(self, requests: Sequence[tuple[int, Any]]) -> list[StreamResult]:
+    def take(self, newcomers: Sequence[Newcomer]) -> list[StreamResult]:
         """Puts requests in free places, or in new ones where there are none; returns those that fail at once."""
-        newcomers: list[_Newcomer] = []
-        failed: list[StreamResult] = []
-        for number, request in requests:
-            try:
-                newcomers.append(self._checked(number, request))
-            except Exception as error:
-                failed.append(_failed(number, error))
         if not newcomers:
-            return failed
-        stepper, begun, errors = self._begin_all(newcomers)
-        failed += errors
+            return []
+        stepper, begun, failed = self._begin_all(newcomers)
         if stepper is None:
             return failed
         numbers = [newcomer.request for newcomer in begun]
@@ -132,8 +126,12 @@ class Places:
             self.indices[place] = number
         return failed
 
-    def _checked(self, number: int, request: Any) -> _Newcomer:
-        """A request, with its numbers as tensors; it must be like the first one."""
+    def checked(self, number: int, request: Any) -> Newcomer:
+        """A copy of a request, which must be like the first one.
+
+        Raises:
+            TypeError, ValueError: it is none, or unlike the first.
+        """
         name, state, extra = f"requests[{number}]", request, {}
         if not isinstance(request, Tensor):
             if not isinstance(request, (tuple, list)) or len(request) != 2 or not isinstance(request[1], Mapping):
@@ -141,9 +139,10 @@ class Places:
             state, extra = request
         check_float_tensor(name, state)
         check_values(name, state)
-        own = {key: tree_map(lambda leaf: _as_tensor(name, leaf, state), value) for key, value in extra.items()}
+        state = state.clone()
+        own = {key: tree_map(lambda leaf: _own_tensor(name, leaf, state), value) for key, value in extra.items()}
         if self.like is None:
-            self.like = _Newcomer(number, state, own)
+            self.like = Newcomer(number, state, own)
         first, like = f"requests[{self.like.request}]", self.like
         check_like(name, state, first, like.state)
         if set(own) != set(like.own):
@@ -154,11 +153,11 @@ class Places:
             for mine, theirs in zip(leaves(value), leaves(like.own[key]), strict=True):
                 if mine.shape != theirs.shape:
                     raise value_error(name, f"{key} of the shape that it has in {first}, {tuple(theirs.shape)}", mine)
-        return _Newcomer(number, state, {key: own[key] for key in like.own})
+        return Newcomer(number, state, {key: own[key] for key in like.own})
 
     def _begin_all(
-        self, newcomers: Sequence[_Newcomer]
-    ) -> tuple[Stepper | None, Sequence[_Newcomer], list[StreamResult]]:
+        self, newcomers: Sequence[Newcomer]
+    ) -> tuple[Stepper | None, Sequence[Newcomer], list[StreamResult]]:
         """A stepper with the newcomers that the network takes, those, and the others with what it raised for them."""
         try:
             return self._begin(newcomers), newcomers, []
@@ -169,12 +168,12 @@ class Places:
                     self._begin([newcomer])
                     good.append(newcomer)
                 except Exception as error:
-                    errors.append(_failed(newcomer.request, error))
+                    errors.append(StreamResult.failed(newcomer.request, error))
             if not errors:
                 raise
             return (self._begin(good) if good else None), good, errors
 
-    def _begin(self, newcomers: Sequence[_Newcomer]) -> Stepper:
+    def _begin(self, newcomers: Sequence[Newcomer]) -> Stepper:
         """Derivatives and first steps."""
         y = torch.stack([newcomer.state for newcomer in newcomers])
         own = {
@@ -236,7 +235,7 @@ class Places:
                 try:
                     self._gathered([place]).step()
                 except Exception as error:
-                    failed[place] = _failed(index, error)
+                    failed[place] = StreamResult.failed(index, error)
         good = [place for place in range(len(self.indices)) if place not in failed]
         if not failed:
             return []
@@ -278,12 +277,15 @@ class Places:
             self.watch.forget()
 
 
-def _as_tensor(name: str, leaf: Any, like: Tensor) -> Tensor:
+def _own_tensor(name: str, leaf: Any, like: Tensor) -> Tensor:
     if isinstance(leaf, Tensor):
         if leaf.device != like.device:
             raise value_error(name, f"keyword arguments on the device of x_0, {like.device}", leaf)
-        return leaf
-    if isinstance(leaf, (bool, int, float)):
+        return leaf.clone()
+    if isinstance(leaf, float):
+        dtype = torch.promote_types(torch.get_default_dtype(), like.dtype)
+        return torch.tensor(leaf, dtype=dtype, device=like.device)
+    if isinstance(leaf, (bool, int)):
         return torch.tensor(leaf, device=like.device)
     raise type_error(name, "keyword arguments that are tensors or numbers", leaf)
 

@@ -16,7 +16,7 @@ from ..adaptive.controllers import Controller
 from ..adaptive.options import AdaptiveOptions
 from ..methods import registry as methods
 from ..methods.tableaus import Tableau
-from .places import Places, StreamResult
+from .places import Newcomer, Places, StreamResult
 from .settings import FlowSettings, check_time, network_kwargs
 from .velocity import FOLLOW, Model, Rule, Velocity
 
@@ -73,15 +73,18 @@ class Stream:
             free = self.capacity
         elif free < min(self.refill_at, len(places.indices)):
             free = 0
-        failed = places.take(self._read(free)) if free else []
+        newcomers, failed = self._read(free) if free else ([], [])
+        failed += places.take(newcomers)
         if not self.more and places.stepper is not None and places.free:
             places.shrink()
         return failed
 
-    def _read(self, number: int) -> list[tuple[int, Any]]:
-        """Up to so many requests; what the queue raises is kept until the others are done."""
-        requests: list[tuple[int, Any]] = []
-        while self.more and len(requests) < number:
+    def _read(self, number: int) -> tuple[list[Newcomer], list[StreamResult]]:
+        """Up to so many requests, and those among them that are wrong; what the queue raises is kept until the others
+        are done. Each is looked at and copied before the next is read, which may be in the same memory."""
+        newcomers: list[Newcomer] = []
+        failed: list[StreamResult] = []
+        while self.more and len(newcomers) + len(failed) < number:
             try:
                 request = next(self.requests)
             except StopIteration:
@@ -89,9 +92,12 @@ class Stream:
             except Exception as error:
                 self.more, self.failure = False, error
             else:
-                requests.append((self.taken, request))
+                try:
+                    newcomers.append(self.places.checked(self.taken, request))
+                except Exception as error:
+                    failed.append(StreamResult.failed(self.taken, error))
                 self.taken += 1
-        return requests
+        return newcomers, failed
 
 
 def stream(
@@ -173,7 +179,8 @@ def sample_stream(
         model: any callable model(x, t, **model_kwargs), as of :func:`fmkernels.sample`.
         requests: any iterable, read as places become free: x_0 of one sample, without a batch dimension, or pairs
             (x_0, keyword arguments of the model), tensors without a batch dimension or numbers (also within lists,
-            tuples and dictionaries), which are stacked; mixed dtypes become one that has room for all.
+            tuples and dictionaries), which are stacked; mixed dtypes become one that has room for all, and a Python
+            float has that of x_0, or of more precision. Each is copied as it is read: the next one may be in its memory.
         capacity: places in the batch.
         method: an adaptive method: "heun_euler", "bosh3", "fehlberg", "dopri5", "tsit5", "dopri8".
         path, prediction, guidance: as of :func:`fmkernels.sample`. Scales of guidance are numbers or functions.
