@@ -44,7 +44,12 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
     ("fmkernels/guidance/cfg.py", "noise = c * beyond + u * (1.0 - beyond)", "noise = u", NONLINEAR),
     ("fmkernels/guidance/cfg.py", "self.interval, outside=0.0)", "self.interval)", NONLINEAR),
     ("fmkernels/guidance/cfg.py", "self.fraction * (builder.step.u - t)", "(builder.step.u - t)", NONLINEAR),
-    ("fmkernels/guidance/linear.py", "overridden(model_kwargs, self.weak_kwargs, argument=\"weak_kwargs\")", "model_kwargs", LINEAR),
+    (
+        "fmkernels/guidance/linear.py",
+        'overridden(model_kwargs, self.weak_kwargs, argument="weak_kwargs")',
+        "model_kwargs",
+        LINEAR,
+    ),
     ("fmkernels/guidance/linear.py", "self.interval, outside=0.0)", "self.interval)", LINEAR),
     ("fmkernels/guidance/linear.py", "torch.where(alpha == 0.0, torch.zeros_like(slope), slope)", "slope", LINEAR),
     # ------------------------------------------------------------------ likelihood

@@ -193,7 +193,8 @@ def joined_at_each_call(
         return lambda: join_kwargs(kwargs, rows, said)  # lists and dicts may have other entries
     columns = {name: [k[name] for k in kwargs] for name in result}
     kept = {name: values[0] for name, values in columns.items() if result[name] is values[0]}
-    whole, others = {}, {}
+    whole: dict[str, list[Tensor]] = {}
+    others: dict[str, list[Any]] = {}
     for name, values in columns.items():
         if name not in kept:
             (whole if _are_whole(values, rows) else others)[name] = values
