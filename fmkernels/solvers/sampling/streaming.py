@@ -180,7 +180,7 @@ def sample_stream(
         requests: any iterable, read as places become free: x_0 of one sample, without a batch dimension, or pairs
             (x_0, keyword arguments of the model), tensors without a batch dimension or numbers (also within lists,
             tuples and dictionaries), which are stacked; mixed dtypes become one that has room for all, and a
-            Python float has x_0's or one of more precision. Each is copied as it is read: the next may be in its memory.
+            Python float has x_0's or a wider one. Each is copied as it is read: the next may be in its memory.
         capacity: places in the batch.
         method: an adaptive method: "heun_euler", "bosh3", "fehlberg", "dopri5", "tsit5", "dopri8".
         path, prediction, guidance: as of :func:`fmkernels.sample`. Scales of guidance are numbers or functions.
