@@ -117,22 +117,3 @@ def test_times_are_floating(dtype) -> None:
     ):
         with pytest.raises(TypeError, match="time_dtype: expected a floating dtype"):
             call()
-
-
-def test_one_time_for_all_beside_times_of_each() -> None:
-    def model(x, t):
-        return x
-
-    own = np.stack([np.linspace(0, 1, 3)] * 2, 1)
-    expected = "time_shape: expected 'batch' with times of each sample or token, got 'scalar'"
-    for grid in (own, np.repeat(own[..., None], 3, 2)):
-        x = torch.ones(2, 3, 2)
-        for solve in (
-            lambda x, **options: fm.sample(model, x, **options),
-            lambda x, **options: fm.sample(model, x, gradient="reversible", **options),
-            lambda x, **options: fm.Solver(model, **options).sample(x),
-            lambda x, **options: fm.log_prob(model, x, method="euler", steps=None, **options),
-        ):
-            with pytest.raises(ValueError, match=expected):
-                solve(x, time_grid=grid, time_shape="scalar")
-    assert fm.sample(model, x, time_grid=[0.0, 1.0], time_shape="scalar")[0].shape == x.shape

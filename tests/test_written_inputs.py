@@ -241,24 +241,3 @@ def test_gradients_of_guidance_whose_network_has_one_buffer(gradient: str, batch
         samples, _ = fm.sample(network, x, steps=4, guidance=rule_, gradient=gradient, y=LABELS)
         results.append([samples.detach(), *torch.autograd.grad(samples.sum(), [x, weight])])
     torch.testing.assert_close(*results)
-
-
-def test_a_density_of_the_source_that_writes_to_its_argument() -> None:
-    def model(x: Tensor, t: Tensor) -> Tensor:
-        return -x
-
-    def clean(z: Tensor) -> Tensor:
-        return -0.5 * z.square().sum(1)
-
-    def writing(z: Tensor) -> Tensor:
-        return -0.5 * z.square_().sum(1)
-
-    for options in ({"method": "rk4", "steps": 5}, {"method": "dopri5"}):
-        x = start()
-        want, got = (fm.log_prob(model, x, log_p0=f, **options) for f in (clean, writing))
-        assert torch.equal(got.x_0, want.x_0)
-        assert torch.equal(got.log_prob, want.log_prob)
-        want, got = (fm.sample_with_log_prob(model, x, log_p0=f, **options)[1] for f in (clean, writing))
-        assert torch.equal(got.x_0, want.x_0)
-        assert torch.equal(got.log_prob, want.log_prob)
-        assert torch.equal(x, start())
