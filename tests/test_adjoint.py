@@ -228,6 +228,25 @@ def test_adjoint_parameters_and_errors() -> None:
         fm.odeint_adjoint(net, y0, t, adjoint_options={"norm": norm})
 
 
+@pytest.mark.parametrize("made", [False, True], ids=["leaf", "computed"])
+def test_a_parameter_that_is_given_twice_counts_once(made: bool) -> None:
+    leaf, other = (torch.tensor(value, dtype=D, requires_grad=True) for value in (0.7, 0.2))
+    w = leaf.sin() if made else leaf
+    lengths = set()
+
+    def norm(parts: Any) -> Tensor:
+        lengths.add(len(parts))
+        return torch.stack([x.abs().max() for x in parts if x.numel()]).max()
+
+    y0, t = torch.ones(2, dtype=D), torch.tensor([0.0, 1.0], dtype=D)
+    grads = []
+    for params in ((w, other), (w, other, w), [w, w, other, other]):
+        y = fm.odeint_adjoint(lambda t, y: other - w * y, y0, t, adjoint_params=params, adjoint_options={"norm": norm})
+        grads.append(torch.autograd.grad(y[-1].sum(), [leaf, other], retain_graph=True))
+    assert grads[0] == grads[1] == grads[2]
+    assert len(lengths) == 1
+
+
 def test_adjoint_of_parameters_made_by_others() -> None:
     raw = torch.randn(2, 2, dtype=D, requires_grad=True)
     made = raw.sin()

@@ -195,7 +195,7 @@ def odeint_adjoint(
             forward one (of tolerances for each tensor of a tuple the smallest). ``adjoint_options`` must be given where
             ``options`` are and the method differs. Its "norm" is by default the largest of those of t's gradient, y,
             y's gradient and the parameters' gradients; "seminorm" leaves out the last; a function takes their tuple.
-        adjoint_params: tensors to which gradients flow; those of the module func, if None.
+        adjoint_params: tensors to which gradients flow, each once; those of the module func, if None.
 
     Returns:
         (T, \*y0.shape), or a tuple of such; with ``event_fn`` (event time, solution at t[0] and there).
@@ -267,7 +267,7 @@ def _tensors(params: Any) -> tuple[Tensor, ...]:
     for i, p in enumerate(given):
         if not isinstance(p, Tensor):
             raise type_error(f"adjoint_params[{i}]", "a tensor", p)
-    return given
+    return tuple({id(p): p for p in given}.values())  # the gradient of one that is given twice would count twice
 
 
 def _smallest(tolerance: Any) -> float:
