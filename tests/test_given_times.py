@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import fmkernels as fm
+from fmkernels.solvers.methods.sde_coefficients import Function
 
 X = torch.tensor([[0.3, -1.2, 0.7], [1.4, 0.2, -0.5]], dtype=torch.float64)
 OWN = np.stack([np.linspace(0.0, 1.0, 6), np.linspace(0.0, 0.8, 6)], 1)  # (S + 1, B)
@@ -300,6 +301,12 @@ def test_a_diffusion_that_writes_to_its_time(method: str, how: dict[str, Any]) -
         return fm.sample(net, X, sde=sde, generator=generator, **how)[0]
 
     assert torch.equal(solve(lambda t: t.neg_().add_(1.0).clamp_(min=0.1)), solve(lambda t: (1.0 - t).clamp(min=0.1)))
+
+
+def test_a_diffusion_called_by_itself_leaves_its_times() -> None:
+    t = torch.tensor([0.3, 0.4], dtype=torch.float64)
+    Function(lambda t: t.mul_(2.0)).over_sigma(fm.paths.CondOT().coefficients(t), t)
+    assert t.tolist() == [0.3, 0.4]
 
 
 def test_a_weighting_that_writes_to_its_time() -> None:
