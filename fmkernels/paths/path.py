@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .._checks import check_float_tensor
 from . import targets
 from .batch import sample
 from .schedule import Schedule, promoted
@@ -27,6 +28,7 @@ class Path(Schedule):
 
     def target_coefficients(self, t: Tensor, target: str = "velocity", **parameters: float) -> targets.Triple:
         """(c_1, c_0, c_z) of a target u = c_1 x_1 + c_0 x_0 (+ c_z z); see :mod:`fmkernels.paths.targets`."""
+        check_float_tensor("t", t)
         return targets.coefficients(self, promoted("t", t), target, **parameters)
 
     def convert(
