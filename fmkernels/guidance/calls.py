@@ -61,7 +61,8 @@ def _check_holds(argument: str, name: str, value: float, dtype: torch.dtype) -> 
     if dtype is torch.bool:
         holds = value in (0, 1)
     elif dtype.is_floating_point or dtype.is_complex:
-        holds = not math.isfinite(value) or abs(value) <= torch.finfo(dtype).max
+        # infinities and NaN too; torch.compile does not trace math.isfinite of a number that changes
+        holds = not torch.finfo(dtype).max < abs(value) < math.inf
     else:
         limits = torch.iinfo(dtype)
         holds = limits.min <= value <= limits.max and value == int(value)
