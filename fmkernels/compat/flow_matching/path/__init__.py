@@ -1,0 +1,5 @@
+"""Probability paths x_t = alpha_t x_1 + sigma_t x_0 with flow_matching's names."""
+
+from .affine import AffineProbPath, CondOTProbPath, PathSample, ProbPath
+
+__all__ = ["AffineProbPath", "CondOTProbPath", "PathSample", "ProbPath"]

@@ -1,0 +1,132 @@
+"""flow_matching's ODE solver on fmkernels' solvers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..._checks import check_function, tensor_of
+from ...likelihood.divergence import divergence
+from ...solvers.equations.odeint import odeint
+from .utils import ModelWrapper
+
+
+class Solver(ABC, nn.Module):
+    """What samples a model."""
+
+    @abstractmethod
+    def sample(self, x_0: Tensor | None = None) -> Tensor:
+        """Samples."""
+
+
+class ODESolver(Solver):
+    """Solves dx/dt = model(x=x, t=t, **extras); t is a 0-dim tensor.
+
+    Args:
+        velocity_model: the velocity field.
+    """
+
+    def __init__(self, velocity_model: ModelWrapper | Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.velocity_model = velocity_model
+
+    def sample(  # type: ignore[override]
+        self,
+        x_init: Tensor,
+        step_size: float | None,
+        method: str = "euler",
+        atol: float = 1e-5,
+        rtol: float = 1e-5,
+        time_grid: Tensor = tensor_of([0.0, 1.0]),  # noqa: B008 (never written to)
+        return_intermediates: bool = False,
+        enable_grad: bool = False,
+        **model_extras: Any,
+    ) -> Tensor:
+        """The solution along ``time_grid``, ascending or descending.
+
+        Args:
+            x_init: the state at time_grid[0], (B, ...).
+            step_size: of fixed-step methods, which step along time_grid where it is None; None for adaptive ones. A
+                time_grid of two times and no step_size is one step.
+            method: see :func:`fmkernels.odeint`.
+            atol, rtol: tolerances of adaptive methods.
+            time_grid: (T,) times.
+            return_intermediates: all T states, (T, B, ...), instead of the last one.
+            enable_grad: record gradients.
+            model_extras: keyword arguments of the model.
+        """
+
+        def field(t: Tensor, x: Tensor) -> Tensor:
+            return self.velocity_model(x=x, t=t, **model_extras)
+
+        with torch.set_grad_enabled(enable_grad):
+            solution = odeint(
+                field, x_init, time_grid, method=method, options=_options(step_size), atol=atol, rtol=rtol
+            )
+        return solution if return_intermediates else solution[-1]  # type: ignore[no-any-return]
+
+    def compute_likelihood(
+        self,
+        x_1: Tensor,
+        log_p0: Callable[[Tensor], Tensor],
+        step_size: float | None,
+        method: str = "euler",
+        atol: float = 1e-5,
+        rtol: float = 1e-5,
+        time_grid: Tensor = tensor_of([1.0, 0.0]),  # noqa: B008 (never written to)
+        return_intermediates: bool = False,
+        exact_divergence: bool = False,
+        enable_grad: bool = False,
+        **model_extras: Any,
+    ) -> tuple[Tensor | Sequence[Tensor], Tensor]:
+        r"""The source of samples and their log-density, :math:`\log p_1(x_1) = \log p_0(x_0) - \int_0^1 \mathrm{div} u_t\,
+        dt` (Chen et al. 2018; Hutchinson's estimate by Grathwohl et al. 2019).
+
+        Args:
+            x_1: samples, (B, ...).
+            log_p0: the source's log-density, x_0 to (B,).
+            step_size, method, atol, rtol: as of :meth:`sample`.
+            time_grid: (T,) from 1 to 0.
+            return_intermediates: all T states instead of the last one.
+            exact_divergence: by one derivative for each dimension, instead of one Rademacher probe that stays the same
+                all along.
+            enable_grad: record gradients.
+            model_extras: keyword arguments of the model.
+
+        Returns:
+            (x_0, log-density (B,)), or all states along time_grid in the place of x_0.
+
+        Raises:
+            AssertionError: time_grid does not go from 1 to 0.
+        """
+        check_function("log_p0", log_p0, "a function of x_0")
+        if time_grid[0] != 1.0 or time_grid[-1] != 0.0:
+            raise AssertionError(f"time_grid: expected times from 1.0 to 0.0, got {time_grid.tolist()}")
+        how: dict[str, Any] = {"method": "exact"}
+        if not exact_divergence:
+            probe = torch.randint(0, 2, x_1.shape, device=x_1.device).to(x_1.dtype) * 2.0 - 1.0
+            how = {"method": "hutchinson", "noise": [probe]}
+
+        def field(t: Tensor, x: Tensor) -> Tensor:
+            return self.velocity_model(x=x, t=t, **model_extras)
+
+        def both(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            velocity, div = divergence(field, t, state[0], gradient=enable_grad, **how)
+            return velocity, div.to(x_1.dtype)
+
+        with torch.set_grad_enabled(enable_grad):
+            start = x_1, x_1.new_zeros(x_1.shape[0])
+            states, change = odeint(both, start, time_grid, method=method, options=_options(step_size), atol=atol, rtol=rtol)
+            log_p = log_p0(states[-1]) + change[-1]
+        return (states if return_intermediates else states[-1]), log_p
+
+
+def _options(step_size: float | None) -> dict[str, float]:
+    return {} if step_size is None else {"step_size": step_size}
+
+
+__all__ = ["ModelWrapper", "ODESolver", "Solver"]
