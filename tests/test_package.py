@@ -77,6 +77,7 @@ ROOMS = [
     ("equations", r"^solvers\.equations(\.|$)"),
     ("guidance", r"^guidance(\.|$)"),
     ("likelihood", r"^likelihood(\.|$)"),
+    ("compat", r"^compat(\.|$)"),
     ("top", r"^(__init__|__main__|cli)$"),
 ]
 # Rooms beside each other: what is above in the list knows nothing of these below.

@@ -78,6 +78,7 @@ class Patch(MetaPathFinder):
         self.peers = tuple(peers)
         self._saved: list[tuple[ModuleType, str, Any]] = []
         self._added: list[str] = []
+        self._theirs: dict[int, Any] = {}  # by what of ours, which our modules keep alive, stands in its place
         self._searching: set[str] = set()
         for name in sorted(sys.modules):
             module = sys.modules[name]
@@ -133,7 +134,12 @@ class Patch(MetaPathFinder):
     def _replace(self, module: ModuleType) -> None:
         ours = _mirror(module.__name__)
         for name, value in {} if ours is None else _public(ours).items():
-            self._saved.append((module, name, module.__dict__.get(name, _MISSING)))
+            before = module.__dict__.get(name, _MISSING)
+            if before is value:  # from a module of the peer's that is replaced already
+                before = self._theirs.get(id(value), value)
+            else:
+                self._theirs[id(value)] = before
+            self._saved.append((module, name, before))
             setattr(module, name, value)
 
 

@@ -100,7 +100,7 @@ class ConditionalFlowMatcher:
         if not is_strict(self.strict) and (path := self._fused()) is not None:
             return _fused(path, self._source(x0), x1, t, return_noise)
         if t is None:
-            t = torch.rand(x0.shape[0]).type_as(x0)
+            t = torch.rand(x0.shape[0], device=torch.get_default_device()).type_as(x0)  # as torchcfm's
         eps = self.sample_noise_like(x0)
         xt = self.sample_xt(x0, x1, t, eps)
         ut = self.compute_conditional_flow(x0, x1, t, xt)
