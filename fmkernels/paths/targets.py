@@ -106,28 +106,12 @@ def _check_parameters(parameters: dict[str, float], *targets: str) -> None:
 
 _EPSILON = 4 * torch.finfo(torch.float64).eps  # what a difference of two roundings of one number may be
 _LEAST = 1e-30  # that is divided by, so that quotients are finite in float32
+Row = tuple[Tensor, Tensor]  # coefficients of (x_1, x_0), float64
 
 
-def conversion_coefficients(
-    path: Schedule, t: Tensor, source: str, target: str, **parameters: float
-) -> tuple[Tensor, Tensor]:
-    """(A, B) with target = A x_t + B source, in float64 on the way.
-
-    Raises:
-        ValueError: the path has a gamma term, of whose noise the source says nothing.
-    """
-    if at(path, "gamma", t) is not None:
-        raise value_error("path", "one without a gamma term, of which a prediction says nothing that converts it", path)
-    if parameters:
-        _check_parameters(parameters, source, target)
-    dtype, t = t.dtype, t.double()
-    parts = []
-    for name in (source, target):
-        extra = parameters if name == "edm" else {}
-        c_1, c_0, _ = coefficients(path, t, name, **extra)
-        parts += [as_tensor(c, t) for c in (c_1, c_0)]  # type: ignore[arg-type]
-    c_1, c_0, d_1, d_0 = parts
-    alpha, sigma = tensor_at(path, "alpha", t), tensor_at(path, "sigma", t)
+def combination(point: Row, prediction: Row, target: Row) -> tuple[Tensor, Tensor]:
+    """(A, B) with target = A point + B prediction, all of them rows of coefficients of the same x_1 and x_0."""
+    (alpha, sigma), (c_1, c_0), (d_1, d_0) = point, prediction, target
     # [x_t; p] = [[alpha, sigma], [c_1, c_0]] [x_1; x_0], solved for d_1 x_1 + d_0 x_0 by elimination. The prediction's
     # row is scaled to 1 first, so that a row which vanishes at an end (the velocity of t^n) keeps its direction up to
     # it, and its larger entry is the pivot, so that what the prediction gives alone (the score from x_0) divides by
@@ -148,7 +132,29 @@ def conversion_coefficients(
     b = (d_pivot - r_pivot * a) * torch.sign(pivot) / scale.clamp(min=_LEAST)
     # x_t alone gives what is along its own row exactly, and nothing across it
     alone = (d_1 * alpha + d_0 * sigma) / (alpha.square() + sigma.square())
-    a, b = torch.where(silent, alone, a), torch.where(silent, 0.0, b)
+    return torch.where(silent, alone, a), torch.where(silent, 0.0, b)
+
+
+def conversion_coefficients(
+    path: Schedule, t: Tensor, source: str, target: str, **parameters: float
+) -> tuple[Tensor, Tensor]:
+    """(A, B) with target = A x_t + B source, in float64 on the way.
+
+    Raises:
+        ValueError: the path has a gamma term, of whose noise the source says nothing.
+    """
+    if at(path, "gamma", t) is not None:
+        raise value_error("path", "one without a gamma term, of which a prediction says nothing that converts it", path)
+    if parameters:
+        _check_parameters(parameters, source, target)
+    dtype, t = t.dtype, t.double()
+    parts = []
+    for name in (source, target):
+        extra = parameters if name == "edm" else {}
+        c_1, c_0, _ = coefficients(path, t, name, **extra)
+        parts += [as_tensor(c, t) for c in (c_1, c_0)]  # type: ignore[arg-type]
+    alpha, sigma = tensor_at(path, "alpha", t), tensor_at(path, "sigma", t)
+    a, b = combination((alpha, sigma), (parts[0], parts[1]), (parts[2], parts[3]))
     return a.to(dtype), b.to(dtype)
 
 

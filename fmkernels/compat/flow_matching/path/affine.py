@@ -2,53 +2,12 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
-
 import torch
 from torch import Tensor
 
-from .scheduler import CondOTScheduler, Scheduler, path_of
-
-
-@dataclass
-class PathSample:
-    """A sample of a path.
-
-    Attributes:
-        x_1, x_0: target and source, (B, ...).
-        t: times, (B,).
-        x_t: the point, (B, ...).
-        dx_t: its velocity given x_0 and x_1, (B, ...).
-    """
-
-    x_1: Tensor = field(metadata={"help": "target samples X_1 (batch_size, ...)."})
-    x_0: Tensor = field(metadata={"help": "source samples X_0 (batch_size, ...)."})
-    t: Tensor = field(metadata={"help": "time samples t (batch_size, ...)."})
-    x_t: Tensor = field(metadata={"help": "samples x_t ~ p_t(X_t), shape (batch_size, ...)."})
-    dx_t: Tensor = field(metadata={"help": "conditional target dX_t, shape: (batch_size, ...)."})
-
-
-class ProbPath(ABC):
-    """What samples a path between x_0 and x_1."""
-
-    @abstractmethod
-    def sample(self, x_0: Tensor, x_1: Tensor, t: Tensor) -> PathSample:
-        """The path at times t, (B,)."""
-
-    def assert_sample_shape(self, x_0: Tensor, x_1: Tensor, t: Tensor) -> None:
-        """That t is (B,) and x_0, x_1 have B samples.
-
-        Raises:
-            AssertionError: they have not.
-        """
-        if t.dim() != 1:
-            raise AssertionError(f"t: expected times of shape (batch_size,), got shape {tuple(t.shape)}")
-        if not t.shape[0] == x_0.shape[0] == x_1.shape[0]:
-            raise AssertionError(
-                "t: expected one time for each sample of x_0 and x_1, got "
-                f"{t.shape[0]} for {x_0.shape[0]} and {x_1.shape[0]}"
-            )
+from .path import ProbPath
+from .path_sample import PathSample
+from .scheduler.scheduler import CondOTScheduler, Scheduler, path_of
 
 
 class AffineProbPath(ProbPath):
@@ -119,3 +78,6 @@ class CondOTProbPath(AffineProbPath):
 
     def __init__(self) -> None:
         super().__init__(CondOTScheduler())
+
+
+__all__ = ["AffineProbPath", "CondOTProbPath"]

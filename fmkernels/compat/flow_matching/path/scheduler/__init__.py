@@ -1,6 +1,7 @@
 """flow_matching's schedulers, and the change from one to another."""
 
-from .schedulers import (
+from .schedule_transform import ScheduleTransformedModel
+from .scheduler import (
     CondOTScheduler,
     ConvexScheduler,
     CosineScheduler,
@@ -9,7 +10,6 @@ from .schedulers import (
     Scheduler,
     SchedulerOutput,
     VPScheduler,
-    path_of,
 )
 
 __all__ = [
@@ -18,8 +18,8 @@ __all__ = [
     "CosineScheduler",
     "LinearVPScheduler",
     "PolynomialConvexScheduler",
+    "ScheduleTransformedModel",
     "Scheduler",
     "SchedulerOutput",
     "VPScheduler",
-    "path_of",
 ]

@@ -5,10 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from ..... import paths
 from ....._checks import check_float_tensor, type_error
+from .....paths.schedule import promoted
 
 
 @dataclass
@@ -134,7 +136,12 @@ class _Path(paths.Path):
     def d_sigma(self, t: Tensor) -> Tensor:
         return self.scheduler(t).d_sigma_t
 
+    def log_snr_inverse(self, log_snr: Tensor | float) -> Tensor:
+        ratio = torch.exp(0.5 * promoted("log_snr", log_snr)).clamp(max=_LARGEST)
+        return self.scheduler.snr_inverse(ratio)
 
+
+_LARGEST = 1e30  # of a ratio, so that r / (1 + r) is 1 at the end
 _KNOWN: tuple[type[Scheduler], ...] = (
     CondOTScheduler,
     PolynomialConvexScheduler,
@@ -151,3 +158,15 @@ def path_of(scheduler: Scheduler) -> paths.Path:
     if not callable(scheduler):
         raise type_error("scheduler", "a scheduler: a call that maps t to a SchedulerOutput", scheduler)
     return _Path(scheduler)
+
+
+__all__ = [
+    "CondOTScheduler",
+    "ConvexScheduler",
+    "CosineScheduler",
+    "LinearVPScheduler",
+    "PolynomialConvexScheduler",
+    "Scheduler",
+    "SchedulerOutput",
+    "VPScheduler",
+]

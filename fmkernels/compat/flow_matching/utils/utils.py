@@ -1,27 +1,9 @@
-"""flow_matching's helpers."""
+"""Shapes and gradients."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor, nn
-
-
-class ModelWrapper(nn.Module):
-    """A model with a forward pass of one's own; this one calls it as model(x=x, t=t, **extras).
-
-    Args:
-        model: what is wrapped, ``self.model``; any callable, or None.
-    """
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor, t: Tensor, **extras: Any) -> Tensor:
-        """The model's output at x, (B, ...), and times t, () or (B,)."""
-        return self.model(x=x, t=t, **extras)  # type: ignore[no-any-return]
+from torch import Tensor
 
 
 def unsqueeze_to_match(source: Tensor, target: Tensor, how: str = "suffix") -> Tensor:
@@ -68,9 +50,4 @@ def gradient(output: Tensor, x: Tensor, grad_outputs: Tensor | None = None, crea
     return torch.autograd.grad(output, x, grad_outputs, create_graph=create_graph)[0]
 
 
-def categorical(probs: Tensor) -> Tensor:
-    """Draws indices from probabilities, or weights, along the last dimension: shape probs.shape[:-1]."""
-    return torch.multinomial(probs.flatten(0, -2), 1, replacement=True).view(*probs.shape[:-1])
-
-
-__all__ = ["ModelWrapper", "categorical", "expand_tensor_like", "gradient", "unsqueeze_to_match"]
+__all__ = ["expand_tensor_like", "gradient", "unsqueeze_to_match"]

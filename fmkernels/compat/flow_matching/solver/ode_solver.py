@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..._checks import check_function, tensor_of
-from ...likelihood.divergence import divergence
-from ...solvers.equations.odeint import odeint
-from .utils import ModelWrapper
-
-
-class Solver(ABC, nn.Module):
-    """What samples a model."""
-
-    @abstractmethod
-    def sample(self, x_0: Tensor | None = None) -> Tensor:
-        """Samples."""
+from ...._checks import check_function, tensor_of
+from ....likelihood.divergence import divergence
+from ....solvers.equations.odeint import odeint
+from ..utils.model_wrapper import ModelWrapper
+from .solver import Solver
 
 
 class ODESolver(Solver):
@@ -129,4 +121,4 @@ def _options(step_size: float | None) -> dict[str, float]:
     return {} if step_size is None else {"step_size": step_size}
 
 
-__all__ = ["ModelWrapper", "ODESolver", "Solver"]
+__all__ = ["ODESolver"]

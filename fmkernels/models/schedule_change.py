@@ -1,0 +1,94 @@
+"""A model trained along one schedule, sampled along another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._checks import check_callable, check_choice, check_float_tensor, leading_shape, type_error, value_error
+from ..ops._operands import compute_dtype
+from ..ops.combine.op import combine
+from ..paths.derivatives import as_tensor
+from ..paths.path import Path
+from ..paths.schedule import promoted, tensor_at
+from ..paths.targets import TARGETS, Row, coefficients, combination
+
+
+class ScheduleChange(nn.Module):
+    r"""A model of one path as a model of another: :math:`\bar x_t = \bar\alpha_t x_1 + \bar\sigma_t x_0` is
+    :math:`c\, x_s = c\, (\alpha_s x_1 + \sigma_s x_0)` at the time s of equal signal-to-noise ratio, with
+    :math:`c^2 = (\bar\alpha_t^2 + \bar\sigma_t^2) / (\alpha_s^2 + \sigma_s^2)` (scale-time transformation: Lipman et al.
+    2024, section 4.6; Karras et al. 2022, eq. 4; Pokle et al. 2023). The model is called at :math:`(\bar x_t / c, s)`; its
+    prediction and :math:`x_s` give the posterior means of x_1 and x_0, and these what is asked for along the new path.
+
+    No derivative of s or c is formed, so that the result is finite at both ends, where those are not. Where the new path
+    goes beyond the signal-to-noise ratios of the old one, s stays at its end.
+
+    Args:
+        model: any callable model(x, s, **kwargs); a module's parameters are the wrapper's.
+        trained: the path of its training; without a gamma term.
+        path: the new path.
+        prediction: what the model returns, one of ``fm.paths.TARGETS``.
+        returns: what this module returns along the new path, likewise.
+        sigma_data: of "edm".
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, an unknown target, or a bridge.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        trained: Path,
+        path: Path,
+        *,
+        prediction: str = "velocity",
+        returns: str = "velocity",
+        sigma_data: float | None = None,
+    ) -> None:
+        super().__init__()
+        check_callable("model", "a callable model(x, t, **kwargs)", model)
+        probe = torch.tensor(0.5, device="cpu")
+        for name, value in (("trained", trained), ("path", path)):
+            if not isinstance(value, Path):
+                raise type_error(name, "a path of fm.paths", value)
+            if value.gamma(probe) is not None:
+                raise value_error(name, "a path without a gamma term", value)
+        for name, target in (("prediction", prediction), ("returns", returns)):
+            check_choice(name, target, TARGETS)
+        self.model, self.trained, self.path = model, trained, path
+        self.prediction, self.returns, self.sigma_data = prediction, returns, sigma_data
+
+    def times(self, t: Tensor) -> Tensor:
+        """The times s of the old path, float64."""
+        return self.trained.log_snr_inverse(self.path.log_snr(t.double()))
+
+    def forward(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
+        """What is asked for at x, (B, ...), and times t of a leading part of its shape; of the model's dtype."""
+        check_float_tensor("x", x)
+        check_float_tensor("t", t)
+        leading_shape("t", t, "x", x)
+        late = t.double()
+        early = self.times(t)
+        old, new = (_point(path, time) for path, time in ((self.trained, early), (self.path, late)))
+        scale = torch.sqrt((new[0].square() + new[1].square()) / (old[0].square() + old[1].square()))
+        a, b = combination(
+            old, self._row(self.trained, early, self.prediction), self._row(self.path, late, self.returns)
+        )
+        wide = promoted("t", t).dtype if compute_dtype(x) is not torch.float64 else torch.float64
+        predicted = self.model(combine([x], [(1.0 / scale).to(wide)]), early.to(t.dtype), **kwargs)
+        if not isinstance(predicted, Tensor) or predicted.shape != x.shape:
+            raise value_error("model", f"a tensor of x's shape {tuple(x.shape)} as output", predicted)
+        state = x.to(predicted.dtype)
+        return combine([predicted, state], [b.to(wide), (a / scale).to(wide)])
+
+    def _row(self, path: Path, t: Tensor, target: str) -> Row:
+        extra = {} if target != "edm" or self.sigma_data is None else {"sigma_data": self.sigma_data}
+        c_1, c_0, _ = coefficients(path, t, target, **extra)
+        return as_tensor(c_1, t), as_tensor(c_0, t)  # type: ignore[arg-type]
+
+
+def _point(path: Path, t: Tensor) -> Row:
+    return tensor_at(path, "alpha", t), tensor_at(path, "sigma", t)
