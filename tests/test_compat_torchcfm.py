@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from rounding import assert_rounded
 from torch import Tensor
 
 from fmkernels import compat
@@ -23,8 +23,6 @@ from fmkernels.compat.torchcfm import (
     pad_t_like_x,
 )
 from fmkernels.compat.torchcfm.optimal_transport import wasserstein
-
-from rounding import assert_rounded
 
 ot = pytest.importorskip("ot")
 
@@ -64,7 +62,7 @@ matchers = pytest.mark.parametrize("name", MATCHERS)
 
 def seed(number: int = 1) -> None:
     torch.manual_seed(number)
-    np.random.seed(number)
+    np.random.seed(number)  # noqa: NPY002 (torchcfm's stream)
 
 
 def pair(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -79,11 +77,13 @@ def coupled(x0: Tensor, x1: Tensor, method: str | None, reg: float) -> tuple[Ten
         return x0, x1
     n = len(x0)
     costs = (torch.cdist(x0.reshape(n, -1), x1.reshape(n, -1)) ** 2).numpy()
-    plan = ot.emd(ot.unif(n), ot.unif(n), costs) if method == "exact" else ot.sinkhorn(ot.unif(n), ot.unif(n), costs, reg)
+    a = ot.unif(n)
+    plan = ot.emd(a, a, costs) if method == "exact" else ot.sinkhorn(a, a, costs, reg)
     if abs(plan.sum()) < 1e-8:  # lost, as with little regularisation
         plan = np.full((n, n), 1 / n**2)
     chances = plan.flatten()
-    i, j = np.divmod(np.random.choice(n * n, p=chances / chances.sum(), size=n), n)
+    drawn = np.random.choice(n * n, p=chances / chances.sum(), size=n)  # noqa: NPY002 (torchcfm's stream)
+    i, j = np.divmod(drawn, n)
     return x0[i], x1[j]
 
 
@@ -106,8 +106,10 @@ def test_bitwise_torchcfm(name: str, sigma: float, shape: tuple[int, ...], dtype
     times = torch.rand(32).type_as(x0)
     noise = torch.randn_like(x0)
     want_xt, want_ut = formula(x0, x1, times.reshape(-1, *[1] * len(shape)), noise, sigma)
-    assert torch.equal(t, times) and torch.equal(eps, noise)
-    assert torch.equal(xt, want_xt) and torch.equal(ut, want_ut)
+    assert torch.equal(t, times)
+    assert torch.equal(eps, noise)
+    assert torch.equal(xt, want_xt)
+    assert torch.equal(ut, want_ut)
 
 
 @matchers
@@ -116,22 +118,21 @@ def test_not_strict_is_the_fused_path(name: str, dtype: torch.dtype) -> None:
     """With the noise that it returns, x_t and u_t are the formulas', rounded once."""
     make, formula, _ = MATCHERS[name]
     sigma, x1 = 0.3, pair(64, 3, 5, dtype=dtype)[1]
-    x0 = x1.flip(0) if MATCHERS[name][2] is None else x1  # the plan from a set to itself is the identity
+    x0 = x1.flip(0) if MATCHERS[name][2] is None else x1
     seed()
     t, xt, ut, eps = make(sigma, strict=False).sample_location_and_conditional_flow(x0, x1, return_noise=True)
     assert t.dtype == xt.dtype == ut.dtype == eps.dtype == dtype
-    if MATCHERS[name][2] is not None:  # which of the set, numpy drew
-        rows = ut - (xt - xt) if formula is independent else None
-        if rows is not None:
-            assert (ut.abs().amax((1, 2)) == 0).all()
+    if MATCHERS[name][2] is not None:  # the plan from a set to itself is the identity; which of the set, numpy drew
+        if name == "exact":
+            assert not ut.any()
         return
     wide = [x.double() for x in (x0, x1, t, eps)]
     want_xt, want_ut = formula(wide[0], wide[1], wide[2].reshape(-1, 1, 1), wide[3], sigma)
     size = 3.0 * (wide[0].abs() + wide[1].abs() + wide[3].abs())
-    if dtype is not torch.bfloat16:  # whose times the kernel has in float32
-        assert_rounded(xt, want_xt, 6, size=size)
-        assert_rounded(ut, want_ut, 8, size=size)
-    assert abs(eps.double().mean()) < 0.2 and abs(eps.double().std() - 1) < 0.1
+    assert_rounded(xt, want_xt, 6, size=size)
+    assert_rounded(ut, want_ut, 8, size=size)
+    assert abs(eps.double().mean()) < 0.2
+    assert abs(eps.double().std() - 1) < 0.1
     assert not torch.equal(eps, make(sigma, strict=False).sample_location_and_conditional_flow(x0, x1, None, True)[3])
 
 
@@ -147,7 +148,8 @@ def test_given_times_and_seeds(name: str) -> None:
             results.append(make(0.2, strict=strict).sample_location_and_conditional_flow(x0, x1, t))
         assert torch.equal(results[0][0], t)
         for a, b in zip(*results, strict=True):
-            assert torch.equal(a, b) and torch.isfinite(a).all()
+            assert torch.equal(a, b)
+            assert torch.isfinite(a).all()
         with pytest.raises(AssertionError, match="t: expected x0's batch size 16, got 3"):
             make(0.2, strict=strict).sample_location_and_conditional_flow(x0, x1, t[:3])
 
@@ -190,7 +192,8 @@ def test_own_formulas_are_never_left_out() -> None:
 
     for kind in (Mine, Sub):
         _, xt, ut = kind(0.0, strict=False).sample_location_and_conditional_flow(x0, x1)
-        assert torch.equal(xt, x0) and torch.equal(ut, x1 - x0)
+        assert torch.equal(xt, x0)
+        assert torch.equal(ut, x1 - x0)
     patched = ConditionalFlowMatcher(0.0, strict=False)
     patched.compute_conditional_flow = lambda x0, x1, t, xt: xt * 0  # type: ignore[method-assign]
     assert not patched.sample_location_and_conditional_flow(x0, x1)[2].any()
@@ -209,7 +212,8 @@ def test_gradients_reach_both_minibatches(strict: bool) -> None:
     t = torch.rand(6)
     _, xt, ut = ConditionalFlowMatcher(0.0, strict=strict).sample_location_and_conditional_flow(x0, x1, t)
     (xt.sum() + 2 * ut.sum()).backward()
-    assert x0.grad is not None and x1.grad is not None
+    assert x0.grad is not None
+    assert x1.grad is not None
     assert_rounded(x0.grad, (1 - t)[:, None].expand(6, 3) - 2, 4, size=torch.full((6, 3), 3.0))
     assert_rounded(x1.grad, t[:, None].expand(6, 3) + 2, 4, size=torch.full((6, 3), 3.0))
 
@@ -221,13 +225,14 @@ def test_labels_follow_their_samples(kind: Any) -> None:
     for strict in (True, False):
         matcher = kind(0.5, strict=strict)
         seed()
-        t, xt, ut, l0, l1, eps = matcher.guided_sample_location_and_conditional_flow(x0, x1, y0, y1, return_noise=True)
+        t, xt, _ut, l0, l1, eps = matcher.guided_sample_location_and_conditional_flow(x0, x1, y0, y1, return_noise=True)
         a, b = x0[l0], x1[l1 - 100]
         mean = t[:, None] * b + (1 - t[:, None]) * a
         spread = 0.5 if kind is ExactOptimalTransportConditionalFlowMatcher else 0.5 * (t * (1 - t)).sqrt()[:, None]
         assert_rounded(xt, mean + spread * eps, 8, size=a.abs() + b.abs() + eps.abs())
         *_, none, labels = matcher.guided_sample_location_and_conditional_flow(x0, x1, y1=y1)
-        assert none is None and labels.shape == (24,)
+        assert none is None
+        assert labels.shape == (24,)
 
 
 def test_helpers() -> None:
@@ -273,15 +278,16 @@ def test_samples_of_a_plan() -> None:
     assert np.array_equal(half, OTPlanSampler("exact").get_map(x0.bfloat16().float(), x1.bfloat16().float()))
 
 
+@pytest.mark.filterwarnings("ignore")  # POT's
 def test_a_lost_plan_and_a_bad_one() -> None:
-    far = 1e4 * torch.ones(4, 2)
-    with pytest.warns(UserWarning, match="reverting to uniform"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=RuntimeWarning)
-        plan = OTPlanSampler("unbalanced", reg=1e-3).get_map(torch.zeros(4, 2), far)
+    near, far, bad = torch.zeros(4, 2), 1e4 * torch.ones(4, 2), torch.full((4, 2), float("nan"))
+    sampler = OTPlanSampler("unbalanced", reg=1e-3)
+    with pytest.warns(UserWarning, match="reverting to uniform"):
+        plan = sampler.get_map(near, far)
     assert np.allclose(plan, 1 / 16)
-    with pytest.raises(ValueError, match=r"x0, x1: expected a finite plan"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        OTPlanSampler("sinkhorn").get_map(torch.full((4, 2), float("nan")), far)
+    sampler = OTPlanSampler("sinkhorn")
+    with pytest.raises(ValueError, match=r"x0, x1: expected a finite plan"):
+        sampler.get_map(bad, far)
     with pytest.raises(ValueError, match="method: expected one of 'exact'"):
         OTPlanSampler("nearest")
 
@@ -292,7 +298,8 @@ def test_trajectories_go_from_population_to_population() -> None:
     populations = torch.cat([base, (base + 5)[torch.randperm(10)], (base - 3)[torch.randperm(10)]], 1)
     found = OTPlanSampler("exact").sample_trajectory(populations)
     assert found.shape == (10, 3, 2)
-    assert np.allclose(found[:, 1] - found[:, 0], 5, atol=1e-5) and np.allclose(found[:, 2] - found[:, 0], -3, atol=1e-5)
+    assert np.allclose(found[:, 1] - found[:, 0], 5, atol=1e-5)
+    assert np.allclose(found[:, 2] - found[:, 0], -3, atol=1e-5)
 
 
 def test_wasserstein_distances() -> None:
@@ -300,7 +307,9 @@ def test_wasserstein_distances() -> None:
     distances, a = torch.cdist(x0, x1), ot.unif(20)
     assert wasserstein(x0, x1) == math.sqrt(ot.emd2(a, a, (distances**2).numpy()))
     assert wasserstein(x0, x1, "exact", power=1) == ot.emd2(a, a, distances.numpy())
-    assert wasserstein(x0, x1, "sinkhorn", reg=1.0, power=1) == ot.sinkhorn2(a, a, distances.numpy(), 1.0, numItermax=10**7)
+    assert wasserstein(x0, x1, "sinkhorn", reg=1.0, power=1) == ot.sinkhorn2(
+        a, a, distances.numpy(), 1.0, numItermax=10**7
+    )
     with pytest.raises(ValueError, match="method"):
         wasserstein(x0, x1, "noname")
     with pytest.raises(AssertionError, match="power: expected 1 or 2, got 3"):

@@ -77,6 +77,7 @@ ROOMS = [
     ("equations", r"^solvers\.equations(\.|$)"),
     ("guidance", r"^guidance(\.|$)"),
     ("likelihood", r"^likelihood(\.|$)"),
+    ("models", r"^models(\.|$)"),
     ("compat", r"^compat(\.|$)"),
     ("top", r"^(__init__|__main__|cli)$"),
 ]

@@ -152,9 +152,9 @@ def patch(*peers: str) -> Patch:
         patched = fmkernels.compat.patch("torchdiffeq")  # from here on
         patched.undo()
 
-    Modules of a peer that are loaded get our names too, so that ``torchcfm.ConditionalFlowMatcher`` is ours; a name that
-    a script has bound before (``from torchcfm import X``) stays what it is. Patches of one peer end in the reverse order
-    of their beginning. Where a peer is not installed, its modules that we mirror can be imported all the same.
+    Modules of a peer that are loaded get our names too, so that ``torchcfm.ConditionalFlowMatcher`` is ours; a name
+    that a script has bound before (``from torchcfm import X``) stays what it is. Patches of one peer end in the reverse
+    order of their beginning. Where a peer is not installed, its modules that we mirror can be imported all the same.
 
     Args:
         peers: names of peers' packages; all of them if none is given.

@@ -19,12 +19,13 @@ from ..paths.targets import TARGETS, Row, coefficients, combination
 class ScheduleChange(nn.Module):
     r"""A model of one path as a model of another: :math:`\bar x_t = \bar\alpha_t x_1 + \bar\sigma_t x_0` is
     :math:`c\, x_s = c\, (\alpha_s x_1 + \sigma_s x_0)` at the time s of equal signal-to-noise ratio, with
-    :math:`c^2 = (\bar\alpha_t^2 + \bar\sigma_t^2) / (\alpha_s^2 + \sigma_s^2)` (scale-time transformation: Lipman et al.
-    2024, section 4.6; Karras et al. 2022, eq. 4; Pokle et al. 2023). The model is called at :math:`(\bar x_t / c, s)`; its
-    prediction and :math:`x_s` give the posterior means of x_1 and x_0, and these what is asked for along the new path.
+    :math:`c^2 = (\bar\alpha_t^2 + \bar\sigma_t^2) / (\alpha_s^2 + \sigma_s^2)` (the scale-time transformation: Lipman
+    et al. 2024, section 4.6). The model is called at :math:`(\bar x_t / c, s)`; its prediction and :math:`x_s` give the
+    posterior means of x_1 and x_0, and these what is asked for along the new path.
 
-    No derivative of s or c is formed, so that the result is finite at both ends, where those are not. Where the new path
-    goes beyond the signal-to-noise ratios of the old one, s stays at its end.
+    No derivative of s or c is formed, so that the result is finite at both ends, where those are not. Where the new
+    path goes beyond the signal-to-noise ratios of the old one, s stays at its end. At an end where the prediction says
+    nothing of x_1 (the velocity of t^n at 0), what x_t alone says stands in its place.
 
     Args:
         model: any callable model(x, s, **kwargs); a module's parameters are the wrapper's.

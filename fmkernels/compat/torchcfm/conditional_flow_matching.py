@@ -1,8 +1,8 @@
 """torchcfm's five matchers: a point x_t of a probability path between two minibatches, and its velocity u_t.
 
-Strict (the default, see :func:`fmkernels.compat.strict`), t, x_t, u_t and noise are torchcfm's to the last bit under the
-same seeds: drawn in its order by PyTorch, computed by its operations. Otherwise noise is drawn inside fmkernels' fused
-kernels, and x_t and u_t are rounded once. A subclass that computes anything itself is always strict.
+Strict (the default, see :func:`fmkernels.compat.strict`), t, x_t, u_t and noise are torchcfm's to the last bit under
+the same seeds: drawn in its order by PyTorch, computed by its operations. Otherwise noise is drawn inside fmkernels'
+fused kernels, and x_t and u_t are rounded once. A subclass that computes anything itself is always strict.
 
 t = 0 is x0, t = 1 is x1.
 """
@@ -132,10 +132,12 @@ class ConditionalFlowMatcher:
 
 
 def _fused(path: paths.Path, x0: Tensor | None, x1: Tensor, t: Tensor | None, return_noise: bool) -> Sample:
+    if t is None and x1.dtype in (torch.bfloat16, torch.float16):  # of which a path draws no times
+        t = torch.rand(x1.shape[0], device=x1.device)
     if t is not None:
         t = t.type_as(x1)
     batch = path.sample(x1, x0, t, store_noise=True)
-    times = batch.t.type_as(x1)  # torchcfm's are of the data's dtype
+    times = batch.t if t is None else t  # of the data's dtype, as torchcfm's
     sample = times, batch.x_t, batch.target("velocity")
     if not return_noise:
         return sample
@@ -224,7 +226,7 @@ class SchrodingerBridgeConditionalFlowMatcher(_CoupledFlowMatcher):
     :math:`x_t = t x_1 + (1 - t) x_0 + \sigma \sqrt{t (1 - t)} \epsilon`, :math:`u_t = \frac{1 - 2 t}{2 t (1 - t)} (x_t
     - \mu_t) + x_1 - x_0`. With ``ot_method="sinkhorn"`` the plan's regularisation is 2 sigma^2.
 
-    At t = 0 and 1 the quotient's divisor counts as 1e-8 in strict mode, as torchcfm's, and sqrt(t (1 - t)) as 1e-4 else.
+    At t = 0 and 1 the quotient's divisor is 1e-8 in strict mode, as torchcfm's; sqrt(t (1 - t)) counts as 1e-4 else.
 
     Args:
         sigma: the standard deviation of the Brownian motion, > 0.
@@ -237,7 +239,7 @@ class SchrodingerBridgeConditionalFlowMatcher(_CoupledFlowMatcher):
 
     def __init__(self, sigma: float = 1.0, ot_method: str = "exact", *, strict: bool | None = None) -> None:
         if sigma <= 0:
-            raise ValueError(f"sigma: expected a number > 0, got {sigma}. Sigma must be strictly positive, got {sigma}.")
+            raise ValueError(f"sigma: expected a number > 0 (Sigma must be strictly positive), got {sigma}.")
         if sigma < 1e-3:
             warn("Small sigma values may lead to numerical instability.")
         super().__init__(sigma, strict=strict)
@@ -264,16 +266,21 @@ class VariancePreservingConditionalFlowMatcher(ConditionalFlowMatcher):
 
     def compute_mu_t(self, x0: Tensor, x1: Tensor, t: Tensor | float) -> Tensor:
         """The mean cos(pi t / 2) x0 + sin(pi t / 2) x1."""
-        t = pad_t_like_x(t, x0)
-        return torch.cos(math.pi / 2 * t) * x0 + torch.sin(math.pi / 2 * t) * x1
+        cos, sin = _circle(pad_t_like_x(t, x0))
+        return cos * x0 + sin * x1
 
     def compute_conditional_flow(self, x0: Tensor, x1: Tensor, t: Tensor | float, xt: Tensor) -> Tensor:
         """The velocity pi / 2 (cos(pi t / 2) x1 - sin(pi t / 2) x0)."""
-        t = pad_t_like_x(t, x0)
-        return math.pi / 2 * (torch.cos(math.pi / 2 * t) * x1 - torch.sin(math.pi / 2 * t) * x0)
+        cos, sin = _circle(pad_t_like_x(t, x0))
+        return math.pi / 2 * (cos * x1 - sin * x0)
 
     def _path(self, sigma: float) -> paths.Path | None:
         return paths.ConstantBridge(sigma, base=paths.Cosine())
+
+
+def _circle(t: Tensor | float) -> tuple[Tensor | float, Tensor | float]:
+    angle = math.pi / 2 * t
+    return (torch.cos(angle), torch.sin(angle)) if isinstance(angle, Tensor) else (math.cos(angle), math.sin(angle))
 
 
 __all__ = [

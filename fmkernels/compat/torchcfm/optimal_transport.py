@@ -31,10 +31,10 @@ def _method_error(method: object, known: str) -> ValueError:
 
 def _costs(x0: Tensor, x1: Tensor, power: int) -> Tensor:
     """The matrix of Euclidean distances to a power, in a dtype that torch.cdist knows."""
-    rows = [x.reshape(x.shape[0], -1) if x.dim() > 2 else x for x in (x0, x1)]
-    if any(x.dtype in (torch.bfloat16, torch.float16) for x in rows):  # which raise in torchcfm
-        rows = [x.float() for x in rows]
-    distances = torch.cdist(*rows)
+    x0, x1 = (x.reshape(x.shape[0], -1) if x.dim() > 2 else x for x in (x0, x1))
+    if x0.dtype in (torch.bfloat16, torch.float16) or x1.dtype in (torch.bfloat16, torch.float16):
+        x0, x1 = x0.float(), x1.float()  # which raise in torchcfm
+    distances = torch.cdist(x0, x1)
     return distances**2 if power == 2 else distances
 
 
@@ -76,7 +76,7 @@ class OTPlanSampler:
         self._solve, self._options = methods[method]
         self.reg, self.reg_m, self.normalize_cost, self.warn = reg, reg_m, normalize_cost, warn
 
-    def ot_fn(self, a: np.ndarray, b: np.ndarray, M: np.ndarray) -> Plan:  # noqa: N803 (torchcfm's name)
+    def ot_fn(self, a: np.ndarray, b: np.ndarray, M: np.ndarray) -> Plan:
         """The plan of marginals a and b and costs M."""
         return self._solve(a, b, M, **self._options)
 
@@ -113,7 +113,7 @@ class OTPlanSampler:
         """
         chances = pi.flatten()
         chances = chances / chances.sum()
-        drawn = np.random.choice(chances.size, p=chances, size=batch_size, replace=replace)
+        drawn = np.random.choice(chances.size, p=chances, size=batch_size, replace=replace)  # noqa: NPY002 (its stream)
         return np.divmod(drawn, pi.shape[1])
 
     def sample_plan(self, x0: Tensor, x1: Tensor, replace: bool = True) -> tuple[Tensor, Tensor]:
@@ -128,7 +128,7 @@ class OTPlanSampler:
         i, j = self.sample_map(self.get_map(x0, x1), x0.shape[0], replace=replace)
         return x0[i], x1[j], None if y0 is None else y0[i], None if y1 is None else y1[j]
 
-    def sample_trajectory(self, X: Tensor) -> np.ndarray:  # noqa: N803 (torchcfm's name)
+    def sample_trajectory(self, X: Tensor) -> np.ndarray:
         """Trajectories through populations, each coupled to the next by the plan between them.
 
         Args:
@@ -142,7 +142,7 @@ class OTPlanSampler:
         indices = [np.arange(X.shape[0])]
         for plan in plans:
             rows = (plan[i] / plan[i].sum() for i in indices[-1])
-            indices.append(np.array([np.random.choice(plan.shape[1], p=row) for row in rows]))
+            indices.append(np.array([np.random.choice(plan.shape[1], p=row) for row in rows]))  # noqa: NPY002
         return np.stack([X[:, t][index] for t, index in enumerate(indices)], axis=1)
 
 

@@ -67,7 +67,7 @@ class AffineProbPath(ProbPath):
 
 
 def leading(t: Tensor) -> Tensor:
-    """Times that broadcast to a state from its first dimension on, as a leading part of its shape: (B, 1, 1) is (B,)."""
+    """Times that broadcast to a state from its first dimension on, as a leading part of its shape: (B, 1) is (B,)."""
     while t.dim() > 0 and t.shape[-1] == 1:
         t = t.squeeze(-1)
     return t

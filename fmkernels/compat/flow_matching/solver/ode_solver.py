@@ -75,8 +75,8 @@ class ODESolver(Solver):
         enable_grad: bool = False,
         **model_extras: Any,
     ) -> tuple[Tensor | Sequence[Tensor], Tensor]:
-        r"""The source of samples and their log-density, :math:`\log p_1(x_1) = \log p_0(x_0) - \int_0^1 \mathrm{div} u_t\,
-        dt` (Chen et al. 2018; Hutchinson's estimate by Grathwohl et al. 2019).
+        r"""The source of samples and their log-density, :math:`\log p_1(x_1) = \log p_0(x_0) - \int_0^1 \mathrm{div}\,
+        u_t\, dt` (Chen et al. 2018; Hutchinson's estimate by Grathwohl et al. 2019).
 
         Args:
             x_1: samples, (B, ...).
@@ -112,7 +112,9 @@ class ODESolver(Solver):
 
         with torch.set_grad_enabled(enable_grad):
             start = x_1, x_1.new_zeros(x_1.shape[0])
-            states, change = odeint(both, start, time_grid, method=method, options=_options(step_size), atol=atol, rtol=rtol)
+            states, change = odeint(
+                both, start, time_grid, method=method, options=_options(step_size), atol=atol, rtol=rtol
+            )
             log_p = log_p0(states[-1]) + change[-1]
         return (states if return_intermediates else states[-1]), log_p
 
