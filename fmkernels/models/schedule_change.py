@@ -51,12 +51,8 @@ class ScheduleChange(nn.Module):
     ) -> None:
         super().__init__()
         check_callable("model", "a callable model(x, t, **kwargs)", model)
-        probe = torch.tensor(0.5, device="cpu")
-        for name, value in (("trained", trained), ("path", path)):
-            if not isinstance(value, Path):
-                raise type_error(name, "a path of fm.paths", value)
-            if value.gamma(probe) is not None:
-                raise value_error(name, "a path without a gamma term", value)
+        checked_path("trained", trained)
+        checked_path("path", path)
         for name, target in (("prediction", prediction), ("returns", returns)):
             check_choice(name, target, TARGETS)
         self.model, self.trained, self.path = model, trained, path
@@ -79,9 +75,7 @@ class ScheduleChange(nn.Module):
             old, self._row(self.trained, early, self.prediction), self._row(self.path, late, self.returns)
         )
         wide = promoted("t", t).dtype if compute_dtype(x) is not torch.float64 else torch.float64
-        predicted = self.model(combine([x], [(1.0 / scale).to(wide)]), early.to(t.dtype), **kwargs)
-        if not isinstance(predicted, Tensor) or predicted.shape != x.shape:
-            raise value_error("model", f"a tensor of x's shape {tuple(x.shape)} as output", predicted)
+        predicted = checked_output(self.model(combine([x], [(1.0 / scale).to(wide)]), early.to(t.dtype), **kwargs), x)
         state = x.to(predicted.dtype)
         return combine([predicted, state], [b.to(wide), (a / scale).to(wide)])
 
@@ -89,6 +83,21 @@ class ScheduleChange(nn.Module):
         extra = {} if target != "edm" or self.sigma_data is None else {"sigma_data": self.sigma_data}
         c_1, c_0, _ = coefficients(path, t, target, **extra)
         return as_tensor(c_1, t), as_tensor(c_0, t)  # type: ignore[arg-type]
+
+
+def checked_path(name: str, value: Any) -> None:
+    """A path of which a prediction tells both samples."""
+    if not isinstance(value, Path):
+        raise type_error(name, "a path of fm.paths", value)
+    if value.gamma(torch.tensor(0.5, device="cpu")) is not None:
+        raise value_error(name, "a path without a gamma term", value)
+
+
+def checked_output(output: Any, x: Tensor) -> Tensor:
+    """What a model returned, which is of x's shape."""
+    if not isinstance(output, Tensor) or output.shape != x.shape or not output.is_floating_point():
+        raise value_error("model", f"a floating tensor of x's shape {tuple(x.shape)} as output", output)
+    return output
 
 
 def _point(path: Path, t: Tensor) -> Row:

@@ -3,6 +3,7 @@
 from .affine import VE, VP, CondOT, Cosine, LinearVP, OptimalTransport, Polynomial
 from .batch import Batch
 from .bridges import ConstantBridge, SchrodingerBridge
+from .discrete import DiscreteVP
 from .path import Path
 from .schedule import Coefficients, Schedule
 from .targets import TARGETS, convert
@@ -16,6 +17,7 @@ __all__ = [
     "CondOT",
     "ConstantBridge",
     "Cosine",
+    "DiscreteVP",
     "LinearVP",
     "OptimalTransport",
     "Path",

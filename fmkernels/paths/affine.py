@@ -169,31 +169,19 @@ class LinearVP(Path):
         return torch.sqrt(torch.sigmoid(promoted("log_snr", log_snr)))
 
 
-@final
-class VP(Path):
-    """alpha = e^(-T/2), sigma = sqrt(1 - e^(-T)), T = (1-t)^2 (beta_max - beta_min) / 2 + (1-t) beta_min: the
-    variance-preserving diffusion (Song et al. 2021, eq. 33) with time turned so that t = 1 is the data.
-
-    d sigma / dt has no limit at t = 1; there sigma counts as at least 1e-4.
-
-    Args:
-        beta_min, beta_max: the linear noise schedule's ends, 0 < beta_min <= beta_max.
-    """
+class VariancePreserving(Path):
+    """alpha = e^(-T/2), sigma = sqrt(1 - e^(-T)) of an integrated noise schedule T(t) >= 0 with T(1) = 0; d sigma / dt has
+    no limit at t = 1; there sigma counts as at least 1e-4."""
 
     _exact = True
 
-    def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0) -> None:
-        check_number("beta_min", beta_min, above=0.0)
-        check_number("beta_max", beta_max, low=beta_min)
-        self.beta_min, self.beta_max = float(beta_min), float(beta_max)
-
     def integral(self, t: Tensor) -> Tensor:
         """T: the noise schedule integrated from the data to t."""
-        s = 1.0 - t
-        return s * (0.5 * (self.beta_max - self.beta_min) * s + self.beta_min)
+        raise NotImplementedError
 
     def d_integral(self, t: Tensor) -> Tensor:
-        return -((self.beta_max - self.beta_min) * (1.0 - t) + self.beta_min)
+        """Its derivative in t."""
+        raise NotImplementedError
 
     def alpha(self, t: Tensor) -> Tensor | float:
         return torch.exp(-0.5 * self.integral(t))
@@ -212,6 +200,31 @@ class VP(Path):
     def log_snr(self, t: Tensor | float) -> Tensor:
         total = self.integral(promoted_times(t))
         return -total - torch.log(one_minus_exp(total))
+
+
+@final
+class VP(VariancePreserving):
+    """alpha = e^(-T/2), sigma = sqrt(1 - e^(-T)), T = (1-t)^2 (beta_max - beta_min) / 2 + (1-t) beta_min: the
+    variance-preserving diffusion (Song et al. 2021, eq. 33) with time turned so that t = 1 is the data.
+
+    d sigma / dt has no limit at t = 1; there sigma counts as at least 1e-4.
+
+    Args:
+        beta_min, beta_max: the linear noise schedule's ends, 0 < beta_min <= beta_max.
+    """
+
+    def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0) -> None:
+        check_number("beta_min", beta_min, above=0.0)
+        check_number("beta_max", beta_max, low=beta_min)
+        self.beta_min, self.beta_max = float(beta_min), float(beta_max)
+
+    def integral(self, t: Tensor) -> Tensor:
+        """T: the noise schedule integrated from the data to t."""
+        s = 1.0 - t
+        return s * (0.5 * (self.beta_max - self.beta_min) * s + self.beta_min)
+
+    def d_integral(self, t: Tensor) -> Tensor:
+        return -((self.beta_max - self.beta_min) * (1.0 - t) + self.beta_min)
 
     def _kernel(self) -> Kernel | None:
         plain = type(self.beta_min) is float and type(self.beta_max) is float
