@@ -24,8 +24,8 @@ class TimestepModel(nn.Module):
         model: any callable; what it returns may be a tensor, a tuple that begins with one, or an object with an
             attribute ``sample``, as diffusers' networks return.
         path: the table.
-        rounded: hand over whole timesteps, int64, the nearest ones. A network that embeds its timesteps takes fractions,
-            which is exact; one that looks them up does not.
+        rounded: hand over whole timesteps, int64, the nearest ones. A network that embeds its timesteps takes
+            fractions, which is exact; one that looks them up does not.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -52,7 +52,9 @@ class TimestepModel(nn.Module):
         if not isinstance(output, Tensor):
             output = output[0] if isinstance(output, (tuple, list)) else getattr(output, "sample", output)
         if not isinstance(output, Tensor):
-            raise type_error("model", "a tensor, a tuple of one, or an object with an attribute sample, as output", output)
+            raise type_error(
+                "model", "a tensor, a tuple of one, or an object with an attribute sample, as output", output
+            )
         return output
 
 

@@ -170,8 +170,10 @@ class LinearVP(Path):
 
 
 class VariancePreserving(Path):
-    """alpha = e^(-T/2), sigma = sqrt(1 - e^(-T)) of an integrated noise schedule T(t) >= 0 with T(1) = 0; d sigma / dt has
-    no limit at t = 1; there sigma counts as at least 1e-4."""
+    """alpha = e^(-T/2), sigma = sqrt(1 - e^(-T)) of an integrated noise schedule T(t) >= 0 with T(1) = 0.
+
+    d sigma / dt has no limit at t = 1; there sigma counts as at least 1e-4.
+    """
 
     _exact = True
 
