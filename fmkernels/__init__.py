@@ -17,7 +17,7 @@ from .random import Noise, draw_seed
 from .version import __version__
 
 if TYPE_CHECKING:
-    from . import guidance, likelihood, solvers
+    from . import guidance, likelihood, models, solvers
     from .likelihood.density import log_prob, sample_with_log_prob
     from .likelihood.divergence import divergence
     from .likelihood.step_log_prob import sde_step_log_prob
@@ -46,6 +46,7 @@ _LATER = {
     "guidance": "guidance",
     "likelihood": "likelihood",
     "log_prob": "likelihood.density",
+    "models": "models",
     "odeint": "solvers.equations.odeint",
     "odeint_adjoint": "solvers.equations.adjoint",
     "odeint_dense": "solvers.equations.dense",
@@ -94,6 +95,7 @@ __all__ = [
     "interpolate",
     "likelihood",
     "log_prob",
+    "models",
     "odeint",
     "odeint_adjoint",
     "odeint_dense",

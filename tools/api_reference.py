@@ -10,7 +10,13 @@ from types import ModuleType
 from typing import Any
 
 import fmkernels
-from fmkernels import guidance, likelihood, paths, testing, times, weightings
+from fmkernels import compat, guidance, likelihood, models, paths, testing, times, weightings
+from fmkernels.compat import sit
+from fmkernels.compat.flow_matching import path as flow_matching_path
+from fmkernels.compat.flow_matching import solver as flow_matching_solver
+from fmkernels.compat.flow_matching import utils as flow_matching_utils
+from fmkernels.compat.flow_matching.path import scheduler as flow_matching_scheduler
+from fmkernels.compat.torchcfm import conditional_flow_matching, optimal_transport
 from fmkernels.solvers.adaptive import controllers
 from fmkernels.solvers.adaptive import options as adaptive_options
 from fmkernels.solvers.adaptive import solve as adaptive_solve
@@ -71,6 +77,15 @@ def render() -> str:
         ("fmkernels.times", times),
         ("fmkernels.guidance", guidance),
         ("fmkernels.likelihood", likelihood),
+        ("fmkernels.models", models),
+        ("fmkernels.compat", compat),
+        ("fmkernels.compat.torchcfm.conditional_flow_matching", conditional_flow_matching),
+        ("fmkernels.compat.torchcfm.optimal_transport", optimal_transport),
+        ("fmkernels.compat.flow_matching.path", flow_matching_path),
+        ("fmkernels.compat.flow_matching.path.scheduler", flow_matching_scheduler),
+        ("fmkernels.compat.flow_matching.solver", flow_matching_solver),
+        ("fmkernels.compat.flow_matching.utils", flow_matching_utils),
+        ("fmkernels.compat.sit", sit),
         ("fmkernels.solvers.methods.registry", registry),
         ("fmkernels.solvers.methods.tableaus", tableaus),
         ("fmkernels.solvers.methods.runge_kutta", runge_kutta),

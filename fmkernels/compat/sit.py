@@ -2,8 +2,8 @@
 transformers"): ``from transport import create_transport, Sampler`` becomes ``from fmkernels.compat.sit import ...``.
 
 t = 0 is noise, t = 1 the data. Times and noise are drawn by PyTorch in SiT's order; the path, the loss and the steps
-are fmkernels' kernels. Where SiT divides by a coefficient that vanishes at an end, ours is finite. One call of the network
-serves drift and score of an SDE's step, where SiT makes two; a likelihood has one probe all along.
+are fmkernels' kernels. Where SiT divides by a coefficient that vanishes at an end, ours is finite. One call of the
+network serves drift and score of an SDE's step, where SiT makes two; a likelihood has one probe all along.
 """
 
 from __future__ import annotations

@@ -23,9 +23,9 @@ _TABLES: Cache[Tensor] = Cache("schedule table")
 @final
 class DiscreteVP(VariancePreserving):
     r"""The variance-preserving diffusion of a table :math:`\bar\alpha_k` of K timesteps (Ho et al. 2020, eq. 4;
-    diffusers' ``alphas_cumprod``): timestep k is at t = 1 - (k + 1) / K, so that t = 0 is the last one, K - 1, and t = 1 the data
-    without noise, one step before timestep 0. Between timesteps, and from timestep 0 to the data, :math:`T = -\log
-    \bar\alpha` is linear in t: the noise schedule beta is constant there.
+    diffusers' ``alphas_cumprod``): timestep k is at t = 1 - (k + 1) / K, so that t = 0 is the last one, K - 1, and t =
+    1 the data without noise, one step before timestep 0. Between timesteps, and from timestep 0 to the data, :math:`T =
+    -\log \bar\alpha` is linear in t: the noise schedule beta is constant there.
 
     Args:
         alphas_cumprod: K numbers in (0, 1), strictly decreasing: a sequence, an array or a tensor.
