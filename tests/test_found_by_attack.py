@@ -202,3 +202,14 @@ def test_a_function_of_times_without_a_device_is_told() -> None:
     sampler: Callable[[tuple[int, ...]], Tensor] = lambda shape: torch.rand(shape)  # noqa: E731
     with pytest.raises(TypeError, match=r"time_sampler: expected one of fm.times, or a function of \(shape, device="):
         paths.CondOT().sample(torch.randn(3, 2), time_sampler=sampler)  # type: ignore[arg-type]
+
+
+def test_a_compiled_schedule_is_held_where_its_parameter_makes_an_end_infinite_later() -> None:
+    """d/dt t^n is finite at 0 for n = 2, when it is traced, and infinite for n = 1/2."""
+    path, t = Power(torch.tensor(2.0)), torch.tensor([0.0, 1e-6, 0.5, 1.0])
+    compiled = torch.compile(lambda t: path.coefficients(t).d_alpha_t, fullgraph=True, backend="eager")
+    assert_rounded(compiled(t), path.coefficients(t).d_alpha_t, 4, size=2)
+    path.n.fill_(0.5)  # type: ignore[union-attr]
+    want = path.coefficients(t).d_alpha_t
+    assert torch.isfinite(want).all()
+    assert_rounded(compiled(t), want, 8)

@@ -49,7 +49,18 @@ affine = pytest.mark.parametrize("path", AFFINE, ids=repr)
 
 def test_the_files_of_paths_import_one_way() -> None:
     """schedule <- fused, targets <- batch <- path <- affine <- bridges, discrete, imports for types alone included."""
-    order = ["derivatives", "schedule", "fused", "targets", "batch", "path", "affine", "bridges", "discrete", "__init__"]
+    order = [
+        "derivatives",
+        "schedule",
+        "fused",
+        "targets",
+        "batch",
+        "path",
+        "affine",
+        "bridges",
+        "discrete",
+        "__init__",
+    ]
     folder = File(fm.paths.__file__).parent
     assert {file.stem for file in folder.glob("*.py")} == set(order)
     for rank, name in enumerate(order):

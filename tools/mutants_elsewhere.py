@@ -17,6 +17,7 @@ RARE = "tests/test_rare_branches.py"
 BATCHES = "tests/test_batch.py"
 SCHEDULES = "tests/test_schedules.py"
 VALUES = "tests/test_path_values.py"
+ATTACK = "tests/test_found_by_attack.py"
 ARGUMENTS = "tests/test_wrong_arguments.py"
 
 MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
@@ -123,7 +124,7 @@ MUTANTS: list[tuple[str, str, str, str | tuple[str, ...]]] = [
         BATCHES,
     ),
     ("fmkernels/paths/derivatives.py", "wanted and _has_other_leaf(value, leaf)", "False", SCHEDULES),
-    ("fmkernels/paths/derivatives.py", "if (_is_of_numbers(owner) and", "if (True and", SCHEDULES),
+    ("fmkernels/paths/derivatives.py", "if (_is_of_numbers(owner) and", "if (True and", ATTACK),
     ("fmkernels/paths/derivatives.py", "compiling else _inside(t):", "compiling else True:", SCHEDULES),
     ("fmkernels/paths/schedule.py", "near.abs().clamp(max=SMALL)", "SMALL", TARGETS),
     ("fmkernels/random.py", "seed.detach().clone()", "seed", BATCHES),
