@@ -213,3 +213,30 @@ def test_a_compiled_schedule_is_held_where_its_parameter_makes_an_end_infinite_l
     want = path.coefficients(t).d_alpha_t
     assert torch.isfinite(want).all()
     assert_rounded(compiled(t), want, 8)
+
+
+@pytest.mark.parametrize("method", ["heun2", "rk4", "ddim"])
+def test_own_schedules_end_as_ours_do_with_a_prediction_of_the_data(method: str) -> None:
+    """sigma(1) = 6e-17 is no divisor."""
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = (c.reshape(-1, 1) for c in paths.Cosine().coefficients(t.double())[:2])
+        return (1 + alpha * 0.25 / (alpha**2 * 0.25 + sigma**2) * (x - alpha)).to(x.dtype)
+
+    x_0 = torch.randn(4, 2, dtype=torch.float64)
+    ours, own = (
+        fm.sample(model, x_0=x_0, path=path, prediction="x_1", method=method, steps=12)[0]
+        for path in (paths.Cosine(), OwnCosine())
+    )
+    assert (own - ours).abs().max() < 1e-4
+    t = torch.ones(1, dtype=torch.float64)
+    both = [path.convert(x_0[:1], x_0[1:2], t, "x_1", "x_0") for path in (paths.Cosine(), OwnCosine())]
+    assert_rounded(both[1], both[0], 1e4)
+
+
+@pytest.mark.parametrize("least", [1e-7, 2e-7, 1e-6, 1e-5])
+def test_a_small_deviation_that_does_not_vanish_is_what_it_is(least: float) -> None:
+    path, t = paths.OptimalTransport(least), torch.tensor([1.0, 1 - 2.0**-16])
+    want = path.target_coefficients(t.double(), "score")[1]
+    assert_rounded(path.target_coefficients(t, "score")[1], want, 16)  # type: ignore[arg-type]
+    assert_rounded(weightings.resolve("sigma_sqrt", path, t), weightings.resolve("sigma_sqrt", path, t.double()), 32)

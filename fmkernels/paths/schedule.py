@@ -208,8 +208,8 @@ def divisor(schedule: Schedule, name: str, t: Tensor) -> Tensor | float:
     if not isinstance(value, Tensor) or not_below(value, SMALL):
         return value
     near = tensor_at(schedule, name, t.clamp(SMALL, 1.0 - SMALL))
-    with torch.no_grad():  # cos(pi / 2) is 0 but for its rounding
-        vanishes = tensor_at(schedule, name, nearest_end(t)).abs() <= 2.0 * torch.finfo(t.dtype).eps
+    with torch.no_grad():  # cos(pi / 2) is 0 but for its rounding, of which float64 has least
+        vanishes = tensor_at(schedule, name, nearest_end(t).double()).abs() <= 2.0 * torch.finfo(torch.float64).eps
     limit = torch.where(vanishes, near.abs().clamp(max=SMALL), 0.0)
     return torch.where(value.abs() < limit, torch.where(near < 0.0, -limit, limit), value)
 

@@ -123,10 +123,10 @@ def combination(point: Row, prediction: Row, target: Row) -> tuple[Tensor, Tenso
     other = torch.where(swap, c_0, c_1) / torch.where(silent, 1.0, pivot)
     r_pivot, r_other = torch.where(swap, alpha, sigma), torch.where(swap, sigma, alpha)
     d_pivot, d_other = torch.where(swap, d_1, d_0), torch.where(swap, d_0, d_1)
-    # Where x_t and the prediction say the same, as far as float64 can tell, the other sample is undetermined: the
-    # quotient is held. A small difference that is one divides like any other.
-    left, of_pivot = r_other - r_pivot * other, r_pivot * other
-    same = left.abs() <= _EPSILON * torch.maximum(r_other.abs(), of_pivot.abs())
+    # Where x_t and the prediction say the same, as far as float64 can tell of x_t's row, the other sample is
+    # undetermined: the quotient is held. A small difference that is one divides like any other.
+    left = r_other - r_pivot * other
+    same = left.abs() <= _EPSILON * torch.maximum(alpha.abs(), sigma.abs())
     left = torch.where(left < 0, -1.0, 1.0) * left.abs().clamp(min=_LEAST)
     a = (d_other - d_pivot * other) / torch.where(same, SMALL * SMALL, left)
     b = (d_pivot - r_pivot * a) * torch.sign(pivot) / scale.clamp(min=_LEAST)
