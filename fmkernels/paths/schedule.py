@@ -87,7 +87,7 @@ class Schedule:
 
     def d_gamma(self, t: Tensor) -> Tensor | float | None:
         """The derivative of gamma."""
-        if self.gamma(own_times(t)) is None:
+        if at(self, "gamma", t) is None:
             return None
         return derivative(self, "gamma", t)
 
