@@ -202,3 +202,63 @@ def test_the_patch_hands_ours_to_diffusers() -> None:
     with compat.patch("diffusers"):
         assert diffusers.FlowMatchEulerDiscreteScheduler is Ours
     assert diffusers.FlowMatchEulerDiscreteScheduler is Theirs
+
+
+def test_what_a_scheduler_is_told_later_is_heard() -> None:
+    """Inference mode, another configuration, learnable sigmas, timesteps as Python floats."""
+    x, v = torch.randn(2, 4), torch.randn(2, 4)
+    scheduler = Ours()
+    with torch.inference_mode():
+        scheduler.set_timesteps(4)
+        scheduler.step(v, scheduler.timesteps[0], x)
+    scheduler.set_timesteps(4)
+    scheduler.step(v, scheduler.timesteps[0], x)
+    scheduler.register_to_config(stochastic_sampling=True)
+    results = [scheduler.step(v, scheduler.timesteps[1], x).prev_sample]
+    scheduler._step_index = 1
+    results += [scheduler.step(v, scheduler.timesteps[1], x).prev_sample]
+    assert not torch.equal(*results)
+    learnt = []
+    for kind in (Ours, Theirs):
+        scheduler = kind()
+        scheduler.set_timesteps(4)
+        scheduler.sigmas = scheduler.sigmas.clone().requires_grad_()
+        scheduler.step(torch.ones(2, 4), scheduler.timesteps[0], x, return_dict=False)[0].sum().backward()
+        learnt.append(scheduler.sigmas.grad)
+    assert torch.equal(*learnt)
+    scheduler = Ours()
+    scheduler.set_timesteps(timesteps=[899.1, 500.0, 100.3])
+    scheduler.step(v, 899.1, x)
+    assert scheduler.step_index == 1
+
+
+def test_sigmas_of_ascending_and_of_unknown_timesteps() -> None:
+    scheduler = Ours(invert_sigmas=True)
+    scheduler.set_timesteps(4)
+    timesteps = torch.cat([scheduler.timesteps, torch.tensor([500.4])])
+    found = training_utils.get_sigmas(scheduler, timesteps, n_dim=1)
+    assert torch.equal(found[:4], scheduler.sigmas[:4])
+    assert found[4].isnan()
+
+
+@pytest.mark.parametrize("first", ["patch", "import"])
+def test_the_patch_before_and_after_the_import(first: str) -> None:
+    import subprocess
+    import sys
+
+    lines = ["import diffusers", "import fmkernels.compat; p = fmkernels.compat.patch('diffusers')"]
+    lines = lines if first == "import" else lines[::-1]
+    code = (
+        "; ".join(lines)
+        + """
+from diffusers.schedulers import FlowMatchEulerDiscreteScheduler as A
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler as B
+from fmkernels.compat.diffusers import FlowMatchEulerDiscreteScheduler as ours
+assert A is B is diffusers.FlowMatchEulerDiscreteScheduler is ours
+p.undo()
+from diffusers.schedulers import FlowMatchEulerDiscreteScheduler as C
+assert C is not ours and issubclass(ours, C)
+"""
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -174,3 +174,17 @@ def test_wrong_arguments() -> None:
     with pytest.raises(AssertionError, match=r"model: expected an output of x1's shape \(3, 2\), got \(3, 1\)"):
         sampler.transport.training_losses(lambda x, t: x[:, :1], torch.randn(3, 2))
     assert sampler.transport.check_interval(0.1, 0.2, eval=True, reverse=True) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("method", ["Euler", "Heun"])
+@pytest.mark.parametrize("num_steps", [11, 50])
+def test_the_default_sde_of_a_velocity_has_the_datas_law(method: str, num_steps: int) -> None:
+    """From t = 0, where w is infinite, with few steps."""
+    torch.manual_seed(0)
+    sampler = sit.Sampler(sit.create_transport())
+    states = sampler.sample_sde(sampling_method=method, num_steps=num_steps)(
+        torch.randn(4000, 1), exact("Linear", "velocity")
+    )
+    assert all(state.std() < 1.5 for state in states)
+    assert abs(states[-1].mean() - MEAN) < 0.05
+    assert abs(states[-1].std() - SPREAD) < 0.06

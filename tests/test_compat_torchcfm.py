@@ -314,3 +314,10 @@ def test_wasserstein_distances() -> None:
         wasserstein(x0, x1, "noname")
     with pytest.raises(AssertionError, match="power: expected 1 or 2, got 3"):
         wasserstein(x0, x1, power=3)
+
+
+def test_a_formula_replaced_on_the_class_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ConditionalFlowMatcher, "compute_sigma_t", lambda self, t: 0.0)
+    x0, x1 = pair(4, 3)
+    t, xt, _ = ConditionalFlowMatcher(5.0, strict=False).sample_location_and_conditional_flow(x0, x1)
+    assert torch.equal(xt, t[:, None] * x1 + (1 - t[:, None]) * x0 + 0.0 * x0)

@@ -305,3 +305,16 @@ def test_wrong_arguments() -> None:
         models.ScheduleChange(lambda x, t: x[:1], CondOT(), VP())(torch.randn(2, 3), torch.rand(2))
     with pytest.raises(ValueError, match="sigma_max"):
         models.FromDenoiser(net, CondOT(), sigma_min=1.0, sigma_max=0.5)
+
+
+def test_a_float32_network_is_told_float32_times() -> None:
+    seen = []
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        seen.append(t.dtype)
+        return x * t.reshape(-1, 1)
+
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        out = models.TimestepPredictor(network, CondOT(), TABLE)(torch.randn(2, 3).to(dtype), torch.tensor([3, 700]))
+        assert out.dtype == torch.promote_types(dtype, torch.float32)
+    assert seen == [torch.float32, torch.float64, torch.float32]

@@ -6,6 +6,7 @@ in those that are loaded while the patch holds; where it is not installed, our m
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import sys
@@ -34,6 +35,16 @@ def _mirror(name: str) -> ModuleType | None:
     if path.with_suffix(".py").exists() or (path / "__init__.py").exists():
         return importlib.import_module(f"{__package__}.{name}")
     return None
+
+
+def _import_mirrors(peer: str) -> None:
+    """Imports all our modules of a peer, before its own are replaced; where one that they need is missing, fewer."""
+    path = _HERE / peer
+    files = sorted(path.rglob("*.py")) if path.is_dir() else []
+    names = [".".join(file.relative_to(_HERE).with_suffix("").parts).removesuffix(".__init__") for file in files]
+    with contextlib.suppress(ImportError):
+        for name in names or [peer]:
+            importlib.import_module(f"{__package__}.{name}")
 
 
 def _public(module: ModuleType) -> dict[str, Any]:
@@ -80,6 +91,8 @@ class Patch(MetaPathFinder):
         self._added: list[str] = []
         self._theirs: dict[int, Any] = {}  # by what of ours, which our modules keep alive, stands in its place
         self._searching: set[str] = set()
+        for peer in self.peers:
+            _import_mirrors(peer)  # which may load the peer
         for name in sorted(sys.modules):
             module = sys.modules[name]
             if self._is_peers(name) and isinstance(module, ModuleType):

@@ -235,9 +235,15 @@ class Sampler:
         def velocity(x: Tensor, t: float, model: Model, kwargs: dict[str, Any]) -> Tensor:
             return self.drift(x, torch.full((x.shape[0],), t, dtype=x.dtype, device=x.device), model, **kwargs)
 
+        # A velocity's SDE begins at t = 0, where SBDM's w is infinite (SiT's is NaN): a step renews half of the noise.
+        limited = diffusion_form == "SBDM" and transport.model_type is ModelType.VELOCITY and t0 == 0.0
+        size_of_step = (t1 - t0) / max(num_steps - 1, 1)
+
         def moved(t: Tensor) -> tuple[float, float, float]:
             """(w, A, B): the diffusion, and the drift v + w s as A x + B v."""
             w = transport._diffusion(t, diffusion_form, diffusion_norm)
+            if limited:
+                w = w.clamp(max=0.5 * path.coefficients(t).sigma_t.square().item() / size_of_step)
             a, b = conversion_coefficients(path, t, "velocity", "score")
             return w.item(), (w * a).item(), (1.0 + w * b).item()
 

@@ -12,7 +12,7 @@ from ..ops._operands import compute_dtype
 from ..ops.combine.op import combine
 from ..paths.derivatives import as_tensor
 from ..paths.path import Path
-from ..paths.schedule import promoted, tensor_at
+from ..paths.schedule import tensor_at
 from ..paths.targets import TARGETS, Row, coefficients, combination
 
 
@@ -67,15 +67,18 @@ class ScheduleChange(nn.Module):
         check_float_tensor("x", x)
         check_float_tensor("t", t)
         leading_shape("t", t, "x", x)
-        late = t.double()
-        early = self.times(t)
+        return self.at(x, t.double(), t.dtype, kwargs)
+
+    def at(self, x: Tensor, late: Tensor, told: torch.dtype, kwargs: dict[str, Any]) -> Tensor:
+        """The same at times in float64, of which the model is told in another dtype."""
+        early = self.times(late)
         old, new = (_point(path, time) for path, time in ((self.trained, early), (self.path, late)))
         scale = torch.sqrt((new[0].square() + new[1].square()) / (old[0].square() + old[1].square()))
         a, b = combination(
             old, self._row(self.trained, early, self.prediction), self._row(self.path, late, self.returns)
         )
-        wide = promoted("t", t).dtype if compute_dtype(x) is not torch.float64 else torch.float64
-        predicted = checked_output(self.model(combine([x], [(1.0 / scale).to(wide)]), early.to(t.dtype), **kwargs), x)
+        wide = compute_dtype(x)
+        predicted = checked_output(self.model(combine([x], [(1.0 / scale).to(wide)]), early.to(told), **kwargs), x)
         state = x.to(predicted.dtype)
         return combine([predicted, state], [b.to(wide), (a / scale).to(wide)])
 

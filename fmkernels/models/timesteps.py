@@ -136,4 +136,5 @@ class TimestepPredictor(nn.Module):
         check_float_tensor("x", x)
         k = timestep if isinstance(timestep, Tensor) else torch.tensor(timestep, device=x.device)
         count = len(self.table.alphas_cumprod)
-        return self.change(x, (1.0 - (k.double() + 1.0) / count), **kwargs)  # type: ignore[no-any-return]
+        told = torch.promote_types(x.dtype, torch.float32)
+        return self.change.at(x, 1.0 - (k.double() + 1.0) / count, told, kwargs)

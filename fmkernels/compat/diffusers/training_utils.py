@@ -64,18 +64,19 @@ def compute_loss_weighting_for_sd3(weighting_scheme: str, sigmas: Tensor | None 
 
 def get_sigmas(scheduler: Any, timesteps: Tensor, n_dim: int = 4, dtype: torch.dtype = torch.float32) -> Tensor:
     """The sigmas of timesteps of a scheduler, (B, 1, ..., 1) with ``n_dim`` dimensions: what the training scripts of
-    diffusers look up one by one, in one search on the device.
+    diffusers look up one by one, in one comparison on the device.
 
     Args:
-        scheduler: with ``timesteps``, descending, and ``sigmas``.
-        timesteps: (B,), each one of the scheduler's.
+        scheduler: with ``timesteps`` and ``sigmas``.
+        timesteps: (B,), each one of the scheduler's; NaN is the sigma of any other.
         n_dim: dimensions of the result.
         dtype: of the result.
     """
-    ascending = scheduler.timesteps.to(timesteps.device).flip(0)
-    place = torch.searchsorted(ascending, timesteps.to(ascending.dtype)).clamp(max=len(ascending) - 1)
-    levels = scheduler.sigmas[: len(ascending)].to(device=timesteps.device, dtype=dtype).flip(0)
-    return levels[place].reshape(-1, *(1,) * (n_dim - 1))
+    known = scheduler.timesteps.to(timesteps.device)
+    same = timesteps.to(known.dtype)[:, None] == known
+    levels = scheduler.sigmas[: len(known)].to(device=timesteps.device, dtype=dtype)
+    found = torch.where(same.any(-1), levels[same.int().argmax(-1)], float("nan"))
+    return found.reshape(-1, *(1,) * (n_dim - 1))
 
 
 __all__ = ["compute_density_for_timestep_sampling", "compute_loss_weighting_for_sd3", "get_sigmas"]

@@ -121,8 +121,8 @@ class ConditionalFlowMatcher:
 
     def _fused(self) -> paths.Path | None:
         """The path, where it says what the methods do and sigma is a number that it takes."""
-        ours = next(kind for kind in type(self).__mro__ if kind.__module__ == __name__)
-        changed = any(getattr(type(self), name) is not getattr(ours, name) for name in self._formulas)
+        ours = next(kind for kind in type(self).__mro__ if kind in _AS_WRITTEN)
+        changed = any(getattr(type(self), name) is not _AS_WRITTEN[ours][name] for name in self._formulas)
         if changed or not vars(self).keys().isdisjoint(self._formulas):
             return None
         sigma = self.sigma
@@ -282,6 +282,18 @@ def _circle(t: Tensor | float) -> tuple[Tensor | float, Tensor | float]:
     angle = math.pi / 2 * t
     return (torch.cos(angle), torch.sin(angle)) if isinstance(angle, Tensor) else (math.cos(angle), math.sin(angle))
 
+
+# Of each matcher here the methods that it was written with, whoever replaces them later.
+_AS_WRITTEN = {
+    kind: {name: getattr(kind, name) for name in ConditionalFlowMatcher._formulas}
+    for kind in (
+        ConditionalFlowMatcher,
+        ExactOptimalTransportConditionalFlowMatcher,
+        TargetConditionalFlowMatcher,
+        SchrodingerBridgeConditionalFlowMatcher,
+        VariancePreservingConditionalFlowMatcher,
+    )
+}
 
 __all__ = [
     "ConditionalFlowMatcher",

@@ -58,22 +58,24 @@ class FlowMatchEulerDiscreteScheduler(_Theirs):  # type: ignore[misc]
 
     def _keep(self, levels: list[float], times: list[float]) -> None:
         values = levels, times, self.config.stochastic_sampling
-        self._host = self.sigmas, self.sigmas._version, self.timesteps, self.timesteps._version, values
+        state = self._internal_dict, self.sigmas, _version(self.sigmas), self.timesteps, _version(self.timesteps)
+        self._host = *state, values
 
     def _on_host(self) -> tuple[list[float], list[float], bool]:
         """(sigmas, timesteps, whether steps draw noise); read again where somebody has set or written to them."""
         kept = self.__dict__.get("_host")
         if kept is not None:
-            sigmas, version, timesteps, written, values = kept
+            config, sigmas, version, timesteps, written, values = kept
             if (
-                sigmas is self.sigmas
+                config is self._internal_dict
+                and sigmas is self.sigmas
                 and timesteps is self.timesteps
-                and version == sigmas._version
-                and written == timesteps._version
+                and version == _version(sigmas)
+                and written == _version(timesteps)
             ):
                 return values  # type: ignore[no-any-return]
         self._keep(self.sigmas.tolist(), self.timesteps.tolist())
-        return self._host[4]  # type: ignore[no-any-return]
+        return self._host[5]  # type: ignore[no-any-return]
 
     def index_for_timestep(self, timestep: Any, schedule_timesteps: Any = None) -> int:
         """The index of a timestep; of two equal ones the second, as diffusers has it.
@@ -94,7 +96,7 @@ class FlowMatchEulerDiscreteScheduler(_Theirs):  # type: ignore[misc]
         """A timestep as a number, without reading one that is a part of ``timesteps`` from the device."""
         own = self.timesteps
         if not isinstance(timestep, Tensor) or timestep.is_cpu or timestep.numel() != 1:
-            return float(timestep)
+            return torch.tensor(float(timestep), dtype=torch.float32, device="cpu").item()  # as the scheduler's are
         if (timestep.device, timestep.dtype) == (own.device, own.dtype) and own.is_contiguous():
             place, rest = divmod(timestep.data_ptr() - own.data_ptr(), own.element_size())
             if rest == 0 and 0 <= place < len(times):
@@ -133,6 +135,8 @@ class FlowMatchEulerDiscreteScheduler(_Theirs):  # type: ignore[misc]
                 "timestep: expected one of the scheduler's timesteps, got an integer. Passing integer indices (e.g. "
                 "from `enumerate(timesteps)`) as timesteps to `FlowMatchEulerDiscreteScheduler.step()` is not supported"
             )
+        if self.sigmas.requires_grad and per_token_timesteps is None:  # a learnable schedule
+            return super().step(model_output, timestep, sample, generator=generator, return_dict=return_dict)
         if self._step_index is None:
             self._init_step_index(timestep)
         if model_output.shape != sample.shape:
@@ -180,6 +184,8 @@ class FlowMatchEulerDiscreteScheduler(_Theirs):  # type: ignore[misc]
         Raises:
             TypeError: no noise.
         """
+        if self.sigmas.requires_grad:
+            return super().scale_noise(sample, timestep, noise)  # type: ignore[no-any-return]
         check_like("noise", noise, "sample", sample)
         levels = self._on_host()[0]
         count = timestep.shape[0]
@@ -192,6 +198,10 @@ class FlowMatchEulerDiscreteScheduler(_Theirs):  # type: ignore[misc]
         else:
             sigma = torch.tensor([levels[i] for i in places], device=sample.device)
         return combine([noise, sample], [sigma, 1.0 - sigma])
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 __all__ = ["FlowMatchEulerDiscreteScheduler"]
