@@ -61,6 +61,11 @@ def func_transform_active() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was written to; inference tensors do not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def is_transformed(tensor: Tensor) -> bool:
     """True for a tensor that a torch.func transform sees, or that has a tangent of forward-mode AD."""
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):

@@ -21,6 +21,7 @@ from .._checks import describe
 
 _HERE = Path(__file__).parent
 _MISSING = object()
+_PACKAGES = {"sit": "transport"}  # of peers whose package has another name than ours
 
 
 def _peers() -> list[str]:
@@ -31,6 +32,9 @@ def _peers() -> list[str]:
 
 def _mirror(name: str) -> ModuleType | None:
     """Our module of a peer's module, imported."""
+    top, dot, rest = name.partition(".")
+    ours = {package: peer for peer, package in _PACKAGES.items()}.get(top, top)
+    name = ours + dot + rest
     path = _HERE.joinpath(*name.split("."))
     if path.with_suffix(".py").exists() or (path / "__init__.py").exists():
         return importlib.import_module(f"{__package__}.{name}")
@@ -142,7 +146,7 @@ class Patch(MetaPathFinder):
         self.undo()
 
     def _is_peers(self, name: str) -> bool:
-        return name.partition(".")[0] in self.peers
+        return name.partition(".")[0] in {_PACKAGES.get(peer, peer) for peer in self.peers}
 
     def _replace(self, module: ModuleType) -> None:
         ours = _mirror(module.__name__)
@@ -170,7 +174,8 @@ def patch(*peers: str) -> Patch:
     order of their beginning. Where a peer is not installed, its modules that we mirror can be imported all the same.
 
     Args:
-        peers: names of peers' packages; all of them if none is given.
+        peers: names of modules of :mod:`fmkernels.compat`, which are those of the peers' packages, but for "sit", whose
+            package is ``transport``; all of them if none is given.
 
     Raises:
         ValueError: a peer that there is no drop-in for.

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from .. import paths
 from .._checks import check_choice
-from ..likelihood.divergence import divergence
 from ..losses import cfm_loss
 from ..ops.combine.op import combine
 from ..paths.derivatives import SMALL
 from ..paths.targets import conversion_coefficients
 from ..solvers.equations.odeint import odeint
+from ._densities import rademacher_like, solved_with_divergence
 
 Model = Callable[..., Tensor]
 
@@ -325,20 +325,13 @@ class Sampler:
         t0, t1 = transport.check_interval(transport.train_eps, transport.sample_eps, eval=True)
 
         def sample(x: Tensor, model: Model, **model_kwargs: Any) -> tuple[Tensor, Tensor]:
-            probe = torch.randint(2, x.shape, device=x.device).to(x) * 2.0 - 1.0
-
             def field(t: Tensor, y: Tensor) -> Tensor:
                 return self.drift(y, t.expand(y.shape[:1]), model, **model_kwargs)
 
-            def both(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-                v, div = divergence(field, t, state[0], method="hutchinson", noise=[probe])
-                return v, div.to(x.dtype)
-
             times = torch.linspace(t1, t0, num_steps, device=x.device)
-            start = x, x.new_zeros(x.shape[0])
-            with torch.no_grad():
-                z, change = odeint(both, start, times, method=sampling_method, atol=atol, rtol=rtol)
-            return transport.prior_logp(z[-1]) + change[-1], z[-1]
+            options: dict[str, Any] = {"method": sampling_method, "atol": atol, "rtol": rtol}
+            z, change = solved_with_divergence(field, x, times, probe=rademacher_like(x), **options)
+            return transport.prior_logp(z[-1]) + change, z[-1]
 
         return sample
 

@@ -10,11 +10,9 @@ from torch import Tensor, nn
 from .._checks import check_callable, check_choice, check_float_tensor, check_number, leading_shape
 from ..ops._operands import compute_dtype
 from ..ops.combine.op import combine
-from ..paths.derivatives import as_tensor
 from ..paths.path import Path
-from ..paths.schedule import promoted, tensor_at
-from ..paths.targets import TARGETS, coefficients, combination
-from .schedule_change import checked_output, checked_path
+from ..paths.targets import TARGETS, combination
+from .schedule_change import checked_output, checked_path, point_of, row_of
 
 
 class Denoiser(nn.Module):
@@ -50,12 +48,11 @@ class Denoiser(nn.Module):
         leading_shape("sigma", sigma, "x", x)
         noise = sigma.double()
         t = self.path.log_snr_inverse(-2.0 * torch.log(noise))
-        point = tensor_at(self.path, "alpha", t), tensor_at(self.path, "sigma", t)
+        point = point_of(self.path, t)
         scale = torch.sqrt((point[0].square() + point[1].square()) / (1.0 + noise.square()))
-        c_1, c_0, _ = coefficients(self.path, t, self.prediction)
-        row = as_tensor(c_1, t), as_tensor(c_0, t)  # type: ignore[arg-type]
+        row = row_of(self.path, t, self.prediction)
         a, b = combination(point, row, (torch.ones_like(t), torch.zeros_like(t)))
-        wide = promoted("sigma", sigma).dtype if compute_dtype(x) is not torch.float64 else torch.float64
+        wide = compute_dtype(x)
         state = combine([x], [scale.to(wide)])
         output = checked_output(self.model(state, t.to(sigma.dtype), **kwargs), x)
         return combine([output, state.to(output.dtype)], [b.to(wide), a.to(wide)])
@@ -90,9 +87,9 @@ class FromDenoiser(nn.Module):
         check_float_tensor("t", t)
         leading_shape("t", t, "x", x)
         times = t.double()
-        alpha, sigma = tensor_at(self.path, "alpha", times), tensor_at(self.path, "sigma", times)
+        alpha, sigma = point_of(self.path, times)
         noise = (sigma / alpha).clamp(self.sigma_min, self.sigma_max)
         scale = torch.sqrt((1.0 + noise.square()) / (alpha.square() + sigma.square()))
-        wide = promoted("t", t).dtype if compute_dtype(x) is not torch.float64 else torch.float64
+        wide = compute_dtype(x)
         level = noise.to(t.dtype).expand(x.shape[:1]) if t.dim() <= 1 else noise.to(t.dtype)
         return checked_output(self.denoiser(combine([x], [scale.to(wide)]), level, **kwargs), x)

@@ -72,20 +72,14 @@ class ScheduleChange(nn.Module):
     def at(self, x: Tensor, late: Tensor, told: torch.dtype, kwargs: dict[str, Any]) -> Tensor:
         """The same at times in float64, of which the model is told in another dtype."""
         early = self.times(late)
-        old, new = (_point(path, time) for path, time in ((self.trained, early), (self.path, late)))
+        old, new = (point_of(path, time) for path, time in ((self.trained, early), (self.path, late)))
         scale = torch.sqrt((new[0].square() + new[1].square()) / (old[0].square() + old[1].square()))
-        a, b = combination(
-            old, self._row(self.trained, early, self.prediction), self._row(self.path, late, self.returns)
-        )
+        known = row_of(self.trained, early, self.prediction, self.sigma_data)
+        a, b = combination(old, known, row_of(self.path, late, self.returns, self.sigma_data))
         wide = compute_dtype(x)
         predicted = checked_output(self.model(combine([x], [(1.0 / scale).to(wide)]), early.to(told), **kwargs), x)
         state = x.to(predicted.dtype)
         return combine([predicted, state], [b.to(wide), (a / scale).to(wide)])
-
-    def _row(self, path: Path, t: Tensor, target: str) -> Row:
-        extra = {} if target != "edm" or self.sigma_data is None else {"sigma_data": self.sigma_data}
-        c_1, c_0, _ = coefficients(path, t, target, **extra)
-        return as_tensor(c_1, t), as_tensor(c_0, t)  # type: ignore[arg-type]
 
 
 def checked_path(name: str, value: Any) -> None:
@@ -103,5 +97,13 @@ def checked_output(output: Any, x: Tensor) -> Tensor:
     return output
 
 
-def _point(path: Path, t: Tensor) -> Row:
+def row_of(path: Path, t: Tensor, target: str, sigma_data: float | None = None) -> Row:
+    """The coefficients of a target."""
+    extra = {} if target != "edm" or sigma_data is None else {"sigma_data": sigma_data}
+    c_1, c_0, _ = coefficients(path, t, target, **extra)
+    return as_tensor(c_1, t), as_tensor(c_0, t)  # type: ignore[arg-type]
+
+
+def point_of(path: Path, t: Tensor) -> Row:
+    """The coefficients of the state."""
     return tensor_at(path, "alpha", t), tensor_at(path, "sigma", t)

@@ -106,7 +106,8 @@ def checked(owner: Any, name: str, value: Any, t: Tensor) -> Tensor | float:
         end = function(nearest_end(t))
     if not compiling and _readable(end) and math.isfinite(end.sum().item()):
         return value
-    return function(torch.where(torch.isfinite(end), t, t.clamp(SMALL, 1.0 - SMALL)))
+    held: Tensor = function(torch.where(torch.isfinite(end), t, t.clamp(SMALL, 1.0 - SMALL)))
+    return held.to(t.dtype)
 
 
 def _inside(t: Tensor) -> bool:

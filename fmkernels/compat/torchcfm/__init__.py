@@ -1,21 +1,6 @@
 """torchcfm's matchers and plans (Tong et al. 2023), https://github.com/atong01/conditional-flow-matching."""
 
-from .conditional_flow_matching import (
-    ConditionalFlowMatcher,
-    ExactOptimalTransportConditionalFlowMatcher,
-    OTPlanSampler,
-    SchrodingerBridgeConditionalFlowMatcher,
-    TargetConditionalFlowMatcher,
-    VariancePreservingConditionalFlowMatcher,
-    pad_t_like_x,
-)
+from . import conditional_flow_matching
+from .conditional_flow_matching import *  # noqa: F403 (as torchcfm's own)
 
-__all__ = [
-    "ConditionalFlowMatcher",
-    "ExactOptimalTransportConditionalFlowMatcher",
-    "OTPlanSampler",
-    "SchrodingerBridgeConditionalFlowMatcher",
-    "TargetConditionalFlowMatcher",
-    "VariancePreservingConditionalFlowMatcher",
-    "pad_t_like_x",
-]
+__all__ = list(conditional_flow_matching.__all__)

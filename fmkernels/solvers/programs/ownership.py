@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..._checks import as_state
-from ..._torch import compiling, plain_beneath, storage_users, transform_active
+from ..._torch import compiling, plain_beneath, storage_users, transform_active, version_of
 
 references_of = sys.getrefcount
 
@@ -186,14 +186,10 @@ def _reading_within(
 
     def read(x: Tensor, t: Tensor) -> Any:
         seen = [] if compiling() else [x, plain_beneath(x)]
-        versions = [_version(tensor) for tensor in seen]
+        versions = [version_of(tensor) for tensor in seen]
         output = function(t, x) if time_first else function(x, t, **kwargs)
-        if [_version(tensor) for tensor in seen] != versions:
+        if [version_of(tensor) for tensor in seen] != versions:
             raise wrote_to_input(name)
         return output
 
     return read
-
-
-def _version(x: Tensor) -> int:
-    return 0 if x.is_inference() else x._version

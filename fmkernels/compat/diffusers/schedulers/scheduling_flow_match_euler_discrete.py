@@ -11,6 +11,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ...._checks import check_like, value_error
+from ...._torch import version_of
 from ....ops.combine.op import combine
 
 _Theirs: Any = diffusers.FlowMatchEulerDiscreteScheduler
@@ -58,7 +59,7 @@ class FlowMatchEulerDiscreteScheduler(_Theirs):  # type: ignore[misc]
 
     def _keep(self, levels: list[float], times: list[float]) -> None:
         values = levels, times, self.config.stochastic_sampling
-        state = self._internal_dict, self.sigmas, _version(self.sigmas), self.timesteps, _version(self.timesteps)
+        state = self._internal_dict, self.sigmas, version_of(self.sigmas), self.timesteps, version_of(self.timesteps)
         self._host = *state, values
 
     def _on_host(self) -> tuple[list[float], list[float], bool]:
@@ -70,8 +71,8 @@ class FlowMatchEulerDiscreteScheduler(_Theirs):  # type: ignore[misc]
                 config is self._internal_dict
                 and sigmas is self.sigmas
                 and timesteps is self.timesteps
-                and version == _version(sigmas)
-                and written == _version(timesteps)
+                and version == version_of(sigmas)
+                and written == version_of(timesteps)
             ):
                 return values  # type: ignore[no-any-return]
         self._keep(self.sigmas.tolist(), self.timesteps.tolist())
@@ -198,10 +199,6 @@ class FlowMatchEulerDiscreteScheduler(_Theirs):  # type: ignore[misc]
         else:
             sigma = torch.tensor([levels[i] for i in places], device=sample.device)
         return combine([noise, sample], [sigma, 1.0 - sigma])
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
 
 
 __all__ = ["FlowMatchEulerDiscreteScheduler"]

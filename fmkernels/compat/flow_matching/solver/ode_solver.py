@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ...._checks import check_function, tensor_of
-from ....likelihood.divergence import divergence
 from ....solvers.equations.odeint import odeint
+from ..._densities import rademacher_like, solved_with_divergence
 from ..utils.model_wrapper import ModelWrapper
 from .solver import Solver
 
@@ -25,6 +25,12 @@ class ODESolver(Solver):
     def __init__(self, velocity_model: ModelWrapper | Callable[..., Tensor]) -> None:
         super().__init__()
         self.velocity_model = velocity_model
+
+    def _field(self, extras: dict[str, Any]) -> Callable[[Tensor, Tensor], Tensor]:
+        def field(t: Tensor, x: Tensor) -> Tensor:
+            return self.velocity_model(x=x, t=t, **extras)
+
+        return field
 
     def sample(  # type: ignore[override]
         self,
@@ -51,13 +57,15 @@ class ODESolver(Solver):
             enable_grad: record gradients.
             model_extras: keyword arguments of the model.
         """
-
-        def field(t: Tensor, x: Tensor) -> Tensor:
-            return self.velocity_model(x=x, t=t, **model_extras)
-
         with torch.set_grad_enabled(enable_grad):
             solution = odeint(
-                field, x_init, time_grid, method=method, options=_options(step_size), atol=atol, rtol=rtol
+                self._field(model_extras),
+                x_init,
+                time_grid,
+                method=method,
+                options=_options(step_size),
+                atol=atol,
+                rtol=rtol,
             )
         return solution if return_intermediates else solution[-1]  # type: ignore[no-any-return]
 
@@ -98,24 +106,19 @@ class ODESolver(Solver):
         check_function("log_p0", log_p0, "a function of x_0")
         if time_grid[0] != 1.0 or time_grid[-1] != 0.0:
             raise AssertionError(f"time_grid: expected times from 1.0 to 0.0, got {time_grid.tolist()}")
-        how: dict[str, Any] = {"method": "exact"}
-        if not exact_divergence:
-            probe = torch.randint(0, 2, x_1.shape, device=x_1.device).to(x_1.dtype) * 2.0 - 1.0
-            how = {"method": "hutchinson", "noise": [probe]}
-
-        def field(t: Tensor, x: Tensor) -> Tensor:
-            return self.velocity_model(x=x, t=t, **model_extras)
-
-        def both(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            velocity, div = divergence(field, t, state[0], gradient=enable_grad, **how)
-            return velocity, div.to(x_1.dtype)
-
+        states, change = solved_with_divergence(
+            self._field(model_extras),
+            x_1,
+            time_grid,
+            probe=None if exact_divergence else rademacher_like(x_1),
+            gradient=enable_grad,
+            method=method,
+            options=_options(step_size),
+            atol=atol,
+            rtol=rtol,
+        )
         with torch.set_grad_enabled(enable_grad):
-            start = x_1, x_1.new_zeros(x_1.shape[0])
-            states, change = odeint(
-                both, start, time_grid, method=method, options=_options(step_size), atol=atol, rtol=rtol
-            )
-            log_p = log_p0(states[-1]) + change[-1]
+            log_p = log_p0(states[-1]) + change
         return (states if return_intermediates else states[-1]), log_p
 
 

@@ -1,25 +1,7 @@
 """flow_matching's schedulers, and the change from one to another."""
 
+from . import scheduler
 from .schedule_transform import ScheduleTransformedModel
-from .scheduler import (
-    CondOTScheduler,
-    ConvexScheduler,
-    CosineScheduler,
-    LinearVPScheduler,
-    PolynomialConvexScheduler,
-    Scheduler,
-    SchedulerOutput,
-    VPScheduler,
-)
+from .scheduler import *  # noqa: F403
 
-__all__ = [
-    "CondOTScheduler",
-    "ConvexScheduler",
-    "CosineScheduler",
-    "LinearVPScheduler",
-    "PolynomialConvexScheduler",
-    "ScheduleTransformedModel",
-    "Scheduler",
-    "SchedulerOutput",
-    "VPScheduler",
-]
+__all__ = [*scheduler.__all__, "ScheduleTransformedModel"]
