@@ -26,7 +26,7 @@ from torch import Tensor
 from .._checks import check_choice, check_float_tensor, check_like, check_number, leading_shape, type_error, value_error
 from ..ops._operands import Coefficient, compute_dtype
 from ..ops.combine.op import combine
-from .derivatives import SMALL, as_tensor, filled
+from .derivatives import as_tensor, filled
 from .schedule import Schedule, at, divisor, promoted, tensor_at
 
 Triple = tuple[Coefficient, Coefficient, Coefficient | None]
@@ -124,11 +124,12 @@ def combination(point: Row, prediction: Row, target: Row) -> tuple[Tensor, Tenso
     r_pivot, r_other = torch.where(swap, alpha, sigma), torch.where(swap, sigma, alpha)
     d_pivot, d_other = torch.where(swap, d_1, d_0), torch.where(swap, d_0, d_1)
     # Where x_t and the prediction say the same, as far as float64 can tell of x_t's row, the other sample is
-    # undetermined: the quotient is held. A small difference that is one divides like any other.
+    # undetermined, and counts as 0: that is the limit of the mean of x_0 next to the data, where a quotient would be
+    # one of roundings. A small difference that is one divides like any other.
     left = r_other - r_pivot * other
     same = left.abs() <= _EPSILON * torch.maximum(alpha.abs(), sigma.abs())
     left = torch.where(left < 0, -1.0, 1.0) * left.abs().clamp(min=_LEAST)
-    a = (d_other - d_pivot * other) / torch.where(same, SMALL * SMALL, left)
+    a = torch.where(same, 0.0, (d_other - d_pivot * other) / left)
     b = (d_pivot - r_pivot * a) * torch.sign(pivot) / scale.clamp(min=_LEAST)
     # x_t alone gives what is along its own row exactly, and nothing across it
     alone = (d_1 * alpha + d_0 * sigma) / (alpha.square() + sigma.square())
@@ -171,8 +172,8 @@ def convert(
 
     Two linear relations, x_t = alpha x_1 + sigma x_0 and prediction = c_1 x_1 + c_0 x_0, give x_1 and x_0 and thereby
     any other target: target = A x_t + B prediction, one pass over memory. Finite at both ends of the path. Where x_t
-    and the prediction do not determine the target (x_1 from x_0 at t = 0, where x_t = x_0), a divisor counts as 1e-8
-    and the value has no meaning; where they barely do (x_1 from the velocity 6 t^5 (x_1 - x_0) of t^6 at t = 0.01), the
+    and the prediction do not determine the other sample (x_1 from x_0 at t = 0, where x_t = x_0; x_0 from x_1 at t =
+    1), it counts as 0, its mean; where they barely do (x_1 from the velocity 6 t^5 (x_1 - x_0) of t^6 at t = 0.01), the
     quotient is the formula's, and multiplies the prediction's error by what the formula says.
 
     Args:
